@@ -298,11 +298,13 @@ class Decision:
         allowed: True if the operation is allowed.
         reasons: All reasons against it.
         final: The reasons that cannot be overridden.
+        warnings: What does not prevent it, and is shown and recorded.
     """
 
     allowed: bool
     reasons: tuple[str, ...] = ()
     final: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.store.artifacts import Store, open_store
 from registry.store.redaction import redact, redact_error
+from tasks.consent import check_datasets
 from tasks.environment import describe_environment
 from tasks.exclusion import refuse_revoked
 from tasks.job import Job, Outcome
@@ -92,6 +93,9 @@ def execute(job: Job, inputs: Inputs, home: Home, run_id: str, *, force: bool = 
             try:
                 _refuse_if_stopped(job.name)
                 refuse_revoked(inputs, lineage, f"step {job.name!r}")
+                if job.kind.produces == "adapter":
+                    datasets = [ref for refs in inputs.values() for ref in refs if ref.kind == "manifest"]
+                    check_datasets(home, store, lineage, datasets, f"step {job.name!r}")
                 with home.lock(execution.key):
                     hit = None if force else find_hit(job, inputs, home, store, lineage)[0]
                     if hit is None:

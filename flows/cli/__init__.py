@@ -17,6 +17,7 @@ import flows.cli.history as history_verbs
 import flows.cli.lineage as lineage_verbs
 import flows.cli.pipeline as pipeline_verbs
 import flows.cli.records as record_verbs
+import flows.cli.revocations as revocation_verbs
 import flows.cli.status as status_verbs
 import flows.cli.upkeep as upkeep_verbs
 import flows.cli.versions as version_verbs
@@ -40,6 +41,7 @@ _MODULES = (
     weight_verbs,
     history_verbs,
     record_verbs,
+    revocation_verbs,
     governance_verbs,
     upkeep_verbs,
 )

@@ -14,7 +14,9 @@ from flows.cli.verbs import Access, add_verb
 _Trigger = Annotated[str | None, typer.Option(help="Word for the concept.")]
 _ClassWord = Annotated[str | None, typer.Option(help="Class of the concept, such as dog.")]
 _CheckBase = Annotated[str | None, typer.Option(help="Base whose tokenizers read trigger and captions.")]
-_Clip = Annotated[str | None, typer.Option(metavar="FOLDER", help="CLIP that compares captions with their images.")]
+_Clip = Annotated[
+    str | None, typer.Option(metavar="FOLDER", help="CLIP that compares captions and class images with their texts.")
+]
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -46,6 +48,9 @@ def dataset(
     class_word: _ClassWord = None,
     base: _CheckBase = None,
     clip: _Clip = None,
+    aesthetic: Annotated[
+        Path | None, typer.Option(metavar="HEAD", help="Linear head on the CLIP that rates images, or its folder.")
+    ] = None,
     page: Annotated[Path | None, typer.Option("-o", "--output", metavar="PAGE", help="Contact sheet (HTML).")] = None,
     as_json: Json = False,
 ) -> None:
@@ -67,6 +72,7 @@ def dataset(
         class_word=class_word,
         base=base,
         clip=clip,
+        aesthetic=aesthetic,
         preparation={k: parse_value(text, f"--{k}", SpecError) for k, text in wanted.items() if text is not None},
     )
     if as_json:
@@ -79,7 +85,9 @@ def dataset(
             *(("not used", f"{item['source']}: {item['reason']}") for item in facts["quarantined"]),
             *(("skipped", f"{count} images: {reason}") for reason, count in facts["skipped"].items()),
             *(("alike", ", ".join(group)) for group in facts["alike"]),
+            *(("origin", f"{name}: {text}") for name, text in facts["generation"].items()),
             *(("flaw", f"{name}: {', '.join(flaws)}") for name, flaws in facts["flaws"].items()),
+            *(("rating", f"{name}: {rating:.2f}") for name, rating in facts["ratings"].items()),
             *(("advice", line) for line in facts["advice"]),
             ("page", facts["page"]),
         ]

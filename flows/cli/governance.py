@@ -1,4 +1,4 @@
-"""Defines the verbs of governance: revoke, lift, withdraw, delete, restore, unalias, log."""
+"""Defines the verbs of governance: withdraw, delete, restore, unalias, log."""
 
 from __future__ import annotations
 
@@ -11,65 +11,14 @@ from flows.cli.verbs import Access, add_verb
 
 if TYPE_CHECKING:
     from registry.entities import Event
-    from registry.versions.impact import ImpactReport
     from registry.versions.versions import Versions
-
-_Subject = Annotated[
-    str,
-    typer.Argument(
-        metavar="SUBJECT",
-        help="Image or adapter file, digest, NAME@REF, id of a consent, or name or fingerprint of a base.",
-    ),
-]
 
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
-    add_verb(app, Access.WRITE, revoke, lift, restore)
+    add_verb(app, Access.WRITE, restore)
     add_verb(app, Access.DELETE, withdraw, delete, unalias)
     add_verb(app, Access.READ, log)
-
-
-def revoke(
-    subject: _Subject,
-    reason: Reason,
-    policy: Annotated[
-        str | None,
-        typer.Option(metavar="flag|withdraw", help="Action on affected versions. Default: from policy.yaml."),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the affected versions; change nothing.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Revoke an image, a consent, a version, a file or a base: find everything made from it, and block it."""
-    from flows.cli.output import print_json
-    from registry.identity import current_user
-    from registry.versions.revocation import revoke as revoke_subject
-    from tasks.errors import SpecError
-
-    if policy not in {None, "flag", "withdraw"}:
-        raise SpecError(f"unknown policy {policy!r}", where="--policy", allowed="flag, withdraw")
-    impact = revoke_subject(
-        _versions(),
-        subject,
-        reason=reason,
-        actor=current_user(),
-        policy="withdraw" if policy == "withdraw" else "flag" if policy else None,
-        dry_run=dry_run,
-    )
-    if as_json:
-        print_json(impact)
-    else:
-        _print_impact(impact)
-
-
-def lift(subject: _Subject, reason: Reason, as_json: Json = False) -> None:
-    """Undo a revocation: allow training with it again, and restore the versions that it withdrew."""
-    from registry.identity import current_user
-    from registry.versions.revocation import lift as lift_revocation
-
-    event = lift_revocation(_versions(), subject, reason=reason, actor=current_user())
-    restored = ", ".join(event.details["restored"]) or "nothing"
-    _print_event(event, as_json, f"{event.details['kind']} {event.subject} may be used again; restored: {restored}")
 
 
 def withdraw(ref: Ref, reason: Reason, expect: Expect = None, as_json: Json = False) -> None:
@@ -105,8 +54,8 @@ def unalias(
     from registry.versions.promotion import remove
 
     name, alias = split_ref(ref)
-    event = remove(_versions(), name, alias, reason=reason, actor=current_user(), expect=expect)
-    _print_event(event, as_json, f"{alias}: {name}@{event.before} -> none")
+    event = remove(open_versions(), name, alias, reason=reason, actor=current_user(), expect=expect)
+    print_event(event, as_json, f"{alias}: {name}@{event.before} -> none")
 
 
 def log(
@@ -123,7 +72,7 @@ def log(
         _print_head(as_json)
         return
 
-    events = read_log(_versions()) if name is None else history(_versions(), name, alias)
+    events = read_log(open_versions()) if name is None else history(open_versions(), name, alias)
     if as_json:
         print_json(events)
         return
@@ -148,7 +97,7 @@ def _print_head(as_json: bool) -> None:
     from registry.maintenance.check_chain import EVENTS
     from registry.store.chain import read_head
 
-    with _versions().lineage.database.read() as session:
+    with open_versions().lineage.database.read() as session:
         newest = read_head(session, EVENTS)
     if as_json:
         print_json(newest)
@@ -161,54 +110,17 @@ def _reason(event: Event) -> str:
     return f"{event.reason} (against: {'; '.join(overridden)})" if overridden else event.reason
 
 
-def _print_impact(impact: ImpactReport) -> None:
-    from flows.cli.output import print_facts, print_table
-    from registry.policy.revocations import NOUNS
-
-    moves = {
-        name: f"rolled back to version {number}" if number else "removed" for name, number in impact.taken_back.items()
-    }
-    print_facts(
-        [
-            ("revoked" if impact.event else "would revoke", f"{NOUNS.get(impact.kind, impact.kind)} {impact.subject}"),
-            ("unknown", "nothing here has it; it is blocked from now on" if impact.kind == "digest" else ""),
-            ("event", impact.event),
-            ("images", len(impact.pictures)),
-            ("datasets", ", ".join(digest[:16] for digest in impact.manifests)),
-            ("runs", ", ".join(f"{run['name']} {run['id'][:8]}" for run in impact.runs)),
-            ("versions", ", ".join(impact.versions) or "none"),
-            ("merges", ", ".join(entry[:32] for entry in impact.merges)),
-            ("policy", {"flag": "flagged; promotion is refused", "withdraw": "withdrawn"}[impact.policy]),
-        ]
-    )
-    if impact.exports:
-        print_table(("exported", "files"), [_export_row(entry) for entry in impact.exports])
-    if impact.results:
-        rows = [(entry["verb"], ", ".join(file["sha256"] for file in entry["files"])) for entry in impact.results]
-        print_table(("made by", "sha256 of the files"), rows)
-    for digest in impact.unreadable:
-        print(f"dataset {digest[:16]} cannot be read: restore it and revoke again, or its images stay unknown")
-    for name, number in impact.aliases.items():
-        move = moves.get(name, "STILL POINTS AT IT: promote another version, or revoke with --policy withdraw")
-        print(f"{name} -> version {number}: {move}")
-
-
-def _export_row(entry: Any) -> tuple[str, str]:
-    if "artifact" in entry:
-        return "by a convert step", str(entry["artifact"])[:16]
-    return str(entry["version"]), ", ".join(str(file.get("file", file)) for file in entry["files"])
-
-
 def _change(act: Any, ref: str, reason: str, as_json: bool, outcome: str, **options: str | None) -> None:
     from registry.identity import current_user
     from registry.refs import split_ref
 
     name, version = split_ref(ref)
-    event = act(_versions(), name, version, reason=reason, actor=current_user(), **options)
-    _print_event(event, as_json, f"{event.name}@{event.after}: {outcome}")
+    event = act(open_versions(), name, version, reason=reason, actor=current_user(), **options)
+    print_event(event, as_json, f"{event.name}@{event.after}: {outcome}")
 
 
-def _print_event(event: Event, as_json: bool, text: str) -> None:
+def print_event(event: Event, as_json: bool, text: str) -> None:
+    """Prints an event as JSON, or the text with its number."""
     from flows.cli.output import print_json
 
     if as_json:
@@ -217,7 +129,8 @@ def _print_event(event: Event, as_json: bool, text: str) -> None:
         print(f"{text}  (event {event.seq})")
 
 
-def _versions() -> Versions:
+def open_versions() -> Versions:
+    """Opens the versions of the home."""
     from registry.versions.versions import Versions
 
     return Versions(open_home())

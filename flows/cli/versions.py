@@ -251,3 +251,5 @@ def _list_terms(source: dict[str, Any]) -> list[str]:
 def _print_move(event: Event) -> None:
     before, after = (f"{event.name}@{number}" if number else "none" for number in (event.before, event.after))
     print(f"{event.alias}: {before} -> {after}  (event {event.seq})")
+    for warning in event.details.get("warnings", ()):
+        print(f"warning: {warning}")

@@ -1,10 +1,11 @@
-"""Reads `consent.csv`: rights and consent per image, one row per image."""
+"""Reads `consent.csv` or `consent.yaml`: rights and consent per image, one row or entry per image."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from pydantic import ValidationError
 from lora_engine.data.folder import open_inside
 from lora_engine.data.rights import OptOut, Rights
 from lora_engine.data.text_files import clean_text
-from lora_engine.documents import TableRow, read_table
-from lora_engine.errors import DataError
+from lora_engine.documents import read_document, read_table
+from lora_engine.errors import DataError, did_you_mean
 
 COLUMNS = (
     "file",
@@ -32,8 +33,18 @@ COLUMNS = (
 )
 _MAX_TABLE = 64 * 1024 * 1024
 _MAX_CELL = 200
-_SPELLINGS = {"licence": "license"}
-_TRUTH = {"yes": True, "no": False}
+_DOCUMENTS = {".yaml", ".yml", ".json"}
+_SPELLINGS = {
+    "image": "file",
+    "consent_id": "consent",
+    "licence": "license",
+    "basis": "rights",
+    "person_depicted": "person",
+    "expiry": "expires",
+    "opt-out": "opt_out",
+}
+"""Second name of a column -> its name."""
+_TRUTH = {"yes": True, "no": False, "true": True, "false": False}
 
 
 @dataclass(frozen=True)
@@ -49,30 +60,38 @@ class Statement:
     rights: Rights | None = None
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row: the file, its cells by column, and the place of the row and of its columns."""
+
+    file: str
+    cells: Mapping[str, str]
+    where: str
+    place: Callable[[str], str]
+
+
 def read_consent(path: Path) -> dict[str, Statement]:
-    """Returns the statement per file, from the column `file` and any others of `COLUMNS`.
+    """Returns the statement per file, from the column `file` and any others of `COLUMNS`, or their second names.
 
     Other columns are ignored, unless they look like a misspelled one. A row may end early; the rest of it is empty.
 
     Args:
-        path: The table, in UTF-8. `person`, `revocable` and `ai_generated` are `yes` or `no`; `expires` is a day such
-            as 2027-12-31; `opt_out` is `tool/day/result` with the result `clear` or `opted-out`.
+        path: A CSV table in UTF-8, or a YAML or JSON file that maps each file name to its columns. `person`,
+            `revocable` and `ai_generated` are `yes` or `no`; `expires` is a day such as 2027-12-31; `opt_out` is
+            `tool/day/result` with the result `clear` or `opted-out`.
 
     Raises:
-        DataError: The table is missing or invalid; names file, line and column.
+        DataError: The file is missing or invalid; names file, line and column.
     """
     where = str(path)
     if not path.is_file():
         raise DataError("there is no such consent file", where=where, remedy="write a CSV with columns file,consent")
-    with open_inside(path, path.parent) as file:
-        content = file.read(_MAX_TABLE + 1)
-    if len(content) > _MAX_TABLE:
-        raise DataError("is too large", where=where, allowed=f"{_MAX_TABLE:,} bytes")
+    rows = _rows_of_document(path) if path.suffix.lower() in _DOCUMENTS else _rows_of_table(path)
     statements: dict[str, Statement] = {}
-    for row in read_table(content, where, COLUMNS, DataError, spellings=_SPELLINGS):
+    for row in rows:
         # File names are only stripped; other values are shown to users and become one clean line.
-        name = row.cells.get("file", "").strip()
-        cells = {column: clean_text(text) for column, text in row.cells.items() if column != "file"}
+        name = row.file.strip()
+        cells = {column: clean_text(text) for column, text in row.cells.items()}
         if not name or not any(cells.values()):
             raise DataError(
                 "the row needs a file and a consent id, or a value in another column",
@@ -85,7 +104,54 @@ def read_consent(path: Path) -> dict[str, Statement]:
     return statements
 
 
-def _statement(row: TableRow, cells: dict[str, str]) -> Statement:
+def _rows_of_table(path: Path) -> Iterator[_Row]:
+    with open_inside(path, path.parent) as file:
+        content = file.read(_MAX_TABLE + 1)
+    if len(content) > _MAX_TABLE:
+        raise DataError("is too large", where=str(path), allowed=f"{_MAX_TABLE:,} bytes")
+    for row in read_table(content, str(path), COLUMNS, DataError, spellings=_SPELLINGS):
+        cells = {column: text for column, text in row.cells.items() if column != "file"}
+        yield _Row(row.cells.get("file", ""), cells, row.where, row.place)
+
+
+def _rows_of_document(path: Path) -> Iterator[_Row]:
+    document = read_document(path, DataError, allowed="a mapping of file names to columns")
+    for file, stated in document.data.items():
+        where = document.where((file,))
+        if not isinstance(stated, dict):
+            problem = f"{file!r} has {str(stated)[:40]!r}"
+            raise DataError(problem, where=where, allowed=f"the columns {', '.join(COLUMNS[1:])}")
+        places = {"file": where}
+        cells: dict[str, str] = {}
+        for key, value in stated.items():
+            column = _SPELLINGS.get(key.lower(), key.lower())
+            places[column] = place = document.where((file, key))
+            if column not in COLUMNS[1:]:
+                raise DataError(
+                    f"unknown column {key!r}",
+                    where=place,
+                    allowed=", ".join(COLUMNS[1:]),
+                    remedy=did_you_mean(column, COLUMNS[1:]),
+                )
+            if column in cells:
+                raise DataError(f"{key!r} has the meaning of another column", where=place, remedy="delete one of them")
+            cells[column] = _as_text(value, place)
+        yield _Row(file, cells, where, partial(_place, places))
+
+
+def _place(places: Mapping[str, str], column: str) -> str:
+    return places.get(column, places["file"])
+
+
+def _as_text(value: object, where: str) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or isinstance(value, str | int | float):
+        return "" if value is None else str(value)
+    raise DataError(f"the value is {str(value)[:40]!r}", where=where, allowed="text, true or false")
+
+
+def _statement(row: _Row, cells: dict[str, str]) -> Statement:
     consent = cells.get("consent")
     values = {}
     for column, text in cells.items():

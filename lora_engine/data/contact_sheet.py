@@ -21,15 +21,25 @@ def render_contact_sheet(title: str, examination: Examination) -> str:
         summary=examination.manifest.describe(),
         prepared=examination.prepared.describe_preparation() if examination.prepared else "",
         advice=examination.advice,
-        images=[_card(image, groups.get(index)) for index, image in enumerate(examination.images)],
+        images=[
+            _card(image, groups.get(index), examination.ratings.get(image.entry.source))
+            for index, image in enumerate(examination.images)
+        ],
         quarantined=(examination.prepared or examination.manifest).quarantined,
     )
 
 
-def _card(image: Examined, group: int | None) -> dict[str, Any]:
+def _card(image: Examined, group: int | None, rating: float | None) -> dict[str, Any]:
     entry = image.entry
-    notes = [_ROLES[entry.split], f"{entry.repeats} repeats" if entry.repeats > 1 else "", "mask" if entry.mask else ""]
-    notes += image.preparation.describe() if image.preparation is not None else []
+    generation = entry.rights.describe_generation() if entry.rights is not None else ""
+    notes = [
+        _ROLES[entry.split],
+        f"{entry.repeats} repeats" if entry.repeats > 1 else "",
+        "mask" if entry.mask else "",
+        generation,
+        f"rating {rating:.1f}" if rating is not None else "",
+        *(image.preparation.describe() if image.preparation is not None else []),
+    ]
     return {
         **embed_image(image.thumbnail, THUMBNAIL, _QUALITY),
         "review": embed_image(image.review, THUMBNAIL, _QUALITY) if image.review is not None else None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 import re
 import struct
@@ -50,6 +51,8 @@ _WHITE: Color = (255, 255, 255)
 _PILLOW = r"PIL\."
 # Rows of 16-bit values that are scaled at a time, as 64-bit ones.
 _ROWS = 256
+# At DEBUG, Pillow logs the metadata of TIFF and EXIF.
+logging.getLogger("PIL").setLevel(logging.INFO)
 _FILTER = ("ignore", None, UserWarning, re.compile(_PILLOW), 0)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from PIL import Image
+
 from lora_engine.data.caption_files import FoundCaption, stated_origin
+from lora_engine.data.class_images import GIVEN, ClassImage, find_odd, read_class_image
 from lora_engine.data.consent import Statement, read_consent
 from lora_engine.data.decoders import DecodedImage, shared_decoders
 from lora_engine.data.duplicates import Print, find_groups, find_same
@@ -37,6 +41,7 @@ def ingest(
     consent: Path | None = None,
     masks: Path | None = None,
     revoked: Collection[str] = (),
+    prints: dict[str, Print] | None = None,
     progress: Progress = no_progress,
 ) -> Manifest:
     """Reads the folder and writes a dataset: `manifest.json`, `pictures/` and `masks/`, without the files' metadata.
@@ -52,6 +57,7 @@ def ingest(
         consent: A table for `read_consent`; file names are relative to the folder.
         masks: A folder of masks with the names of their images; None means that masks are beside the images only.
         revoked: Digests of images and ids of consents that were revoked; these images are quarantined.
+        prints: Gets the prints of the images by their files in the dataset; None keeps none.
         progress: Called after each file.
 
     Returns:
@@ -74,10 +80,14 @@ def ingest(
     quarantined += _unmatched_masks(layout.masks, ingestion.used_masks)
     if not entries:
         raise _no_images_error(images, quarantined)
+    if settings.generated == "warn":
+        _warn_of_generated(entries)
     quarantined += layout.report()
     if unknown := sorted(set(statements) - set(layout.names)):
         _log.warning("%d rows of %s name no file of the folder, first %r", len(unknown), consent, unknown[0])
     skipped = tuple(Quarantined(source=printable(name), reason=why) for name, why in layout.skipped.items())
+    for problem in find_odd([ingestion.class_images[e.file] for e in entries if e.split == "class"], GIVEN):
+        _log.warning("%s", problem)
     manifest = Manifest(
         pictures=_split(entries, settings.heldout, ingestion.prints),
         quarantined=tuple(quarantined),
@@ -85,6 +95,8 @@ def ingest(
         layout=layout.describe([ingestion.names[entry.file] for entry in entries]),
     )
     manifest.save(out)
+    if prints is not None:
+        prints |= {entry.file: ingestion.prints[entry.file] for entry in manifest.pictures}
     return manifest
 
 
@@ -115,6 +127,7 @@ class _Ingestion:
         self._statements: dict[str, dict[Statement, str]] = defaultdict(dict)
         self.names: dict[str, str] = {}
         self.prints: dict[str, Print] = {}
+        self.class_images: dict[str, ClassImage] = {}
         self._captions: dict[str, FoundCaption] = {}
         self.used_masks: set[str] = set()
         self.transparent: list[str] = []
@@ -154,6 +167,9 @@ class _Ingestion:
                 self._offer_caption(earlier, copied, name)
             raise DataError(f"{'duplicate of' if same else 'has the same short digest as'} {earlier.source}")
         self.prints[file] = opened.print
+        if self._layout.split(name) == "class":
+            pixels = Image.open(io.BytesIO(opened.png))
+            self.class_images[file] = read_class_image(printable(name), pixels, opened.print)
         caption, repeats = self._layout.caption(name), self._layout.repeats(name)
         mask = self._open_mask(name, opened.size)
         is_opacity = mask is None and opened.opacity is not None and self._settings.alpha == "mask"
@@ -219,6 +235,8 @@ class _Ingestion:
             self._refuse_revoked(statement)
             rights = _with_evidence(statement.rights, entry.rights.evidence if entry.rights else ())
             entry = entry.model_copy(update={"consent": statement.consent, "rights": rights})
+        if self._settings.generated == "refuse" and entry.rights is not None and entry.rights.is_generated:
+            raise DataError(f"is {entry.rights.describe_generation()}")
         return entry
 
     def _refuse_revoked(self, statement: Statement) -> None:
@@ -248,6 +266,13 @@ class _Ingestion:
 
 def _with_evidence(rights: Rights | None, evidence: tuple[GenerationSign, ...]) -> Rights | None:
     return (rights or Rights()).model_copy(update={"evidence": evidence}) if evidence else rights
+
+
+def _warn_of_generated(entries: Sequence[ImageEntry]) -> None:
+    found = [entry for entry in entries if entry.rights is not None and entry.rights.is_generated]
+    if found and found[0].rights is not None:
+        how = found[0].rights.describe_generation()
+        _log.warning("%d images are generated, first %s: %s", len(found), found[0].source, how)
 
 
 def _unmatched_masks(masks: Mapping[Owner, Sequence[str]], used: set[str]) -> list[Quarantined]:

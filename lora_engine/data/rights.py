@@ -16,9 +16,15 @@ GenerationSign = Literal[
     "a1111-parameters",
     "comfyui-prompt",
     "comfyui-workflow",
+    "invokeai-metadata",
+    "novelai-metadata",
+    "c2pa-manifest",
+    "c2pa-trained-algorithmic-media",
     "digital-source-type-trained-algorithmic-media",
     "digital-source-type-composite-with-trained-algorithmic-media",
 ]
+PROVENANCE_ONLY: GenerationSign = "c2pa-manifest"
+"""Says where an image comes from, also of photographs."""
 Line = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -53,7 +59,8 @@ class Rights(BaseModel):
         source: Origin of the image.
         opt_out: The check for opt-outs.
         ai_generated: True if the owner states that the image was generated.
-        evidence: Evidence of generation in the file's metadata; empty proves nothing.
+        evidence: Evidence of generation in the file's metadata, and whether it has a C2PA manifest; empty proves
+            nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,3 +76,15 @@ class Rights(BaseModel):
     opt_out: OptOut | None = None
     ai_generated: bool | None = None
     evidence: tuple[GenerationSign, ...] = ()
+
+    @property
+    def is_generated(self) -> bool:
+        """True if the owner or the file says that the image was generated; False proves nothing."""
+        return bool(self.ai_generated or {*self.evidence} - {PROVENANCE_ONLY})
+
+    def describe_generation(self) -> str:
+        """Returns what is known of the image's generation, as `generated (a1111-parameters)`; empty for nothing."""
+        signs = [*(["as its owner states"] if self.ai_generated else []), *self.evidence]
+        if self.is_generated:
+            return f"generated ({', '.join(sign for sign in signs if sign != PROVENANCE_ONLY)})"
+        return "content credentials (C2PA)" if PROVENANCE_ONLY in signs else ""

@@ -40,6 +40,8 @@ class IngestSettings(BaseModel):
         alpha: `composite` shows the background where an image is transparent; `mask` also makes its opacity the mask of
             an image without another.
         background: Color behind transparent images, as `#rrggbb`.
+        generated: What happens to images that their metadata or their owner call generated: `allow`, `warn`, or
+            `refuse`, which quarantines them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +56,7 @@ class IngestSettings(BaseModel):
     ] = "auto"
     alpha: Annotated[Literal["composite", "mask"], AddedLater()] = "composite"
     background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$"), AddedLater()] = "#ffffff"
+    generated: Annotated[Literal["allow", "warn", "refuse"], AddedLater()] = "allow"
 
     @property
     def background_color(self) -> tuple[int, int, int]:

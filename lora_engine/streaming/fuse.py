@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_engine.checkpoints.tensor_files import StoredTensor
 from lora_engine.errors import AdapterError
-from lora_engine.streaming.blocks import read_rows
+from lora_engine.streaming.blocks import read_rows, refuse_not_finite
 from lora_engine.streaming.inputs import (
     Sameness,
     Updates,
@@ -197,6 +197,7 @@ def _write(
     if changes:
         rewrite(model.files[source][0], target, headers[source], changes, watch, rounding)
     else:
+        refuse_not_finite(model.files[source][0].items())
         copy_whole(source, target)
 
 

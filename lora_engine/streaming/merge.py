@@ -19,7 +19,7 @@ from lora_engine.checkpoints.tensor_files import StoredTensor
 from lora_engine.errors import BaseModelError, SettingsError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 from lora_engine.streaming.arithmetic import CHECKPOINT_METHODS, CheckpointMethod
-from lora_engine.streaming.blocks import read_rows
+from lora_engine.streaming.blocks import read_rows, refuse_not_finite
 from lora_engine.streaming.channels import common_channels
 from lora_engine.streaming.model import StoredModel, open_model
 from lora_engine.streaming.output import check_apart, check_output, copy_whole, write_model
@@ -187,6 +187,7 @@ def _write(
     if changes:
         rewrite(tensors, target, without_stale(metadata) | note, changes, rounding=rounding)
     else:
+        refuse_not_finite(tensors.items())
         copy_whole(source, target)
 
 

@@ -20,7 +20,7 @@ from lora_engine.checkpoints.tensor_files import StoredTensor
 from lora_engine.errors import BaseModelError, EngineError
 from lora_engine.files import atomic_write, canonical_json
 from lora_engine.finite import are_finite, is_finite, not_finite
-from lora_engine.streaming.blocks import BLOCK, as_bytes, read_rows
+from lora_engine.streaming.blocks import BLOCK, as_bytes, not_finite_model, read_rows, refuse_not_finite
 from lora_engine.streaming.direct_writer import PAGE, DirectWriter, read_bytes
 from lora_engine.streaming.rounding import Rounding, cast_into
 from lora_engine.streaming.tensor_change import Opener, TensorChange, fitting_scale
@@ -50,10 +50,11 @@ def rewrite(
 
     Raises:
         AdapterError: A changed value is NaN or does not fit the tensor's dtype; partial files are removed.
-        BaseModelError: A changed tensor holds NaN or infinity, or a scale has to be raised and is in another file.
+        BaseModelError: A tensor holds NaN or infinity, or a scale has to be raised and is in another file.
         OSError: The disk is full; partial files are removed.
     """
     rounding = Rounding() if rounding is None else rounding
+    refuse_not_finite((name, stored) for name, stored in tensors.items() if name not in changes)
     atomic_write(output, lambda file: _write(file, tensors, metadata, changes, watch, rounding))
 
 
@@ -193,12 +194,7 @@ class _ChangedTensor:
         where = f"{self._stored.path}: tensor {self._name!r}"
         before = read_rows(source, self._stored, first, len(block))
         if not is_finite(before):
-            return BaseModelError(
-                "the model has values that are NaN or infinite",
-                where=where,
-                allowed="finite values",
-                remedy="download or save the model again",
-            )
+            return not_finite_model(where)
         values = before.to(torch.float64)
         self._change.apply(values, before, first)
         return not_finite(where, block, values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from itertools import cycle
 from pathlib import Path
 
 from lora_engine.bases.base import BaseModel
+from lora_engine.data.class_images import DRAWN, GIVEN, find_odd, read_class_image
+from lora_engine.data.images import open_image
 from lora_engine.data.manifest import Manifest, Split
 from lora_engine.data.pixels import write_png
 from lora_engine.errors import DataError, SettingsError
@@ -19,6 +22,7 @@ from lora_engine.training.examples import Example, ImageSize
 from lora_engine.training.spec import Prior
 
 _BATCH = 8
+_log = logging.getLogger(__name__)
 
 
 def prior_prompts(prior: Prior, class_word: str | None) -> tuple[str, ...]:
@@ -41,7 +45,7 @@ def prior_prompts(prior: Prior, class_word: str | None) -> tuple[str, ...]:
 def read_class_images(
     folder: Path, prior: Prior, class_word: str | None, sizes: Collection[ImageSize], split: Split = "train"
 ) -> tuple[Example, ...]:
-    """Returns images of a dataset as class images; uncaptioned ones get the prompts in turn.
+    """Returns images of a dataset as class images; uncaptioned ones get the prompts in turn. Warns of useless ones.
 
     Args:
         folder: A dataset.
@@ -81,7 +85,14 @@ def read_class_images(
             where=str(folder),
             remedy="preprocess both datasets alike, or set prior.batches to alternating",
         )
+    _warn_of_odd([image.source for image in images], examples, GIVEN)
     return examples
+
+
+def _warn_of_odd(names: Sequence[str], examples: Sequence[Example], fix: str) -> None:
+    images = [read_class_image(name, open_image(image.file)) for name, image in zip(names, examples, strict=True)]
+    for problem in find_odd(images, fix):
+        _log.warning("%s", problem)
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,10 @@ class ClassImages:
     check: Callable[[int], None]
 
     def draw(self, sizes: Sequence[ImageSize]) -> tuple[Example, ...]:
-        """Draws class images in the sizes of the user's images: in proportion, at least one per size."""
+        """Draws class images in the sizes of the user's images: in proportion, at least one per size.
+
+        Warns of images that preserve nothing.
+        """
         examples: list[Example] = []
         for size, occurrences in sorted(Counter(sizes).items()):
             count = max(1, round(self.prior.count * occurrences / len(sizes)))
@@ -118,6 +132,7 @@ class ClassImages:
                     Example(file, sha256_file(file), prompt, size) for file, prompt in zip(files, prompts, strict=True)
                 ]
         self.check(len(examples))
+        _warn_of_odd([f"number {number}" for number in range(len(examples))], examples, DRAWN)
         return tuple(examples)
 
     def _draw_batch(self, size: ImageSize, numbers: range, prompts: list[str]) -> list[Path]:

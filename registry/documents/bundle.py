@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_engine.documents import parse_json
 from lora_engine.files import sha256_file
 from registry.documents.keys import PublicKey, key_of
 from registry.entities import is_digest
@@ -73,8 +74,9 @@ def parse_bundle(content: bytes) -> Signature:
     """
     try:
         signature = _read_form(content)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SignatureError(f"the signature cannot be read ({error!r})", remedy="sign again") from None
+    except (SignatureError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = error.problem if isinstance(error, SignatureError) else repr(error)
+        raise SignatureError(f"the signature cannot be read ({problem})", remedy="sign again") from None
     if signature is None:
         raise SignatureError(
             "the signature has an unknown form", allowed=f"{_BUNDLE}, {_PREDICATE}", remedy="sign again"
@@ -83,14 +85,14 @@ def parse_bundle(content: bytes) -> Signature:
 
 
 def _read_form(content: bytes) -> Signature | None:
-    bundle = json.loads(content[:MAX_BUNDLE])
+    bundle = _parse(content)
     key, envelope = str(bundle["verificationMaterial"]["publicKey"]["hint"]), bundle["dsseEnvelope"]
     (signed,) = envelope["signatures"]
     for encoded in (signed["sig"], envelope["payload"]):
         # Several texts decode to the same bytes.
         if base64.b64encode(base64.b64decode(encoded, validate=True)).decode() != encoded:
             return None
-    statement = json.loads(base64.b64decode(envelope["payload"]))
+    statement = _parse(base64.b64decode(envelope["payload"]))
     (subject,), resources = statement["subject"], statement["predicate"]["resources"]
     digests = {str(entry["name"]): str(entry["digest"]) for entry in resources if entry["algorithm"] == "sha256"}
     is_known = statement["predicateType"] == _PREDICATE and is_digest(key)
@@ -98,6 +100,10 @@ def _read_form(content: bytes) -> Signature | None:
     if not (is_known and are_files and len(digests) == len(resources)):
         return None
     return Signature(key, str(subject["name"]), digests) if content in _forms(key, signed["sig"], envelope) else None
+
+
+def _parse(content: bytes) -> Any:
+    return parse_json(content, "", SignatureError, max_bytes=MAX_BUNDLE)
 
 
 def _forms(key: str, signature: str, envelope: Mapping[str, Any]) -> list[bytes]:

@@ -47,6 +47,9 @@ HUB: Mapping[str, str] = {
 
 _RAIL = {
     "LicenseRef-CreativeML-OpenRAIL-M": "creativeml-openrail-m",
+    "LicenseRef-CreativeML-OpenRAILpp-M": "openrail++",
+    "LicenseRef-CreativeML-OpenRAILpp-M-SDXL": "openrail++",
+    # Ids of earlier releases, which SPDX does not allow.
     "LicenseRef-CreativeML-OpenRAIL++-M": "openrail++",
     "LicenseRef-CreativeML-OpenRAIL++-M-SDXL": "openrail++",
     "LicenseRef-OpenRAIL": "openrail",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from lora_engine.documents import parse_json
 from lora_engine.files import canonical_json
 from registry.context import RegistryContext
 from registry.documents.facts import Facts
@@ -174,8 +174,8 @@ def document_problems(file: str, content: bytes, sha256: str) -> Iterator[str]:
     """
     try:
         digest = _subject(file, content)
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-        yield f"it cannot be read ({error!r})"
+    except (StoreError, KeyError, IndexError, TypeError) as error:
+        yield f"it cannot be read ({error.problem if isinstance(error, StoreError) else repr(error)})"
         return
     if digest is not None and digest != sha256:
         yield f"it is for an adapter with digest {digest}"
@@ -187,7 +187,7 @@ def _subject(file: str, content: bytes) -> str | None:
     """Returns the adapter's digest in a JSON document; None for other documents."""
     if file not in {*DOCUMENT_FILES[PROVENANCE], *DOCUMENT_FILES[BOM]}:
         return None
-    document: Any = json.loads(content)
+    document: Any = parse_json(content, file, StoreError)
     if file in DOCUMENT_FILES[PROVENANCE]:
         return str(document["subject"][0]["digest"]["sha256"])
     return str(document["metadata"]["component"]["hashes"][0]["content"])

@@ -27,6 +27,7 @@ from registry.entities import Problem, now
 from registry.errors import DamagedBlob, HomeError, LineageError, MissingBlob, StoreError, disk_errors
 from registry.home import Home
 from registry.maintenance.archive import ARCHIVE_SUFFIX, pack_archive
+from registry.maintenance.backup_leftovers import PARTIAL, mark_of, remove_leftovers
 from registry.maintenance.check_chain import EVENTS, KnownHead, check_heads
 from registry.maintenance.gc_roots import known_artifacts, recorded_list, version_roots
 from registry.store.artifacts import Store, open_regular, open_store
@@ -109,11 +110,21 @@ def backup(home: Home, target: Path) -> Backup:
         )
     if home.path in (target, *target.parents):
         raise StoreError("a backup must not be inside its home", where=str(target), remedy="name another folder")
-    if target.suffix != ARCHIVE_SUFFIX:
-        return _backup(home, target)
+    try:
+        with home.lock("gc", timeout=0):
+            return _backup(home, target) if target.suffix != ARCHIVE_SUFFIX else _backup_to_archive(home, target)
+    except Timeout:
+        raise HomeError(
+            "a collection or another backup is running", where=str(home.path), remedy="wait until it ends"
+        ) from None
+
+
+def _backup_to_archive(home: Home, target: Path) -> Backup:
+    prefix = f".{target.name}.{mark_of(home)}"
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".partial") as name:
+        remove_leftovers(target.parent, f".{target.name}.", prefix)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix, suffix=PARTIAL) as name:
             done = _backup(home, Path(name))
             pack_archive(Path(name), target)
     return Backup(target, done.blobs, done.copied, done.size, done.left_out, done.problems)
@@ -125,19 +136,18 @@ def _backup(home: Home, target: Path) -> Backup:
         if target.is_dir() and any(target.iterdir()) and not snapshots.is_dir():
             raise StoreError("the folder has other content", where=str(target), remedy="name an empty or a new folder")
         snapshots.mkdir(parents=True, exist_ok=True)
-        partial_folder = Path(tempfile.mkdtemp(dir=snapshots, prefix=".", suffix=".partial"))
+        prefix = f".{mark_of(home)}"
+        remove_leftovers(snapshots, ".", prefix)
+        for folder in (target / BLOBS).glob("*/"):
+            remove_leftovers(folder, ".", "\0")
+        partial_folder = Path(tempfile.mkdtemp(dir=snapshots, prefix=prefix, suffix=PARTIAL))
         try:
-            with home.lock("gc", timeout=0):
-                done, manifest = _fill(home, target, partial_folder)
+            done, manifest = _fill(home, target, partial_folder)
             atomic_write(partial_folder / MANIFEST, canonical_json(manifest.model_dump(mode="json")))
             partial_folder.chmod(0o755)
             path = snapshots / f"{now():%Y%m%dT%H%M%S.%fZ}"
             partial_folder.rename(path)
             sync_folder(snapshots)
-        except Timeout:
-            raise HomeError(
-                "a collection or another backup is running", where=str(home.path), remedy="wait until it ends"
-            ) from None
         finally:
             shutil.rmtree(partial_folder, ignore_errors=True)
     return Backup(path, done.blobs, done.copied, done.size, done.left_out, done.problems)

@@ -6,13 +6,15 @@ import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from registry.entities import AdapterVersion, Decision
-from registry.policy.consent import ConsentFindings
+from registry.policy.consent import ConsentFindings, ConsentPolicy
 from registry.policy.license_terms import LicenseTerms, allows_commercial, conflicts
+
+Pattern = Annotated[str, Field(max_length=1_000)]
 
 
 class AliasPolicy(BaseModel):
@@ -25,6 +27,7 @@ class AliasPolicy(BaseModel):
             use is also allowed.
         needs_consent: `known`: no consent has expired and no owner opted out; `complete`: every required statement
             about the images exists.
+        allows_generated: False refuses versions with images that their metadata or owners call generated.
         needs_signature: Requires a valid signature.
         protected: The alias survives withdrawal and deletion of its version, and only `movers` may remove it.
         movers: Users who may move or remove the alias: names or patterns such as `*@lab`; one must match the actor.
@@ -37,9 +40,10 @@ class AliasPolicy(BaseModel):
     needs_gate: bool = False
     needs_licence: Literal["none", "known", "commercial"] = "none"
     needs_consent: Literal["none", "known", "complete"] = "none"
+    allows_generated: bool = True
     needs_signature: bool = False
     protected: bool = False
-    movers: tuple[str, ...] = Field(default=("*",), min_length=1)
+    movers: tuple[Pattern, ...] = Field(default=("*",), min_length=1)
     overridable: bool = True
 
     def may_move(self, actor: str) -> bool:
@@ -79,6 +83,7 @@ class PolicyFacts:
         structure: Findings of the adapter validation: broken, not finite, not matching its base.
         terms: Resolved license terms; None means unchecked, which fails a policy that needs a license.
         consent: Statements about the images; None means unchecked.
+        consent_policy: What the home and the ingest steps say of broken and missing statements, for every alias.
         revoked: Revoked upstream subjects.
         signature: Findings of the signature check; None means unchecked.
         actor: User who requests the alias; None if nobody moves it.
@@ -88,6 +93,7 @@ class PolicyFacts:
     structure: Sequence[str] = ()
     terms: LicenseTerms | None = None
     consent: ConsentFindings | None = None
+    consent_policy: ConsentPolicy = "off"
     revoked: Sequence[str] = ()
     signature: Sequence[str] | None = None
     actor: str | None = ""
@@ -115,7 +121,13 @@ def decide(version: AdapterVersion, policy: AliasPolicy, facts: PolicyFacts) -> 
     ]
     if policy.needs_signature:
         reasons += ["its signature was not checked"] if facts.signature is None else facts.signature
-    return Decision(not (final or reasons), (*final, *reasons), tuple(final))
+    warnings = facts.consent.warnings if facts.consent is not None and facts.consent_policy != "off" else ()
+    return Decision(
+        not (final or reasons),
+        (*final, *reasons),
+        tuple(final),
+        tuple(warning for warning in warnings if warning not in reasons),
+    )
 
 
 def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
@@ -142,13 +154,17 @@ def _license_reasons(policy: AliasPolicy, facts: PolicyFacts) -> Iterator[str]:
 
 
 def _consent_reasons(policy: AliasPolicy, facts: PolicyFacts) -> Iterator[str]:
-    if policy.needs_consent == "none":
+    is_strict = facts.consent_policy == "strict"
+    if not policy.allows_generated and (facts.consent is None or facts.consent.generated):
+        count = facts.consent.generated if facts.consent is not None else "an unknown number of"
+        yield f"{count} images are generated, as their metadata or owners say"
+    if policy.needs_consent == "none" and not is_strict:
         return
     if facts.consent is None:
         yield "the consent for its images was not checked"
         return
     yield from facts.consent.broken
-    if policy.needs_consent == "complete":
+    if policy.needs_consent == "complete" or is_strict:
         yield from facts.consent.missing
 
 

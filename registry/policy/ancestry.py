@@ -25,6 +25,7 @@ from registry.lineage.graph import (
     version_ref,
 )
 from registry.lineage.rows import read_artifacts
+from registry.policy.consent import CONSENT_POLICIES, ConsentPolicy
 from registry.store.database import batched
 from registry.store.tables import ArtifactRow, ContentRow, ExecutionRow, InputRow, ParentRow, VersionRow
 
@@ -85,6 +86,12 @@ class Ancestry:
             *origins,
         ]
         return frozenset(str(name) for name in stated if name)
+
+    @property
+    def consent_policies(self) -> frozenset[ConsentPolicy]:
+        """The policies that ingest steps upstream set for consent."""
+        stated = {(settings.get("settings") or {}).get("consent_policy") for settings in self.settings.values()}
+        return frozenset(policy for policy in CONSENT_POLICIES if policy in stated)
 
 
 def trace(session: Session, artifact: ArtifactRef) -> Ancestry:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -67,7 +67,7 @@ def judge_alias(
 def without_overridden(decision: Decision, overridden: frozenset[str]) -> Decision:
     """Returns a decision without the reasons that were overridden; final ones stay."""
     reasons = tuple(reason for reason in decision.reasons if reason in decision.final or reason not in overridden)
-    return Decision(not reasons, reasons, decision.final)
+    return replace(decision, allowed=not reasons, reasons=reasons)
 
 
 def overridden_reasons(session: Session, version: AdapterVersion, alias: str) -> frozenset[str]:

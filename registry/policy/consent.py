@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import Any
+from typing import Any, Literal
 
 from registry.entities import ArtifactRef
 
 Entry = Mapping[str, Any]
 """An image as a manifest lists it."""
+ConsentPolicy = Literal["off", "warn", "strict"]
+"""What broken and missing statements do: nothing, a warning that is recorded, or a refusal."""
+_PROVENANCE = {"c2pa-manifest"}
+"""What photographs can have, too; `PROVENANCE_ONLY` of the engine."""
+CONSENT_POLICIES: tuple[ConsentPolicy, ...] = ("off", "warn", "strict")
 
 
 @dataclass(frozen=True)
@@ -22,12 +27,19 @@ class ConsentFindings:
         broken: Statements that do not hold: expired, opted out, unreadable.
         missing: Statements that a complete record requires and that do not exist.
         generated: Number of images declared or detected as AI-generated; 0 does not prove that none is.
+        is_stated: True if there is a statement about any image.
     """
 
     pictures: int = 0
     broken: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     generated: int = 0
+    is_stated: bool = True
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the policy `warn` shows. A dataset without any statement claims nothing, so none of its are missing."""
+        return (*self.broken, *(self.missing if self.is_stated else ()))
 
 
 def find_consent(
@@ -49,14 +61,20 @@ def find_consent(
         for ref, listed in datasets.items()
         if listed is None
     )
-    broken = (*unreadable, *_counted(images, lambda entry: _broken(entry, today)))
+    broken = (*unreadable, *_counted(images, lambda entry: find_broken(entry, today)))
     missing = tuple(_counted(images, _missing))
     if not datasets:
         missing = ("no dataset is recorded, so consent is unknown",)
     elif undocumented:
         missing += (f"no dataset is recorded for {', '.join(undocumented)}, so consent is unknown",)
     generated = {entry["sha256"] for entry in images if _is_generated(entry)}
-    return ConsentFindings(len(digests), broken, missing, len(generated))
+    is_stated = any(map(has_statement, images))
+    return ConsentFindings(len(digests), broken, missing, len(generated), is_stated)
+
+
+def strictest(policies: Iterable[ConsentPolicy | None]) -> ConsentPolicy:
+    """Returns the strictest of the policies that are set; `warn` if none is."""
+    return CONSENT_POLICIES[max((CONSENT_POLICIES.index(policy) for policy in policies if policy), default=1)]
 
 
 def rights_of(image: Entry) -> Entry:
@@ -64,17 +82,25 @@ def rights_of(image: Entry) -> Entry:
     return image.get("rights") or {}
 
 
-def _is_generated(entry: Entry) -> bool:
-    return bool(rights_of(entry).get("evidence") or rights_of(entry).get("ai_generated"))
-
-
-def _broken(entry: Entry, today: date) -> Iterator[str]:
+def find_broken(entry: Entry, today: date) -> Iterator[str]:
+    """Yields why an image may not be used any more: its consent expired, or its owner opted out."""
     rights = rights_of(entry)
     expires = rights.get("expires")
     if expires is not None and date.fromisoformat(expires) < today:
         yield f"with consent that expired on {expires}"
     if (rights.get("opt_out") or {}).get("result") == "opted-out":
         yield "of an owner who opted out"
+
+
+def has_statement(entry: Entry) -> bool:
+    """Returns True if anything is stated about an image, beside the evidence in its file."""
+    if entry.get("consent"):
+        return True
+    return any(value is not None for name, value in rights_of(entry).items() if name != "evidence")
+
+
+def _is_generated(entry: Entry) -> bool:
+    return bool({*rights_of(entry).get("evidence", ())} - _PROVENANCE or rights_of(entry).get("ai_generated"))
 
 
 def _missing(entry: Entry) -> Iterator[str]:

@@ -18,7 +18,7 @@ from registry.identity import current_user
 from registry.policy.alias_policy import PolicyFacts, decide
 from registry.policy.consent import ConsentFindings
 from registry.policy.policy_file import read_policies
-from registry.policy.rights import resolve_rights, revoked_upstream
+from registry.policy.rights import resolve_rights
 from registry.store.tables import EventRow
 
 
@@ -51,16 +51,15 @@ def evaluate_policy(
     Raises:
         PolicyError: The home's policy or table of licenses cannot be used.
     """
-    policy, actor = read_policies(context.home.path).of(alias), (actor or current_user()) if moves else None
+    policies, actor = read_policies(context.home.path), (actor or current_user()) if moves else None
+    policy = policies.of(alias)
     with nullcontext(session) if session is not None else context.lineage.database.read() as current:
         facts: dict[str, Any] = {"actor": actor, "damage": damage, "structure": structure}
-        if policy.needs_licence == "none" and policy.needs_consent == "none":
-            facts["revoked"] = revoked_upstream(current, version)
-        else:
-            rights = resolve_rights(current, context, version, today=today)
-            facts |= {"revoked": rights.revoked, "terms": rights.terms, "consent": rights.consent}
-            if today is None and policy.needs_consent != "none":
-                facts["consent"] = _by_the_log(current, context, version, rights.consent)
+        rights = resolve_rights(current, context, version, today=today)
+        facts |= {"revoked": rights.revoked, "terms": rights.terms, "consent": rights.consent}
+        facts["consent_policy"] = rights.consent_policy
+        if today is None and (policy.needs_consent != "none" or rights.consent_policy != "off"):
+            facts["consent"] = _by_the_log(current, context, version, rights.consent)
     if policy.needs_signature:
         facts["signature"] = tuple(signature_findings(context, version))
     return decide(version, policy, PolicyFacts(**facts))

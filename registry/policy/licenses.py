@@ -159,10 +159,18 @@ class Licenses(BaseModel):
         return unknown(base)
 
     def updated(self, changes: Licenses) -> Licenses:
-        """Returns this table with the entries of another one, which replace licenses of the same id."""
-        replaced = {entry.id for entry in changes.licenses}
+        """Returns this table with the entries of another one, which replace licenses of the same id or alias."""
+        own = tuple(map(self._with_current_id, changes.licenses))
+        replaced = {entry.id for entry in own}
         licenses = tuple(entry for entry in self.licenses if entry.id not in replaced)
-        return changes.model_copy(update={"licenses": licenses + changes.licenses, "bases": self.bases + changes.bases})
+        return changes.model_copy(update={"licenses": licenses + own, "bases": self.bases + changes.bases})
+
+    def _with_current_id(self, entry: License) -> License:
+        """Returns an entry whose id is an alias here, such as an id of an earlier release, with the id of today."""
+        known = next((known for known in self.licenses if entry.id in known.aliases), None)
+        if known is None:
+            return entry
+        return entry.model_copy(update={"id": known.id, "aliases": tuple({*entry.aliases, *known.aliases})})
 
 
 def read_licenses(home: Path | None = None) -> Licenses:

@@ -11,19 +11,21 @@ from lora_engine.documents import read_document
 from registry.entities import check_alias
 from registry.errors import PolicyError, VersionError
 from registry.policy.alias_policy import PRESETS, AliasPolicy
+from registry.policy.consent import ConsentPolicy
 from registry.policy.licenses import describe_problems
 
 _NAME = "policy.yaml"
-_KEYS = "policy, aliases, recall, similar, similarity"
+_KEYS = "policy, aliases, consent, recall, similar, similarity"
 
 
 class _PolicyFile(BaseModel):
-    """The file: a preset, changes by alias, what a revocation does, and what an import does about similar content."""
+    """The file: a preset, changes by alias, and what consent, a revocation and similar content of an import do."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     policy: Literal["default", "strict"] = "default"
     aliases: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    consent: ConsentPolicy | None = None
     recall: Literal["flag", "withdraw"] = "flag"
     similar: Literal["warn", "refuse", "ignore"] = "warn"
     similarity: float = Field(default=0.7, ge=0.5, le=1.0)
@@ -34,6 +36,8 @@ class Policies(BaseModel):
 
     Attributes:
         aliases: The policy of each alias.
+        consent: What broken and missing statements about images do to training and to every alias; None leaves it to
+            the ingest steps, and is `warn` if they set none.
         recall: Default action for versions that a revocation affects.
         similar: Action of an import if the content of the file resembles that of a registered adapter.
         similarity: Absolute cosine from which contents are similar, 0.5 to 1; unrelated ones stay below 0.5.
@@ -42,6 +46,7 @@ class Policies(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     aliases: dict[str, AliasPolicy] = Field(default_factory=lambda: dict(PRESETS["default"]))
+    consent: ConsentPolicy | None = None
     recall: Literal["flag", "withdraw"] = "flag"
     similar: Literal["warn", "refuse", "ignore"] = "warn"
     similarity: float = Field(default=0.7, ge=0.5, le=1.0)
@@ -89,4 +94,4 @@ def read_policies(home: Path) -> Policies:
     if problems:
         allowed = ", ".join(AliasPolicy.model_fields)
         raise PolicyError("; ".join(problems), where=places[0], allowed=allowed, remedy=remedy)
-    return Policies(aliases=aliases, recall=file.recall, similar=file.similar, similarity=file.similarity)
+    return Policies(aliases=aliases, **file.model_dump(include={"consent", "recall", "similar", "similarity"}))

@@ -10,9 +10,10 @@ from sqlalchemy.orm import Session
 from registry.context import RegistryContext
 from registry.entities import AdapterVersion, ArtifactRef, now
 from registry.policy.ancestry import trace
-from registry.policy.consent import ConsentFindings, find_consent
+from registry.policy.consent import ConsentFindings, ConsentPolicy, find_consent, strictest
 from registry.policy.license_terms import LicenseTerms
 from registry.policy.licenses import Licenses, read_licenses
+from registry.policy.policy_file import read_policies
 from registry.policy.revocations import active_revocations, describe_revoked, find_revoked
 from registry.policy.terms import Source, read_datasets, resolve_terms
 
@@ -25,6 +26,7 @@ class VersionRights:
         terms: The license terms of everything upstream, combined.
         sources: The statements that the terms come from.
         consent: Consent statements about the images.
+        consent_policy: What broken and missing statements do: the strictest of the home and of the ingest steps.
         revoked: Descriptions of everything revoked upstream.
         licenses: The license table that was applied.
     """
@@ -32,6 +34,7 @@ class VersionRights:
     terms: LicenseTerms
     sources: tuple[Source, ...]
     consent: ConsentFindings
+    consent_policy: ConsentPolicy
     revoked: tuple[str, ...]
     licenses: Licenses
 
@@ -48,13 +51,14 @@ def resolve_rights(
         today: Date to compare consents with; None means the current UTC date.
 
     Raises:
-        PolicyError: The home's license table is invalid.
+        PolicyError: The home's policy or license table is invalid.
     """
     ancestry, licenses = trace(session, version.artifact), read_licenses(context.home.path)
     datasets = read_datasets(context.store, ancestry.datasets)
     return VersionRights(
         *resolve_terms(ancestry, datasets, licenses),
         consent=find_consent(datasets, today or now().date(), ancestry.undocumented),
+        consent_policy=strictest({read_policies(context.home.path).consent, *ancestry.consent_policies}),
         revoked=describe_revoked(find_revoked(session, ancestry)),
         licenses=licenses,
     )

@@ -88,7 +88,8 @@ def promote(
         if not override or decision.final or not policy.overridable:
             raise _refuse(versions, version, to, decision, actor, _remedy(override, decision, policy))
         action = "override"
-    details = {"overridden": list(overridden)} if action == "override" else None
+    details = {"overridden": list(overridden)} if action == "override" else {}
+    details |= {"warnings": list(decision.warnings)} if decision.warnings else {}
     with versions.lineage.database.write() as session:
         require_expected(session, queries.read_version(session, name, ref), ref, version.version)
         _refuse_revoked(session, versions, version, to, actor)
@@ -158,7 +159,14 @@ def rollback(
     with versions.lineage.database.write() as session:
         _refuse_revoked(session, versions, target, alias, actor)
         event = queries.move_alias(
-            session, target, alias, expected=current, action="rollback", actor=actor, reason=reason
+            session,
+            target,
+            alias,
+            expected=current,
+            action="rollback",
+            actor=actor,
+            reason=reason,
+            details={"warnings": list(decision.warnings)} if decision.warnings else None,
         )
     versions.sync()
     return event

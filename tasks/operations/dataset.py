@@ -5,16 +5,20 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_engine.data.spec import CaptionSettings, IngestSettings, PreprocessSettings
 from lora_engine.errors import SettingsError
 from lora_engine.files import atomic_write
 from tasks.operations.captions import check_settings, find_caption_problems
 from tasks.operations.preparation import find_preparation_models, with_folders
+
+if TYPE_CHECKING:
+    from lora_engine.data.class_images import Likeness
+    from lora_engine.data.examination import Examination
 
 
 def examine_folder(
@@ -29,6 +33,7 @@ def examine_folder(
     class_word: str | None = None,
     base: str | None = None,
     clip: str | None = None,
+    aesthetic: Path | None = None,
     preparation: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Returns what ingest makes of a folder, and what is odd about it.
@@ -43,20 +48,23 @@ def examine_folder(
         trigger: The word for the concept, which is checked against the base.
         class_word: The class of the concept.
         base: The base whose tokenizers read trigger and captions; None checks neither.
-        clip: Folder of a CLIP that compares captions with their images; None does not.
+        clip: Folder of a CLIP that compares captions and class images with their texts; None does not.
+        aesthetic: File or folder of a head on that CLIP that rates the images; None rates none.
         preparation: Settings of preprocess besides the resolution, such as `crop` and `mask`; empty prepares no image.
 
     Returns:
         `dataset` and `prepared` (a line each), `images` (as in the manifest), `quarantined`, `skipped` (reason ->
-        number of images), `alike` (groups of names), `flaws` (by name), `advice` and `page`.
+        number of images), `alike` (groups of names), `generation` (what is known of it, by name), `duplicates` (which
+        image to keep of each group), `flaws` and `ratings` (by name), `advice` and `page`.
 
     Raises:
         DataError: The folder cannot be read or has no usable image.
         SettingsError: A setting is out of its range.
         BaseModelError: There is no such base.
     """
+    from lora_engine.data.class_images import GIVEN, find_odd
     from lora_engine.data.contact_sheet import render_contact_sheet
-    from lora_engine.data.examination import examine_images
+    from lora_engine.data.examination import class_images_of, examine_images
 
     settings = check_settings(IngestSettings, {"layout": layout, "heldout": heldout})
     captioned = check_settings(
@@ -79,7 +87,9 @@ def examine_folder(
         captions = {entry.source: entry.caption for entry in examination.concept if entry.caption}
         files = {entry.source: Path(work) / entry.file for entry in examination.concept}
         findings, _ = find_caption_problems(captions, files, captioned)
-    examination = replace(examination, advice=(*examination.advice, *map(str, findings)))
+        likeness, ratings = _compare(examination, Path(work), clip, aesthetic)
+    odd = find_odd(class_images_of(examination), GIVEN, likeness)
+    examination = replace(examination, advice=(*examination.advice, *map(str, findings), *odd), ratings=ratings)
     if page is not None:
         atomic_write(page, render_contact_sheet(images.resolve().name, examination).encode())
     manifest, prepared = examination.manifest, examination.prepared
@@ -91,7 +101,39 @@ def examine_folder(
         "quarantined": [item.model_dump() for item in (prepared or manifest).quarantined],
         "skipped": dict(Counter(item.reason for item in manifest.skipped or ())),
         "alike": [[names[index] for index in group] for group in examination.groups],
+        "generation": {
+            entry.source: text
+            for entry in manifest.pictures
+            if entry.rights is not None and (text := entry.rights.describe_generation())
+        },
         "flaws": {image.entry.source: list(image.flaws) for image in examination.images if image.flaws},
+        "duplicates": [asdict(group) for group in examination.duplicates],
+        "ratings": dict(ratings),
         "advice": list(examination.advice),
         "page": str(page) if page is not None else None,
     }
+
+
+def _compare(
+    examination: Examination, work: Path, clip: str | None, aesthetic: Path | None
+) -> tuple[Likeness | None, Mapping[str, float]]:
+    """Returns how alike the class images and their captions are, and the rating of each image by its name."""
+    if clip is None:
+        if aesthetic is not None:
+            raise SettingsError("--aesthetic rates the vectors of a CLIP", remedy="give its folder as --clip")
+        return None, {}
+    from lora_engine.evaluation.aesthetic import load_rating_head, rate_images
+    from lora_engine.evaluation.class_likeness import measure_likeness
+    from lora_engine.evaluation.embedder import load_embedder
+
+    embedder, entries = load_embedder(clip), examination.manifest.pictures
+    classes = [entry for entry in entries if entry.split == "class"]
+    likeness = None
+    if classes and all(entry.caption for entry in classes):
+        files = [work / entry.file for entry in classes]
+        likeness = measure_likeness(embedder, files, [entry.caption for entry in classes])
+    if aesthetic is None:
+        return likeness, {}
+    head = load_rating_head(aesthetic, embedder.embed_texts([""]).shape[1])
+    ratings = rate_images(embedder, head, [work / entry.file for entry in entries])
+    return likeness, dict(zip((entry.source for entry in entries), ratings, strict=True))

@@ -31,6 +31,7 @@ def describe_rights(versions: Versions, version: AdapterVersion) -> dict[str, An
             "count": consent.pictures,
             "broken": list(consent.broken),
             "missing": list(consent.missing),
+            "policy": rights.consent_policy,
             # Generated images need not carry a sign of it.
             "signs_of_generation": consent.generated or "no evidence",
         },

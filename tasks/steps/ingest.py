@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from lora_engine.data.spec import IngestSettings
 from lora_engine.errors import DataError
+from lora_engine.settings import AddedLater
+from registry.policy.consent import ConsentPolicy
 from tasks.digests import PathDigest
 from tasks.spec import External, StepSpec
 from tasks.step import Context, always, step
@@ -18,14 +20,20 @@ class Ingest(StepSpec, IngestSettings):
     """The folder or archive of images, that of masks, the file of consents, and the share to hold out from training.
 
     Attributes:
+        images: The folder or archive of images.
         masks: Folder of masks with the names of their images, in the same subfolders; None means that masks are beside
             the images only.
+        consent: Table of rights and consent per image; None means that nothing is stated.
+        consent_policy: What broken and missing statements do, here and at every promotion of what is made from the
+            dataset: `off`, `warn` (shown and recorded) or `strict` (refused). The home's `policy.yaml`
+            counts if it is stricter; None of both is `warn`.
     """
 
     uses: Literal["ingest"] = "ingest"
     images: Annotated[str, External("folder or file")]
     consent: Annotated[str | None, External("file")] = None
     masks: Annotated[str | None, External("folder")] = None
+    consent_policy: Annotated[ConsentPolicy | None, AddedLater()] = None
 
 
 def find_revoked(spec: Ingest, folder: Path, files: Mapping[str, PathDigest], revoked: Collection[str]) -> set[str]:
@@ -78,6 +86,7 @@ def find_revision(spec: Ingest, files: Mapping[str, PathDigest]) -> int:
 def ingest(spec: Ingest, context: Context) -> None:
     """Writes a manifest with a clean copy of every usable image and its caption."""
     from lora_engine.data.ingest import ingest as ingest_folder
+    from tasks.consent import check_new_dataset
 
     ingest_folder(
         context.files["images"],
@@ -88,3 +97,4 @@ def ingest(spec: Ingest, context: Context) -> None:
         revoked=context.excluded,
         progress=context.progress,
     )
+    check_new_dataset(context.home, context.out, spec.consent_policy, f"step {context.name!r}")

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
+from safetensors.torch import load_file, save_file
 
-from lora_engine.data.images import encode_png
+from lora_engine.bases.tiny import folder
+from lora_engine.data.images import encode_png, open_image
 from lora_engine.data.manifest import Manifest
+from lora_engine.data.pixels import to_pixels
+from lora_engine.evaluation.embedder import load_embedder
 from registry.entities import ArtifactRef
 from registry.home import Home
 from registry.store.artifacts import open_store
@@ -81,6 +87,17 @@ def test_flaws_twins_and_unusable_files_are_named(odd: Path, tmp_path: Path) -> 
         "4 images are few: a concept needs about 10 to 30 different ones",
         "3 of 4 images have no caption: the template of the caption step is used",
         "1 images show nearly the same as another: they count more than the others",
+    ]
+    assert facts["advice"][3:] == [
+        "keep good.png, which has a caption, and remove half.png",
+        "1 images: nearly of one color, first black.png; remove them",
+        "1 images: very dark, first black.png; brighten or remove them",
+        "1 images: blurred, first blurred.png; replace them by sharp ones, or remove them",
+        "1 images: smaller than 128 pixels, first half.png; "
+        "replace them by larger ones, or train at a lower resolution",
+    ]
+    assert facts["duplicates"] == [
+        {"keep": "good.png", "others": ["half.png"], "captions": ["<script>alert(1)</script>"]}
     ]
 
 
@@ -154,6 +171,74 @@ def test_a_run_reads_an_archive_and_keeps_its_result(tmp_path: Path) -> None:
     spec.write_text(KOHYA.replace("images/", "gone.tar"))
     refused = loraline_here("run", spec, home=tmp_path / "home")
     assert "photos.images is 'gone.tar', which does not exist. Allowed: a folder or file" in refused.stderr
+
+
+def test_of_duplicates_the_one_with_a_caption_wins_and_differing_captions_are_named(odd: Path, tmp_path: Path) -> None:
+    (odd / "good.txt").unlink()
+    (odd / "half.txt").write_text("a half")
+    facts = json.loads(say("dataset", odd, "--json", home=tmp_path / "home"))
+    assert "keep half.png, which has a caption, and remove good.png" in facts["advice"]
+    (odd / "good.txt").write_text("a whole")
+    page = tmp_path / "sheet.html"
+    facts = json.loads(say("dataset", odd, "-o", page, "--json", home=tmp_path / "home"))
+    differing = "keep good.png, which has a caption, and remove half.png; their captions differ: 'a whole' and 'a half'"
+    assert differing in facts["advice"]
+    assert html.escape(differing, quote=True).replace("&#x27;", "&#39;") in page.read_text()
+
+
+def write_head(path: Path, *shapes: tuple[int, int]) -> Path:
+    weights = {}
+    generator = torch.Generator().manual_seed(0)
+    for number, (inner, outer) in enumerate(shapes):
+        weights[f"layers.{2 * number}.weight"] = torch.randn(outer, inner, generator=generator)
+        weights[f"layers.{2 * number}.bias"] = torch.randn(outer, generator=generator)
+    path.parent.mkdir(exist_ok=True)
+    torch.save(weights, path) if path.suffix == ".pth" else save_file(weights, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["head.safetensors", "head.pth"])
+def test_images_are_rated_by_a_head_on_a_clip(odd: Path, tmp_path: Path, name: str) -> None:
+    clip = folder() / "clip"
+    width = load_embedder().embed_texts([""]).shape[1]
+    head = write_head(tmp_path / "head" / name, (width, 16), (16, 1))
+    page = tmp_path / "sheet.html"
+    arguments = ("dataset", odd, "--clip", clip, "--aesthetic", head.parent, "-o", page)
+    ratings = json.loads(say(*arguments, "--json", home=tmp_path / "home"))["ratings"]
+    assert set(ratings) == {"good.png", "half.png", "blurred.png", "black.png"}
+    assert len({*ratings.values()}) == 4
+    assert f"rating {ratings['good.png']:.1f}" in page.read_text()
+    tensors = torch.load(head, weights_only=True) if name.endswith("pth") else load_file(head)
+    vector = load_embedder().embed_images(to_pixels(open_image(odd / "good.png"))[None])
+    hidden = vector @ tensors["layers.0.weight"].T + tensors["layers.0.bias"]
+    expected = float((hidden @ tensors["layers.2.weight"].T + tensors["layers.2.bias"])[0, 0])
+    assert ratings["good.png"] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(7, 1)], "the head has 7 to 1"),
+        ([(256, 4)], "linear layers from"),
+        ([], "the head has no layer"),
+    ],
+)
+def test_a_head_of_another_clip_is_refused(
+    odd: Path, tmp_path: Path, shapes: list[tuple[int, int]], message: str
+) -> None:
+    head = write_head(tmp_path / "head.safetensors", *shapes)
+    run = loraline_here("dataset", odd, "--clip", folder() / "clip", "--aesthetic", head, home=tmp_path / "home")
+    assert run.returncode == 1
+    assert message in run.stderr
+    alone = loraline_here("dataset", odd, "--aesthetic", head, home=tmp_path / "home")
+    assert "give its folder as --clip" in alone.stderr
+
+
+def test_class_images_that_preserve_nothing_are_shown(kohya: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(kohya / "1_dog" / "e.png")
+    facts = json.loads(say("dataset", kohya, "--clip", folder() / "clip", "--json", home=tmp_path / "home"))
+    odd = [line for line in facts["advice"] if "class images" in line]
+    assert odd[0].startswith("1 of 3 class images are nearly of one color, very dark or very bright, first 1_dog/e.png")
 
 
 @pytest.mark.usefixtures("prefect_server")

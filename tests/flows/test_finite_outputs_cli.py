@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,28 @@ def test_an_output_that_is_not_finite_is_refused(case: str, files: Path, tmp_pat
     assert "Traceback" not in done.stderr
     assert "kept" not in done.stdout + done.stderr
     assert not any(tmp_path.iterdir()), "nothing is half-written"
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("verb", ["fuse", "merge"])
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_a_tensor_that_is_copied_unchanged_is_checked_too(
+    files: Path, tmp_path: Path, number: float, verb: str, part: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(files / "base", model)
+    weights = next((model / part).glob("*.safetensors"))
+    tensors = load_file(weights)
+    name = next(name for name in tensors if "norm" in name and name.endswith("bias"))
+    arguments = [model, files / "small.safetensors"] if verb == "fuse" else [model, files / "base"]
+    fine = loraline_here(verb, *arguments, "-o", tmp_path / "fine", home=files)
+    assert fine.returncode == 0, fine.stderr
+    tensors[name].view(-1)[-1] = number
+    save_file(tensors, weights, {"format": "pt"})
+    done = loraline_here(verb, *arguments, "-o", tmp_path / "out", home=files)
+    assert done.returncode == 1
+    assert f"tensor {name!r}: the model has values that are NaN or infinite" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fine", "model"]
 
 
 def test_a_model_with_nan_is_not_converted(files: Path, tmp_path: Path) -> None:

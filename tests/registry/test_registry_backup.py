@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 import tarfile
 import time
 from contextlib import closing
@@ -133,7 +135,7 @@ def test_backup_refuses_unsuitable_targets(filled, tmp_path):
         backup(filled.home, filled.home.path / "work" / "backups")
     with filled.home.lock("gc"), pytest.raises(HomeError, match="a collection or another backup"):
         backup(filled.home, tmp_path / "backups")
-    assert list((tmp_path / "backups" / "snapshots").iterdir()) == []
+    assert not (tmp_path / "backups").exists()
 
 
 def test_restore_replaces_a_home_only_on_request(filled, tmp_path):
@@ -455,3 +457,45 @@ def test_a_broken_manifest_of_a_backup_is_refused_in_words(filled, tmp_path, con
         restore_backup(tmp_path / "backups", tmp_path / "new")
     assert str(done.path / "manifest.json") in str(caught.value)
     assert not (tmp_path / "new").exists()
+
+
+KILLED = """\
+import os, sys
+from pathlib import Path
+import registry.maintenance.backup as module
+from registry.home import Home
+module._referenced_blobs = lambda *arguments: os._exit(9)
+module.backup(Home(Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
+def left_by(*folders):
+    return sorted(path.name for folder in folders for path in folder.glob(".*") if path.name.endswith(".partial"))
+
+
+@pytest.mark.parametrize("name", ["backups", "one.tar"])
+def test_the_next_backup_removes_what_a_killed_one_left(filled, tmp_path, name):
+    target = tmp_path / name
+    folders = (tmp_path, target / "snapshots")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(filled.home.path), str(target)], check=False)
+    assert done.returncode == 9
+    assert len(left_by(*folders)) == 1
+    backup(filled.home, target)
+    assert left_by(*folders) == []
+    restore_backup(target, tmp_path / "new")
+
+
+def test_unfinished_files_of_another_home_stay_for_a_day(filled, tmp_path):
+    backup(filled.home, tmp_path / "backups")
+    blobs = next((tmp_path / "backups" / "blobs").glob("[0-9a-f]*"))
+    snapshot, blob = tmp_path / "backups" / "snapshots" / ".0123456789ab-x.partial", blobs / ".ab.x.partial"
+    snapshot.mkdir()
+    blob.write_bytes(b"x")
+    backup(filled.home, tmp_path / "backups")
+    assert snapshot.exists()
+    assert blob.exists()
+    for path in (snapshot, blob):
+        os.utime(path, (time.time() - 90_000,) * 2)
+    backup(filled.home, tmp_path / "backups")
+    assert not snapshot.exists()
+    assert not blob.exists()

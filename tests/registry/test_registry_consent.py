@@ -296,3 +296,47 @@ def test_a_step_does_not_run_if_its_dataset_was_revoked_meanwhile(home, photos, 
         execute(job, {"dataset": (ref,)}, home, run.id)
     lift(versions, str(images / "1.png"), reason="r")
     assert execute(job, {"dataset": (ref,)}, home, run.id).ref.kind == "manifest"
+
+
+YAML = """\
+0.png: {consent_id: C-1, licence: cc-by-4.0, basis: consent, person_depicted: true, expiry: 2031-12-31}
+1.png: {rights: own, person: no, opt-out: ai.txt/2026-05-01/clear}
+"""
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
+def test_a_file_of_entries_states_what_a_table_states(tmp_path, suffix):
+    entries = tmp_path / f"consent{suffix}"
+    if suffix == ".json":
+        entries.write_text(
+            '{"0.png": {"consent": "C-1", "license": "cc-by-4.0", "rights": "consent", "person": "yes", "expires": '
+            '"2031-12-31"}, "1.png": {"basis": "own", "person": false, "opt_out": "ai.txt/2026-05-01/clear"}}'
+        )
+    else:
+        entries.write_text(YAML)
+    rows = "0.png,C-1,cc-by-4.0,consent,yes,2031-12-31,\n1.png,,,own,no,,ai.txt/2026-05-01/clear\n"
+    expected = read_consent(table(tmp_path, "image,consent_id,licence,basis,person_depicted,expiry,opt-out\n" + rows))
+    assert read_consent(entries) == expected
+    assert expected["0.png"].consent == "C-1"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 0.png\n", "the file contains a list"),
+        ("0.png: yes\n", "yaml:1:1: '0.png' has 'yes'"),
+        ("0.png: {}\n", "yaml:1:1: the row needs a file and a consent id, or a value in another column"),
+        ("0.png: {ownr: Ada}\n", "yaml:1:9: unknown column 'ownr'.*did you mean 'owner'"),
+        ("0.png: {license: MIT, licence: MIT}\n", "'licence' has the meaning of another column"),
+        ("0.png: {expires: 31.12.2030}\n", "'31.12.2030' is not a day"),
+        ("0.png: {person: maybe}\n", "yaml:1:9: 'maybe' is neither yes nor no"),
+        ("0.png: {owner: [a, b]}\n", "the value is"),
+        ("0.png: {owner: Ada}\n0.png: {owner: Bob}\n", "duplicate key"),
+        ("' ': {owner: Ada}\n", "the row needs a file"),
+    ],
+)
+def test_an_invalid_entry_is_refused_with_its_place(tmp_path, text, message):
+    path = tmp_path / "consent.yaml"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_consent(path)

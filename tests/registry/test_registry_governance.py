@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from registry.documents.gather import gather_facts
+from registry.documents.spdx import hub_license, is_spdx
 from registry.entities import Execution, now
 from registry.errors import PolicyError
 from registry.policy.license_terms import (
@@ -136,12 +137,32 @@ def test_differing_share_alike_and_no_derivatives_are_conflicts():
     assert conflicts(unknown("base 'x'")) == ("no license is known for base 'x'",)
 
 
+@pytest.mark.parametrize("suffix", ["", "-SDXL"])
+def test_ids_are_valid_in_spdx_and_ids_of_earlier_releases_mean_the_same(tmp_path, suffix):
+    old, new = (f"LicenseRef-CreativeML-OpenRAIL{plus}-M{suffix}" for plus in ("++", "pp"))
+    assert TABLE.find(old) is TABLE.find(new)
+    assert TABLE.normalize(old) == new
+    assert hub_license(old) == hub_license(new) == {"license": "openrail++"}
+    own = {"date": "2026-01-01", "licenses": [{"id": old, "name": "ours", "permissions": ["derivatives"]}]}
+    (tmp_path / "licenses.yaml").write_text(yaml.safe_dump(own))
+    table = read_licenses(tmp_path)
+    assert table.find(old).name == table.find(new).name == "ours"
+    assert len(table.licenses) == len(TABLE.licenses)
+    assert "commercial" not in table.terms_of_base({"": "sd2", "-SDXL": "sdxl"}[suffix]).permissions
+
+
+def test_every_license_id_is_valid_in_spdx():
+    for entry in TABLE.licenses:
+        name = entry.id.removeprefix("LicenseRef-")
+        assert is_spdx(entry.id) if name == entry.id else re.fullmatch("[A-Za-z0-9.-]+", name), entry.id
+
+
 def test_the_shipped_table_has_a_date_a_disclaimer_and_the_names_of_hugging_face():
     assert TABLE.note == "not legal advice"
     assert TABLE.date.year >= 2026
     for name in ("creativeml-openrail-m", "openrail++", "apache-2.0", "cc-by-nc-4.0", "CC-BY-NC-4.0", "mit"):
         assert TABLE.find(name) is not None, name
-    assert TABLE.find("openrail++").id == "LicenseRef-CreativeML-OpenRAIL++-M"
+    assert TABLE.find("openrail++").id == "LicenseRef-CreativeML-OpenRAILpp-M"
     for entry in TABLE.licenses:
         assert entry.url.startswith("https://") or entry.id == CONSENT_TO_TRAIN
         # A digest requires an immutable URL.
@@ -161,7 +182,7 @@ def test_the_digest_of_apache_matches_our_copy():
         ("tiny", "Apache-2.0", True),
         ("sd15", "LicenseRef-CreativeML-OpenRAIL-M", True),
         ("stable-diffusion-v1-5/stable-diffusion-v1-5@abc123", "LicenseRef-CreativeML-OpenRAIL-M", True),
-        ("stabilityai/stable-diffusion-xl-base-1.0", "LicenseRef-CreativeML-OpenRAIL++-M-SDXL", True),
+        ("stabilityai/stable-diffusion-xl-base-1.0", "LicenseRef-CreativeML-OpenRAILpp-M-SDXL", True),
         ("sd3", "LicenseRef-Stability-Community", True),
         ("flux", "LicenseRef-FLUX-1-dev-NC", False),
         ("black-forest-labs/FLUX.1-schnell", "Apache-2.0", True),
@@ -364,7 +385,7 @@ def test_a_step_that_only_rewrites_adapters_adds_no_base(versions, line, uses):
     parent = line("parent", b"1", base="sdxl")
     child = line("child", b"2", base="tiny", adapters=[parent], uses=uses)
     learned = line("learned", b"3", base="tiny", adapters=[parent], uses=uses, images=[{}])
-    assert rights_of(versions, child).terms.licenses == {"LicenseRef-CreativeML-OpenRAIL++-M-SDXL"}
+    assert rights_of(versions, child).terms.licenses == {"LicenseRef-CreativeML-OpenRAILpp-M-SDXL"}
     assert "Apache-2.0" in rights_of(versions, learned).terms.licenses
 
 

@@ -303,3 +303,28 @@ def test_a_strict_home_requires_more_for_production(versions, register):
     assert any("it is not signed" in reason for reason in caught.value.reasons)
     (versions.home.path / "policy.yaml").unlink()
     assert promote(versions, "zorb", 1, "production", reason="r").action == "promote"
+
+
+def test_generated_images_count_only_if_the_policy_does_not_allow_them():
+    def entry(**rights):
+        return {"sha256": "1" * 64, "source": "a.png", "rights": rights}
+
+    def findings(**rights):
+        return find_consent({ArtifactRef("manifest", "c" * 64, 1): (entry(**rights),)}, date(2026, 1, 1))
+
+    strict = AliasPolicy(allows_generated=False)
+    for rights in ({"evidence": ["a1111-parameters"]}, {"ai_generated": True}):
+        facts = dataclasses.replace(CLEAN, consent=findings(**rights))
+        assert decide(VERSION, AliasPolicy(), facts).allowed
+        assert decide(VERSION, strict, facts).reasons == ("1 images are generated, as their metadata or owners say",)
+    assert decide(VERSION, strict, dataclasses.replace(CLEAN, consent=findings(evidence=["c2pa-manifest"]))).allowed
+    assert not decide(VERSION, strict, dataclasses.replace(CLEAN, consent=None)).allowed
+
+
+@pytest.mark.parametrize(("policy", "allowed", "warned"), [("off", True, 0), ("warn", True, 2), ("strict", False, 0)])
+def test_the_consent_policy_holds_for_every_alias(policy, allowed, warned):
+    facts = dataclasses.replace(CLEAN, consent=ConsentFindings(1, ("expired",), ("no basis",)), consent_policy=policy)
+    decision = decide(VERSION, AliasPolicy(), facts)
+    assert (decision.allowed, len(decision.warnings)) == (allowed, warned)
+    silent = dataclasses.replace(facts, consent=ConsentFindings(1, (), ("no basis",), is_stated=False))
+    assert len(decide(VERSION, AliasPolicy(), silent).warnings) == 0

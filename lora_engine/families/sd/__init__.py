@@ -54,7 +54,7 @@ SD = Family(
             "stable-diffusion-v1-5/stable-diffusion-v1-5",
             "stable-diffusion-v1-5/stable-diffusion-inpainting",
         ),
-        "LicenseRef-CreativeML-OpenRAIL++-M": (
+        "LicenseRef-CreativeML-OpenRAILpp-M": (
             "sd2",
             "sd2-base",
             "stabilityai/stable-diffusion-2",

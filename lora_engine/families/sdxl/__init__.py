@@ -46,7 +46,7 @@ SDXL = Family(
         },
     ),
     licenses={
-        "LicenseRef-CreativeML-OpenRAIL++-M-SDXL": (
+        "LicenseRef-CreativeML-OpenRAILpp-M-SDXL": (
             "sdxl",
             "stabilityai/stable-diffusion-xl-base-1.0",
             "stabilityai/stable-diffusion-xl-refiner-1.0",
