@@ -21,7 +21,9 @@ MakeDataset = Callable[..., Path]
 @pytest.fixture
 def settings(clip_folder: Path) -> Callable[..., EvaluateSettings]:
     def make(**change: Any) -> EvaluateSettings:
-        return EvaluateSettings(**{"steps": 2, "seeds": 2, "embedder": str(clip_folder), "image_embedder": "none", **change})
+        return EvaluateSettings(
+            **{"steps": 2, "seeds": 2, "embedder": str(clip_folder), "image_embedder": "none", **change}
+        )
 
     return make
 
