@@ -40,6 +40,8 @@ class Job:
         entries: The registry entries that the step uses: its own, those in its settings, the family of its base, and
             the kinds of its input adapters.
         models: Role -> name, label, fingerprint and place of the models that it uses beside the base; see `StepKind`.
+        absent: Registered version that the step names and can do without -> why it is not there. The reasons are not
+            part of the cache key.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Job:
     concurrency: int | None = None
     entries: tuple[UsedEntry, ...] = ()
     models: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def revision(self) -> int:
@@ -74,6 +77,7 @@ class Job:
         recorded |= {"base": dict(self.base)} if self.base else {}
         recorded |= {"models": {role: dict(model) for role, model in self.models.items()}} if self.models else {}
         recorded |= {"excluded": list(self.excluded)} if self.excluded else {}
+        recorded |= {"absent": dict(self.absent)} if self.absent else {}
         return recorded | to_record(self.entries)
 
     def key(self, inputs: Inputs) -> str:
@@ -95,8 +99,10 @@ class Job:
         """Returns what the cache key is the digest of; JSON values.
 
         The parts are the step's name and revision, its settings, the digests of its inputs, the content of the user's
-        files, the fingerprints of the base and of other models, and the revisions of the entries that it uses; not
-        names, paths or times, and no version of a package, except of a plug-in with an entry without a revision.
+        The parts are the step's name and revision, its settings, the digests of its inputs, the content of the user's
+        files, the fingerprints of the base and of other models, the registered versions that are not there, and the
+        revisions of the entries that it uses; not names, paths or times, and no version of a package, except of a
+        plug-in with an entry without a revision.
         """
         revoked = {_REVOKED: " ".join(self.excluded)} if self.excluded else {}
         parts = {
@@ -111,6 +117,8 @@ class Job:
             parts["vae"] = self.base["vae_fingerprint"]
         if self.models:
             parts["models"] = {role: model["fingerprint"] for role, model in self.models.items()}
+        if self.absent:
+            parts["absent"] = sorted(self.absent)
         return parts | to_key(self.entries)
 
     def with_input_kinds(self, inputs: Inputs, lineage: Lineage) -> Job:
@@ -121,7 +129,9 @@ class Job:
         """Returns this job, or the same step read again if the user's files changed since it was prepared."""
         if self.files_are_current():
             return self
-        return prepare_job(self.name, self.spec, self.folder, read_revoked(lineage), concurrency=self.concurrency)
+        revoked = read_revoked(lineage)
+        again = prepare_job(self.name, self.spec, self.folder, revoked, concurrency=self.concurrency)
+        return replace(again, absent=self.absent)
 
     def files_are_current(self) -> bool:
         """Returns True if no file of the user changed since this job was prepared; reads no bytes."""
@@ -170,7 +180,7 @@ def prepare_job(
     if description and vae:
         description |= _describe_vae(locate_base(vae, folder))
     find_models = STEPS[spec.uses].models
-    models = find_models(spec, folder) if find_models is not None else {}
+    models = find_models(spec, folder, source) if find_models is not None else {}
     return Job(name, spec, folder, files, tuple(excluded), description, concurrency, find_used(spec, source), models)
 
 

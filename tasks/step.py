@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_engine.bases.source import BaseSource
 from lora_engine.progress import Progress
 from lora_engine.registries import Registry
 from registry.entities import ArtifactRef
@@ -42,6 +43,7 @@ class Context:
         key: Cache key of the execution.
         origin: Digest of everything that the result depends on except the settings.
         force: True if the step runs although its result is cached.
+        absent: Registered version that the spec names -> why it is not there.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Context:
     stop: Callable[[], bool] = stop_requested
     origin: str = ""
     force: bool = False
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     def folder(self, field: str) -> Path:
         """Returns the folder of a required reference."""
@@ -84,7 +87,7 @@ Revisions = Callable[[Any, Mapping[str, PathDigest]], int]
 DescribeProgress = Callable[[Any, str, Home, str | None], str]
 Imports = Callable[[Any, Path], Iterable[str]]
 Entries = Callable[[Any], Iterable[tuple[Registry[Any], str]]]
-FindModels = Callable[[Any, Path], Mapping[str, Mapping[str, str]]]
+FindModels = Callable[[Any, Path, BaseSource | None], Mapping[str, Mapping[str, str]]]
 
 
 def always(*modules: str) -> Imports:
@@ -116,9 +119,9 @@ class StepKind:
             see `tasks.imports`. None means none.
         entries: Takes the spec; returns the registry entries that the step uses, as (registry, name). Those of plug-ins
             enter the cache key and lineage. None means none.
-        models: Takes (spec, folder of the pipeline file); returns role -> `name` as written, `label`, `fingerprint`,
-            and `revision` or `path`, of the models that the step uses beside its base. Fingerprints enter the cache
-            key, all of it enters lineage. None means none.
+        models: Takes (spec, folder of the pipeline file, its base); returns role -> `name` as written, `label`,
+            `fingerprint`, and `revision` or `path`, of the models that the step uses beside its base. Fingerprints
+            enter the cache key, all of it enters lineage. None means none.
         stops: True if the work polls `Context.stop` and then saves its progress; other steps with a `timeout` run in a
             child process.
     """

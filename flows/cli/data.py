@@ -14,9 +14,7 @@ from flows.cli.verbs import Access, add_verb
 _Trigger = Annotated[str | None, typer.Option(help="Word for the concept.")]
 _ClassWord = Annotated[str | None, typer.Option(help="Class of the concept, such as dog.")]
 _CheckBase = Annotated[str | None, typer.Option(help="Base whose tokenizers read trigger and captions.")]
-_Clip = Annotated[
-    str | None, typer.Option(metavar="FOLDER", help="CLIP that compares captions and class images with their texts.")
-]
+_Clip = Annotated[str | None, typer.Option(metavar="FOLDER", help="CLIP that compares captions with images.")]
 
 
 def add_verbs(app: typer.Typer) -> None:

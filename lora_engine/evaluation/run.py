@@ -1,34 +1,36 @@
-"""Runs an evaluation: generates images with base and adapter, measures them, checks the gates, writes the report."""
+"""Runs an evaluation: generates images by every model, measures them, checks the gates, writes the report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
+from typing import Any
 
 from lora_engine.adapters import module_shapes
-from lora_engine.bases.base import load_base
+from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.options import options_of_cards
+from lora_engine.bases.source import BaseSource, resolve_base
 from lora_engine.bases.vae import resolve_vae
-from lora_engine.data.pixels import write_png
-from lora_engine.evaluation.embedder import load_embedder
-from lora_engine.evaluation.evidence import gather_evidence
-from lora_engine.evaluation.gates import check_gates
-from lora_engine.evaluation.metrics import METRICS, Evidence, ImagePair, Metric
-from lora_engine.evaluation.plan import derive_evaluation_seed, make_plan, read_trained_on
+from lora_engine.evaluation.chosen import read_training_record
+from lora_engine.evaluation.drawing import draw_images
+from lora_engine.evaluation.embedder import Embedder, load_embedder
+from lora_engine.evaluation.embedder_source import ChosenEmbedders, choose_embedders
+from lora_engine.evaluation.evidence import BASE, CANDIDATE, Evidence
+from lora_engine.evaluation.gates import check_gates, check_measurable, check_versions
+from lora_engine.evaluation.measuring import measure
+from lora_engine.evaluation.metrics import METRICS, Available
+from lora_engine.evaluation.plan import EvaluationPlan, make_plan
+from lora_engine.evaluation.recording import describe_plan, write_images, write_samples
 from lora_engine.evaluation.spec import EvaluateSettings
-from lora_engine.evaluation.statistics import compare
 from lora_engine.files import atomic_write, canonical_json, sha256_file
-from lora_engine.formats import read_bundle
+from lora_engine.formats import Bundle, read_bundle
 from lora_engine.progress import Progress, no_progress
 
-if TYPE_CHECKING:
-    from lora_engine.bases.source import BaseSource
+_log = logging.getLogger(__name__)
 
-# Kind in `report.json` -> attribute of `Evidence`, largest number of samples.
-_SAMPLES = {"paired": ("reference", 8), "asked": ("with_trigger", 8), "unasked": ("without_trigger", 4)}
+REPORT_FORMAT = 2
+"""Version of the layout of `report.json`; 1 compared with the base alone, by percentile intervals."""
 
 
 def evaluate(
@@ -38,12 +40,16 @@ def evaluate(
     dataset: Path,
     out: Path,
     *,
-    heldout: Path | None = None,
+    heldout: Sequence[Path] = (),
     vae: str | None = None,
     prompts: Sequence[str] = (),
+    against: Mapping[str, Path] | None = None,
+    absent: Mapping[str, str] | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Compares an adapter with its base and writes `report.json` and `pictures/`; same inputs, same bytes on a CPU.
+    """Compares an adapter with its base and other versions; writes `report.json` and images.
+
+    The same inputs give the same bytes on a CPU.
 
     Args:
         settings: See `EvaluateSettings`.
@@ -52,103 +58,121 @@ def evaluate(
         dataset: The training dataset of the adapter.
         out: The folder for the report.
         vae: The autoencoder that the adapter was trained with, a name for `resolve_vae`; None is the base's own.
-        heldout: Another dataset with held-out images; None takes the held-out split of `dataset`.
+        heldout: Other datasets with held-out images; empty takes the held-out split of `dataset`.
         prompts: The prompts; empty takes the captions of the held-out images.
-        progress: Counts images and losses of both models.
+        against: Role -> another adapter for the same base, such as the one in production.
+        absent: Role -> why there is no such adapter.
+        progress: Counts images and losses of all models.
 
     Returns:
         The content of `report.json`.
 
     Raises:
         DataError: See `make_plan`.
-        SettingsError: The embedder or the image size cannot be used.
-        AdapterError: The adapter is incomplete, does not match the base, or produces NaN or Inf.
+        SettingsError: The embedder or the image size cannot be used, or a gate names a metric that cannot be measured.
+        AdapterError: An adapter is incomplete, does not match the base, or produces NaN or Inf.
     """
-    plan = make_plan(settings, dataset, heldout=heldout, prompts=prompts, trained_on=read_trained_on(adapter))
-    embedder = load_embedder(settings.embedder)
-    model = load_base(base)
-    model.latent_shape(plan.size)
-    file = adapter / "adapter.safetensors" if adapter.is_dir() else adapter
-    bundle = read_bundle(file, module_names=module_shapes(model))
-    model.configure(options_of_cards([bundle.card], vae=resolve_vae(vae) if vae else None))
-    evidence = gather_evidence(settings, plan, model=model, bundle=bundle, embedder=embedder, progress=progress)
+    source = base if isinstance(base, BaseSource) else resolve_base(base)
+    plan = make_plan(settings, dataset, heldout=heldout, prompts=prompts, training=read_training_record(adapter))
+    embedders = choose_embedders(settings.embedder, settings.image_embedder, source)
+    unmet = find_unmet(plan, embedders)
+    names = [name for name in METRICS if name not in unmet]
+    check_measurable(settings.listed_gates(), names, unmet)
+    check_versions(settings.listed_gates(), [*(against or {}), *(absent or {})])
+    embedder = load_embedder(embedders.text) if embedders.text else None
+    image_embedder = load_embedder(embedders.image) if embedders.image else None
+    model = load_base(source)
+    for size in plan.sizes:
+        model.latent_shape(size)
+    files = {role: _adapter_file(path) for role, path in {CANDIDATE: adapter, **(against or {})}.items()}
+    bundles = {BASE: None, **{role: _read(file, model) for role, file in files.items()}}
+    cards = [bundle.card for bundle in bundles.values() if bundle is not None]
+    model.configure(options_of_cards(cards, vae=resolve_vae(vae) if vae else None))
+    truncated = _find_truncated(plan, embedder)
+    _warn(plan, embedders, truncated)
+    drawn = draw_images(settings, plan, model=model, bundles=bundles, progress=progress)
+    evidence = Evidence(
+        tuple(bundles),
+        drawn.sets,
+        drawn.heldout,
+        trained_on=plan.trained_on,
+        embedder=embedder,
+        image_embedder=image_embedder,
+        masked_likeness=settings.masked_likeness,
+        seed=settings.seed,
+    )
+    measurements = measure(evidence, names, settings.seed)
     # Gates check the rounded values, which a reader of the report can verify.
-    metrics = _rounded(measure(evidence, settings.seed))
-    gates = [result.as_dict() for result in check_gates(metrics, settings.gates)]
+    metrics, comparisons = _rounded(measurements.metrics), _rounded(measurements.comparisons)
+    decision = check_gates(metrics, settings.listed_gates(), comparisons=comparisons, absent=absent)
     report = {
-        "format": 1,
+        "format": REPORT_FORMAT,
         "metrics": metrics,
-        "gates": gates,
-        "passed": all(gate["passed"] for gate in gates),
-        "samples": _write_samples(evidence, out),
-        "settings": settings.model_dump(mode="json"),
-        "measured_on": plan.measured_on,
-        "size": list(plan.size),
-        "trigger": plan.trigger,
-        "class_word": plan.class_word,
+        "comparisons": comparisons,
+        "units": measurements.units,
+        "unmeasured": unmet,
+        "gates": [result.as_dict() for result in decision.results],
+        "skipped_gates": list(decision.skipped),
+        "passed": decision.passed,
+        "reasons": decision.reasons,
+        "samples": write_samples(evidence, out),
+        "images": write_images(evidence, out, settings.keep),
+        # Names of embedders may be paths of this machine.
+        "settings": settings.model_dump(mode="json", exclude={"embedder", "image_embedder"}),
+        **describe_plan(plan),
         "base": {"name": model.name, "family": model.family, "fingerprint": model.fingerprint},
-        "adapter": {"sha256": sha256_file(file)},
-        "embedder": {"name": embedder.name, "sha256": embedder.fingerprint},
+        "adapter": {"sha256": sha256_file(files[CANDIDATE])},
+        "against": {role: {"sha256": sha256_file(file)} for role, file in files.items() if role != CANDIDATE},
+        "absent": dict(absent or {}),
+        "embedder": _describe(embedder),
+        "image_embedder": _describe(image_embedder),
+        "missing_embedders": dict(embedders.missing),
+        "truncated": truncated,
     }
     rounded: dict[str, Any] = _rounded(report)
     atomic_write(out / "report.json", canonical_json(rounded))
     return rounded
 
 
-def measure(evidence: Evidence, seed: int) -> dict[str, dict[str, Any]]:
-    """Returns every metric of `METRICS` as stored in `report.json`."""
-    metrics: dict[str, dict[str, Any]] = {}
-    for name, metric in METRICS.items():
-        comparison = compare(*metric.measure(evidence), seed=derive_evaluation_seed(seed, "bootstrap", name))
-        metrics[name] = {
-            "base": comparison.base,
-            "adapter": comparison.adapter,
-            "difference": comparison.difference,
-            "interval": list(comparison.interval) if comparison.interval else None,
-            "n": comparison.n,
-            "better": metric.better,
-            "verdict": _verdict(comparison.interval, metric),
-        }
-    return metrics
+def find_unmet(plan: EvaluationPlan, embedders: ChosenEmbedders) -> dict[str, str]:
+    """Returns the metrics that cannot be measured, with the reasons."""
+    available = Available(plan, embedders.text is not None, embedders.image is not None)
+    return {name: reason for name, metric in METRICS.items() if (reason := metric.unmet(available))}
 
 
-def _verdict(interval: tuple[float, float] | None, metric: Metric) -> str:
-    if metric.is_distance:
-        return "distance"
-    if interval is None or interval[0] <= 0.0 <= interval[1]:
-        return "unclear"
-    return "better" if (interval[0] > 0.0) == (metric.better == "higher") else "worse"
+def _adapter_file(adapter: Path) -> Path:
+    return adapter / "adapter.safetensors" if adapter.is_dir() else adapter
 
 
-def _write_samples(evidence: Evidence, out: Path) -> list[dict[str, Any]]:
-    shown: set[str] = set()
-    samples: list[dict[str, Any]] = []
-    for kind, (attribute, limit) in _SAMPLES.items():
-        pairs = [pair for pair in getattr(evidence, attribute) if pair.request.prompt not in shown][:limit]
-        for pair in pairs:
-            shown.add(pair.request.prompt)
-            samples.append(_write_sample(kind, len(samples), pair, out))
-    return samples
+def _read(file: Path, model: BaseModel) -> Bundle:
+    return read_bundle(file, module_names=module_shapes(model))
 
 
-def _write_sample(kind: str, index: int, pair: ImagePair, out: Path) -> dict[str, Any]:
-    images: dict[str, Tensor | None] = {
-        "base": pair.base[0].float() / 127.5 - 1.0,
-        "adapter": pair.adapter[0].float() / 127.5 - 1.0,
-        "reference": pair.reference,
-    }
-    sample: dict[str, Any] = {"kind": kind, "prompt": pair.request.prompt, "seed": pair.request.seeds[0]}
-    for role, pixels in images.items():
-        sample[role] = f"pictures/{index:02d}-{role}.png" if pixels is not None else None
-        if pixels is not None:
-            write_png(out / sample[role], pixels)
-    return sample
+def _describe(embedder: Embedder | None) -> dict[str, str] | None:
+    return {"name": embedder.name, "sha256": embedder.fingerprint} if embedder else None
+
+
+def _find_truncated(plan: EvaluationPlan, embedder: Embedder | None) -> list[str]:
+    if embedder is None:
+        return []
+    return embedder.find_truncated(list(dict.fromkeys(r.prompt_without_trigger for r in plan.with_trigger)))
+
+
+def _warn(plan: EvaluationPlan, embedders: ChosenEmbedders, truncated: Sequence[str]) -> None:
+    for item in plan.left_out:
+        _log.warning("held-out image %r is left out: %s", item.source, item.reason)
+    for setting, reason in embedders.missing.items():
+        _log.warning("metrics of the %s are left out: %s", setting, reason)
+    for text in truncated:
+        _log.warning(
+            "the prompt %r is longer than the embedder reads; agreement is measured on its beginning", text[:80]
+        )
 
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         # Six digits: further ones are rounding noise. Adding 0.0 turns -0.0 into 0.0.
         return round(value, 6) + 0.0
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value

@@ -241,6 +241,8 @@ class Family:
             known, the strictest license counts.
         training: Settings in the pipeline files that `loraline init` and `loraline train` write.
         reads_framing: True if the network reads the size of the original image and the offset of the crop.
+        embedder: Hub id of the CLIP or SigLIP that evaluations of its bases use by default.
+        image_embedder: Hub id of the DINOv2 that they use by default.
         revision: Number in the cache keys of steps that use it; raise it whenever the same inputs give another result.
             0 declares none: the keys then hold the version of its plug-in.
     """
@@ -263,6 +265,8 @@ class Family:
     licenses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     training: TrainingDefaults = field(default_factory=TrainingDefaults)
     reads_framing: bool = False
+    embedder: str = "openai/clip-vit-large-patch14"
+    image_embedder: str = "facebook/dinov2-base"
     revision: int = 0
 
     @property

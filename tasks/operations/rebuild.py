@@ -124,7 +124,9 @@ def _add_step(
         values[_BASE] = _locate_base(plan, name, step, base, fingerprint)
     if values.get(_VAE) is not None:
         values[_VAE] = _locate_vae(plan, name, step)
-    values = pin_models(values, step.settings.get("models", {}))
+    models = step.settings.get("models", {})
+    # A default that the settings do not name is recorded by its role.
+    values = pin_models(values, models) | {role: model["name"] for role, model in models.items() if role in values}
     try:
         spec = kind.spec.model_validate(values | _placeholders(kind.spec, step) | dict.fromkeys(files, "."))
     except ValidationError as error:
@@ -164,7 +166,10 @@ def _find_model_changes(name: str, step: Execution, spec: StepSpec) -> Iterator[
     if find is None or not recorded:
         return
     try:
-        current = find(spec, Path())
+        from lora_engine.bases.source import resolve_base
+
+        base = getattr(spec, _BASE, None)
+        current = find(spec, Path(), resolve_base(base) if base else None)
     except EngineError as error:
         yield f"a model of step {name!r} is missing ({error.problem})"
         return
@@ -183,7 +188,7 @@ def _placeholders(spec: type[StepSpec], step: Execution) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for role, ref in step.inputs.items():
         name = role.partition(".")[0]
-        if ref.kind == FILE:
+        if ref.kind == FILE or name in step.settings.get("settings", {}):  # which are the references as written
             continue
         if get_origin(spec.model_fields[name].annotation) is tuple:
             values[name] = (*values.get(name, ()), "recorded")
@@ -295,4 +300,5 @@ def _job(step: RebuildStep, store: Store, home: Home) -> Job:
             paths[role] = str(source)
     job = prepare_job(step.name, step.spec.model_copy(update=paths), folder)
     # Exclude what was excluded then, whatever is revoked now.
-    return replace(job, excluded=tuple(step.recorded.settings.get("excluded", ())))
+    recorded = step.recorded.settings
+    return replace(job, excluded=tuple(recorded.get("excluded", ())), absent=recorded.get("absent", {}))

@@ -58,7 +58,7 @@ def find_imports(spec: Caption, folder: Path) -> Iterator[str]:
     summary="manifest.json",
     imports=find_imports,
     entries=lambda spec: [(CAPTIONERS, spec.captioner_name)],
-    models=find_models,
+    models=lambda spec, folder, _: find_models(spec, folder),
 )
 def caption(spec: Caption, context: Context) -> None:
     """Writes a manifest of the same images with all captions set, and `captions.json` if the captions are checked."""

@@ -58,7 +58,7 @@ def find_imports(spec: Preprocess, folder: Path) -> Iterator[str]:
     revisions=find_revision,
     summary="manifest.json",
     imports=find_imports,
-    models=describe_models,
+    models=lambda spec, folder, _: describe_models(spec, folder),
 )
 def preprocess(spec: Preprocess, context: Context) -> None:
     """Writes a manifest whose images and masks have the requested sizes."""

@@ -21,7 +21,9 @@ MakeDataset = Callable[..., Path]
 @pytest.fixture
 def settings(clip_folder: Path) -> Callable[..., EvaluateSettings]:
     def make(**change: Any) -> EvaluateSettings:
-        return EvaluateSettings(**{"steps": 2, "seeds": 2, "embedder": str(clip_folder), **change})
+        return EvaluateSettings(
+            **{"steps": 2, "seeds": 2, "embedder": str(clip_folder), "image_embedder": "none", **change}
+        )
 
     return make
 
@@ -44,7 +46,7 @@ def test_an_adapter_without_effect_changes_no_metric(run: Callable[..., dict[str
     assert set(metrics) == set(METRICS)
     for name, metric in metrics.items():
         assert metric["difference"] == 0.0, name
-        assert metric["interval"] == [0.0, 0.0], name
+        assert (metric["interval"], metric["verdict"]) == (None, "distance" if METRICS[name].is_distance else "too few")
 
 
 def test_a_strong_adapter_changes_every_metric(run: Callable[..., dict[str, Any]]) -> None:
@@ -55,7 +57,7 @@ def test_a_strong_adapter_changes_every_metric(run: Callable[..., dict[str, Any]
         assert metric["difference"] != 0.0, name
         assert all(math.isfinite(metric[key]) for key in ("base", "adapter", "difference")), name
     assert report["metrics"]["drift"]["base"] == report["metrics"]["drift_pixels"]["base"] == 0.0
-    assert [report["metrics"][name]["n"] for name in ("clip_i_paired", "clip_t", "validation_loss")] == [2, 2, 2]
+    assert [report["metrics"][name]["n"] for name in ("clip_i_paired", "clip_t", "validation_loss")] == [2, 1, 2]
 
 
 def test_the_same_inputs_give_the_same_bytes(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
@@ -65,6 +67,9 @@ def test_the_same_inputs_give_the_same_bytes(run: Callable[..., dict[str, Any]],
     assert files == {path.relative_to(tmp_path / "two"): path.read_bytes() for path in (tmp_path / "two").rglob("*.*")}
     assert json.loads(files[Path("report.json")]) == report
     names = {sample[role] for sample in report["samples"] for role in ("base", "adapter", "reference")} - {None}
+    images = report["images"]
+    assert images["count"] == images["kept"] == 16, "two captions and two prompts without the trigger, twice, by both"
+    names |= {file for entry in images["entries"] for file in entry["files"].values()}
     assert names == {str(path) for path in files if path.suffix == ".png"}
     assert {sample["kind"] for sample in report["samples"]} == {"paired", "asked", "unasked"}
     assert str(tmp_path).encode() not in files[Path("report.json")]
@@ -101,7 +106,7 @@ def test_an_adapter_that_makes_nan_is_refused(
 ) -> None:
     broken, _ = read_adapter(adapters["strong"] / "adapter.safetensors")
     write_adapter(tmp_path / "loud.safetensors", change_adapter(broken, lambda factor: torch.full_like(factor, 1e30)))
-    with pytest.raises(AdapterError, match="of the adapter contain NaN or Inf"):
+    with pytest.raises(AdapterError, match="of the candidate contain NaN or Inf"):
         evaluate(settings(), str(base), tmp_path / "loud.safetensors", make_dataset(), tmp_path / "out")
     assert not (tmp_path / "out" / "report.json").exists()
 
@@ -111,3 +116,48 @@ def test_a_size_that_the_base_cannot_generate_is_refused_first(
 ) -> None:
     with pytest.raises(SettingsError, match="cannot generate images of 15 x 15"):
         evaluate(settings(), str(base), adapters["zero"], make_dataset(size=15), tmp_path / "out")
+
+
+def test_without_an_embedder_likeness_is_left_out_and_a_gate_on_it_is_refused_before_drawing(
+    run: Callable[..., dict[str, Any]],
+) -> None:
+    report = run("zero", embedder="none")
+    assert {"clip_t", "clip_i_paired", "drift"} <= report["unmeasured"].keys()
+    assert set(report["metrics"]) == set(METRICS) - report["unmeasured"].keys()
+    assert report["embedder"] is None
+    with pytest.raises(SettingsError, match="cannot be measured \\('clip_t': no embedder of images and texts\\)"):
+        run("zero", out="refused", embedder="none", gates={"clip_t": {"min": 0.0}})
+
+
+def test_values_carry_the_embedders_that_they_depend_on(run: Callable[..., dict[str, Any]]) -> None:
+    report = run("strong")
+    assert report["format"] == 2
+    assert report["metrics"]["clip_t"]["embedders"] == [report["embedder"]["sha256"]]
+    assert "embedders" not in report["metrics"]["validation_loss"]
+
+
+def test_the_values_of_every_group_are_stored(run: Callable[..., dict[str, Any]]) -> None:
+    report = run("strong")
+    for name, metric in report["metrics"].items():
+        values = report["units"][name]["values"]
+        assert len(values["candidate"]) == len(report["units"][name]["groups"]) == metric["n"], name
+        assert sum(values["candidate"]) / metric["n"] == pytest.approx(metric["adapter"], abs=2e-6), name
+
+
+def test_no_more_images_are_stored_than_the_limit(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    report = run("zero", keep=3)
+    assert (report["images"]["count"], report["images"]["kept"]) == (16, 3)
+    assert len(list((tmp_path / "out" / "images").glob("*.png"))) == 3
+    assert len(report["images"]["entries"]) == 8, "prompts and seeds of all"
+
+
+def test_another_version_is_drawn_with_the_same_prompts_and_seeds(
+    base: Path, adapters: dict[str, Path], make_dataset: MakeDataset, tmp_path: Path, settings: Callable[..., Any]
+) -> None:
+    dataset, against = make_dataset(), {"production": adapters["zero"], "zorb@3": adapters["strong"]}
+    report = evaluate(settings(), str(base), adapters["strong"], dataset, tmp_path / "out", against=against)
+    for name, values in report["comparisons"]["zorb@3"].items():
+        assert values["difference"] == 0.0, name
+    for name, values in report["comparisons"]["production"].items():
+        assert values["difference"] == pytest.approx(report["metrics"][name]["difference"], abs=2e-6), name
+        assert values["verdict"] == "too few"
