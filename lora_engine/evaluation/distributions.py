@@ -68,7 +68,7 @@ def mean_discrepancy(real: Tensor, generated: Tensor) -> float:
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
-    """Returns the FID: the squared Fréchet distance of two Gaussians with the sets' moments (Heusel et al. 2017, eq. 6).
+    """Returns the FID: the squared Fréchet distance of Gaussians with the sets' moments (Heusel et al. 2017, eq. 6).
 
     Args:
         real: Embeddings [m, d], not normalized.

@@ -53,5 +53,5 @@ def test_another_image_of_the_same_structure_is_no_copy(change: str) -> None:
     other = ImageOps.invert(image) if change == "invert" else Image.merge("RGB", image.split()[::-1])
     if change == "other colors":  # gray, so structure alone decides, and 60 levels redder
         image = ImageOps.grayscale(image).convert("RGB")
-        other = Image.fromarray(np.clip(np.asarray(image).astype(int) + [60, 0, -60], 0, 255).astype(np.uint8))
+        other = Image.fromarray(np.clip(np.asarray(image) + np.array([60, 0, -60]), 0, 255).astype(np.uint8))
     assert find_copies([take_print(other)], [take_print(image)]) == {}

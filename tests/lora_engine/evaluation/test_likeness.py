@@ -1,4 +1,4 @@
-"""The measures on embeddings are right on constructed cases: equal sets, shuffled captions, one image for all prompts."""
+"""Measures of embeddings are right on constructed cases: equal sets, shuffled captions, one image for all prompts."""
 
 from __future__ import annotations
 
