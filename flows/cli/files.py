@@ -33,7 +33,8 @@ def inspect(
     file: File,
     norms: Annotated[bool, typer.Option("--norms", help="Include the norms of the changes (adapters).")] = False,
     health: Annotated[
-        bool, typer.Option("--health", help="Include effective ranks, dead factors and the range of float16 (adapters).")
+        bool,
+        typer.Option("--health", help="Include effective ranks, dead factors and the range of float16 (adapters)."),
     ] = False,
     as_json: Json = False,
 ) -> None:
