@@ -10,7 +10,7 @@ from markupsafe import Markup
 Points = list[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 540, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 12, 42
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 26, 12, 42
 _MAX_POINTS = 400
 _DECADES = 4
 """Powers of ten on the axis of spectra; smaller values are on the axis itself."""

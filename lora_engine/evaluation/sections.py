@@ -28,7 +28,10 @@ def detail_sections(details: Details, embed: EmbedFile) -> dict[str, Any]:
         "sweep": _sweep(details, embed),
         "bands": _bands(details),
         "spectra": draw_spectra([module.spectrum for module in details.modules.values()]),
-        "modules": [{"name": name, **module.model_dump()} for name, module in details.modules.items()],
+        "modules": sorted(
+            ({"name": name, **module.model_dump()} for name, module in details.modules.items()),
+            key=lambda module: not module["notes"],
+        ),
         "noted": sum(bool(module.notes) for module in details.modules.values()),
         "notes": list(details.notes),
     }
