@@ -1,143 +1,196 @@
-"""Generates images and computes losses for the metrics: same prompts, seeds and noise for base and adapter."""
+"""Defines the input of the metrics: images and losses of every compared model. Importing it imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from lora_engine.adapters.attachment import attach
-from lora_engine.bases.base import full_mask_conditioning
-from lora_engine.data.pixels import read_pixels
-from lora_engine.errors import AdapterError, BaseModelError
-from lora_engine.evaluation.embedder import Embedder
-from lora_engine.evaluation.metrics import Evidence, ImagePair
-from lora_engine.evaluation.plan import EvaluationPlan, Request, derive_evaluation_seed
-from lora_engine.evaluation.spec import EvaluateSettings
-from lora_engine.evaluation.statistics import Values
-from lora_engine.inference.generate import generate
-from lora_engine.inference.textual_inversion import attach_embeddings
-from lora_engine.progress import Progress
+from lora_engine.errors import SettingsError
 
 if TYPE_CHECKING:
-    from lora_engine.bases.base import BaseModel
-    from lora_engine.formats import Bundle
+    from torch import Tensor
 
-GRID = 10
-"""Number of time steps of the validation loss, evenly spaced."""
+    from lora_engine.evaluation.embedder import Embedder
+    from lora_engine.evaluation.plan import Request
+    from lora_engine.evaluation.statistics import Values
 
-_Images = dict[tuple[str, int], Tensor]
+BASE, CANDIDATE, PRODUCTION = "base", "candidate", "production"
+"""Roles of the compared models. Other versions have their reference as role, such as `zorb@3`."""
+
+RequestSet = Literal["reference", "with_trigger", "without_trigger"]
+"""Captions of real images; the prompts; the prompts without the trigger."""
 
 
-def gather_evidence(
-    settings: EvaluateSettings,
-    plan: EvaluationPlan,
+@dataclass(frozen=True)
+class ImageSet:
+    """The images of one request by every model, with the same seeds.
+
+    Attributes:
+        request: The request.
+        images: Role -> uint8 [seeds, 3, height, width].
+        reference: The real image of the request, float32 [3, height, width] in [-1, 1]; None for other prompts.
+        mask: Its mask, float32 [1, height, width] in [0, 1]; None gives every pixel full weight.
+    """
+
+    request: Request
+    images: Mapping[str, Tensor]
+    reference: Tensor | None = None
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Denoising losses on real images, with the same noise and timesteps for every model.
+
+    Attributes:
+        values: Role -> float64 [images, timesteps]; a mask weights the pixels of its image.
+        timesteps: The timesteps, ascending: from little to much noise.
+        groups: Group of each image; see `Measured`.
+    """
+
+    values: Mapping[str, Values]
+    timesteps: tuple[int, ...]
+    groups: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RealImage:
+    """A real image: one that the candidate was trained on.
+
+    Attributes:
+        sha256: Digest of the original file.
+        source: Name in the user's folder.
+        path: The file in the dataset.
+        group: Group of kin images.
+    """
+
+    sha256: str
+    source: str
+    path: Path
+    group: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The input of the metrics.
+
+    Attributes:
+        roles: The models: `base`, `candidate`, then the others in the order of the settings.
+        sets: The images by set of requests.
+        heldout: Losses on the held-out images, in the order of `reference`.
+        training: Losses on training images; None if they were not measured.
+        trained_on: The training images, for metrics of memorization.
+        embedder: Embeds images and texts; None leaves out the metrics that need it.
+        image_embedder: Embeds images only, such as a DINOv2; None leaves out the metrics that need it.
+        masked_likeness: True embeds real images with gray outside of their masks.
+        seed: Seed of the evaluation, for metrics that draw.
+    """
+
+    roles: tuple[str, ...]
+    sets: Mapping[RequestSet, tuple[ImageSet, ...]]
+    heldout: Losses
+    training: Losses | None = None
+    trained_on: tuple[RealImage, ...] = ()
+    embedder: Embedder | None = None
+    image_embedder: Embedder | None = None
+    masked_likeness: bool = False
+    seed: int = 0
+    _vectors: dict[tuple[str, Request, str], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def reference(self) -> tuple[ImageSet, ...]:
+        """Returns the images of the captions of real images."""
+        return self.sets["reference"]
+
+    @property
+    def with_trigger(self) -> tuple[ImageSet, ...]:
+        """Returns the images of the prompts."""
+        return self.sets["with_trigger"]
+
+    @property
+    def without_trigger(self) -> tuple[ImageSet, ...]:
+        """Returns the images of the prompts without the trigger."""
+        return self.sets["without_trigger"]
+
+    def require_embedder(self) -> Embedder:
+        """Returns the embedder of images and texts; metrics that call this declare `needs_embedder`.
+
+        Raises:
+            SettingsError: There is none.
+        """
+        return _required(self.embedder)
+
+    def require_image_embedder(self) -> Embedder:
+        """Returns the embedder of images only; metrics that call this declare `needs_image_embedder`.
+
+        Raises:
+            SettingsError: There is none.
+        """
+        return _required(self.image_embedder)
+
+    def embed(self, images: ImageSet, role: str, embedder: Embedder) -> Tensor:
+        """Embeds the images of a model, or the real image for the role `reference`: float32 [n, d] of length 1.
+
+        Each is embedded once. A real image is embedded as `masked_likeness` says.
+        """
+        key = (embedder.fingerprint, images.request, role)
+        if key not in self._vectors:
+            self._vectors[key] = embedder.embed_images(_pixels(images, role, masked=self.masked_likeness))
+        return self._vectors[key]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The values of a metric by model.
+
+    Attributes:
+        values: Role -> float64 [units]; the same units in the same order for every role, all finite.
+        groups: Group of each unit. Units of a group depend on one another (kin images, equal drawings), so n counts
+            groups.
+    """
+
+    values: Mapping[str, Values]
+    groups: tuple[str, ...]
+
+
+def measure_sets(
+    evidence: Evidence,
+    sets: Iterable[ImageSet],
+    value: Callable[[ImageSet, str], Tensor],
     *,
-    model: BaseModel,
-    bundle: Bundle,
-    embedder: Embedder,
-    progress: Progress,
-) -> Evidence:
-    """Generates all images twice, without and with the adapter; the model is unchanged afterwards.
+    roles: Iterable[str] | None = None,
+) -> Measured:
+    """Measures image sets; a set is a unit, with the mean over its seeds.
 
     Args:
-        settings: See `EvaluateSettings`.
-        plan: The requests.
-        model: The base, with nothing attached.
-        bundle: The adapter and its learned tokens.
-        embedder: The embedder of the metrics.
-        progress: Counts images and losses of both models.
-
-    Raises:
-        BaseModelError: The base alone produces NaN or Inf.
-        AdapterError: The base with the adapter produces NaN or Inf.
+        evidence: The evidence.
+        sets: The image sets; at least one.
+        value: Takes an image set and a role; returns one value per seed, [seeds].
+        roles: The models; None means all.
     """
-    keys = list(dict.fromkeys((r.prompt, seed) for r in plan.all_requests() for seed in r.seeds))
-    total = 2 * (len(keys) + len(plan.reference))
-    count = _Counter(progress, total)
-    before = _generate(settings, plan, model, keys, count), _losses(settings, plan, model, count)
-    with ExitStack() as stack:
-        if bundle.adapter.modules:
-            stack.enter_context(attach(model, bundle.adapter))
-        stack.enter_context(attach_embeddings(model, bundle.embeddings))
-        after = _generate(settings, plan, model, keys, count), _losses(settings, plan, model, count)
-    for (images, losses), error, name in ((before, BaseModelError, "the base"), (after, AdapterError, "the adapter")):
-        if not np.isfinite(losses).all() or not all(key in images for key in keys):
-            raise error(
-                f"images or losses of {name} contain NaN or Inf", remedy="train again with a lower learning rate"
-            )
+    import numpy as np
 
-    def pairs(requests: Sequence[Request]) -> tuple[ImagePair, ...]:
-        return tuple(
-            ImagePair(
-                request,
-                base=torch.stack([before[0][request.prompt, seed] for seed in request.seeds]),
-                adapter=torch.stack([after[0][request.prompt, seed] for seed in request.seeds]),
-                reference=read_pixels(plan.folder / request.image.file) if request.image else None,
-            )
-            for request in requests
-        )
-
-    return Evidence(
-        pairs(plan.reference), pairs(plan.with_trigger), pairs(plan.without_trigger), (before[1], after[1]), embedder
-    )
+    sets = tuple(sets)
+    values = {
+        role: np.array([float(value(images, role).double().mean()) for images in sets])
+        for role in (evidence.roles if roles is None else roles)
+    }
+    return Measured(values, tuple(images.request.group for images in sets))
 
 
-class _Counter:
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
-
-    def add(self, count: int) -> None:
-        self._done += count
-        self._progress(self._done, self._total, {})
+def _required(embedder: Embedder | None) -> Embedder:
+    if embedder is None:
+        raise SettingsError("the metric needs an embedder, and none was loaded", remedy="declare it as `unmet`")
+    return embedder
 
 
-def _generate(
-    settings: EvaluateSettings, plan: EvaluationPlan, model: BaseModel, keys: Sequence[tuple[str, int]], count: _Counter
-) -> _Images:
-    height, width = plan.size
-    images: _Images = {}
-    batch = 8 if height * width <= 512 * 512 else 2
-    for start in range(0, len(keys), batch):
-        part = keys[start : start + batch]
-        pixels = generate(
-            model,
-            [prompt for prompt, _ in part],
-            seeds=[seed for _, seed in part],
-            steps=settings.steps,
-            guidance=settings.guidance,
-            height=height,
-            width=width,
-            batch=batch,
-        )
-        for key, image in zip(part, pixels, strict=True):
-            # uint8 takes a quarter of the memory and equals the saved PNG. The caller reports NaN.
-            if bool(torch.isfinite(image).all()):
-                images[key] = ((image.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
-        count.add(len(part))
-    return images
-
-
-@torch.inference_mode()
-def _losses(settings: EvaluateSettings, plan: EvaluationPlan, model: BaseModel, count: _Counter) -> Values:
-    steps = torch.tensor([int((k + 0.5) / GRID * model.noise.timesteps) for k in range(GRID)], device=model.device)
-    losses: list[float] = []
-    for request in plan.reference:
-        if request.image is None:
-            continue
-        latents = model.encode_images(read_pixels(plan.folder / request.image.file)[None]).float()
-        seed = derive_evaluation_seed(settings.seed, "noise", request.image.sha256)
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(GRID, *latents.shape[1:], generator=generator).to(latents.device)
-        clean = latents.expand(GRID, -1, -1, -1)
-        text = model.encode_text([request.prompt], plan.size).index([0] * GRID)
-        condition = full_mask_conditioning(model, text, plan.size)
-        prediction = model.predict(model.noise.add_noise(clean, noise, steps), steps, condition)
-        residual = prediction.float() - model.noise.target(clean, noise, steps)
-        losses.append(float(residual.square().mean()))
-        count.add(1)
-    return np.asarray(losses, dtype=np.float64)
+def _pixels(images: ImageSet, role: str, *, masked: bool) -> Tensor:
+    if role != "reference":
+        return images.images[role].float() / 127.5 - 1.0
+    if images.reference is None:
+        raise ValueError(f"the request {images.request.prompt!r} has no reference image")
+    reference = images.reference[None]
+    # Gray is 0 in [-1, 1].
+    return reference if images.mask is None or not masked else reference * images.mask

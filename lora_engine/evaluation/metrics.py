@@ -1,4 +1,4 @@
-"""The metrics, one entry each: a function from evidence to paired values, and its description.
+"""The metrics, one entry each: a function from evidence to values per model, and its description.
 
 Importing this module imports neither torch nor numpy; the functions do.
 """
@@ -9,53 +9,48 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from lora_engine.evaluation.evidence import BASE, Evidence, ImageSet, Measured, measure_sets
 from lora_engine.registries import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lora_engine.evaluation.embedder import Embedder
-    from lora_engine.evaluation.plan import Request
-    from lora_engine.evaluation.statistics import Values
+    from lora_engine.evaluation.plan import EvaluationPlan, Request
 
 
 @dataclass(frozen=True)
-class ImagePair:
-    """The images of base and adapter for one request, with the same seeds.
+class Available:
+    """What is known before anything is drawn.
 
     Attributes:
-        request: The request.
-        base: uint8 [seeds, 3, height, width].
-        adapter: The same with the adapter attached.
-        reference: The real image, float32 [3, height, width] in [-1, 1]; None if the request has none.
+        plan: The requests.
+        embedder: True if there is an embedder of images and texts.
+        image_embedder: True if there is an embedder of images only.
     """
 
-    request: Request
-    base: Tensor
-    adapter: Tensor
-    reference: Tensor | None = None
+    plan: EvaluationPlan
+    embedder: bool
+    image_embedder: bool
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """The input of the metrics.
-
-    Attributes:
-        reference: Images for the captions of real images.
-        with_trigger: Images for the prompts.
-        without_trigger: Images for the prompts without the trigger.
-        losses: Denoising losses of base and adapter, one value per real image.
-        embedder: The embedder of images and texts.
-    """
-
-    reference: tuple[ImagePair, ...]
-    with_trigger: tuple[ImagePair, ...]
-    without_trigger: tuple[ImagePair, ...]
-    losses: tuple[Values, Values]
-    embedder: Embedder
+def needs_nothing(available: Available) -> str:
+    """Returns no reason."""
+    del available
+    return ""
 
 
-Pair = tuple["Values", "Values"]
+def needs_embedder(available: Available) -> str:
+    """Returns the reason if there is no embedder of images and texts."""
+    return "" if available.embedder else "no embedder of images and texts"
+
+
+def needs_image_embedder(available: Available) -> str:
+    """Returns the reason if there is no embedder of images only."""
+    return "" if available.image_embedder else "no embedder of images"
+
+
+MeasureMetric = Callable[[Evidence], Measured]
+Unmet = Callable[[Available], str]
 
 
 @dataclass(frozen=True)
@@ -64,20 +59,21 @@ class Metric:
 
     Attributes:
         name: Name in gates, reports and MLflow.
-        measure: Returns the values of base and adapter, one per unit of resampling.
+        measure: Returns the values of every model.
         title: Name in tables.
         better: The better direction.
         meaning: Description in one sentence.
         is_distance: True for a distance to the base, whose own value is 0; a gate sets the limit, and no adapter is
-            "better".
+            "better" than the base.
         headline: Sentence at the top of a report, with `{verdict}`, `{adapter}` and `{base}`; empty for none.
         verdicts: `{verdict}` of the headline by better, worse and unclear.
         revision: Number in the cache keys of steps that use it; raise it whenever the same inputs give another result.
             0 declares none: the keys then hold the version of its plug-in.
+        unmet: Returns why it cannot be measured, before anything is drawn; empty if it can.
     """
 
     name: str
-    measure: Callable[[Evidence], Pair]
+    measure: MeasureMetric
     title: str
     better: Literal["higher", "lower"]
     meaning: str
@@ -85,6 +81,7 @@ class Metric:
     headline: str = ""
     verdicts: tuple[str, str, str] = ("better", "worse", "not clearly different")
     revision: int = 0
+    unmet: Unmet = needs_nothing
 
 
 METRICS: Registry[Metric] = Registry(
@@ -101,11 +98,14 @@ def metric(
     headline: str = "",
     verdicts: tuple[str, str, str] = ("better", "worse", "not clearly different"),
     revision: int = 0,
-) -> Callable[[Callable[[Evidence], Pair]], Metric]:
+    unmet: Unmet = needs_nothing,
+) -> Callable[[MeasureMetric], Metric]:
     """Returns a decorator that makes a function a `Metric` of the same name (arguments: see there)."""
 
-    def declare(measure: Callable[[Evidence], Pair]) -> Metric:
-        return Metric(measure.__name__, measure, title, better, meaning, is_distance, headline, verdicts, revision)
+    def declare(measure: MeasureMetric) -> Metric:
+        return Metric(
+            measure.__name__, measure, title, better, meaning, is_distance, headline, verdicts, revision, unmet
+        )
 
     return declare
 
@@ -118,30 +118,35 @@ def metric(
     headline="With the adapter, images are {verdict} the real ones than the base's: likeness {adapter:.2f} instead of "
     "{base:.2f}.",
     verdicts=("closer to", "further from", "not clearly closer to"),
+    unmet=needs_embedder,
 )
-def clip_i_paired(evidence: Evidence) -> Pair:
+def clip_i_paired(evidence: Evidence) -> Measured:
     """Returns the cosine of a generated image and the real image of the same caption (unpaired means mislead)."""
+    embedder = evidence.require_embedder()
 
-    def likeness(pair: ImagePair, images: Tensor) -> Tensor:
-        if pair.reference is None:
-            raise ValueError(f"the request {pair.request.prompt!r} has no reference image")
-        return _embed(evidence, images) @ evidence.embedder.embed_images(pair.reference[None])[0]
+    def likeness(images: ImageSet, role: str) -> Tensor:
+        return evidence.embed(images, role, embedder) @ evidence.embed(images, "reference", embedder)[0]
 
-    return _by_prompt(evidence.reference, likeness)
+    return measure_sets(evidence, evidence.reference, likeness)
 
 
 @metric(
     "Agreement with the prompt",
     "higher",
     "Similarity of a generated image to its prompt without the trigger word (cosine of image and text embeddings).",
+    unmet=needs_embedder,
 )
-def clip_t(evidence: Evidence) -> Pair:
+def clip_t(evidence: Evidence) -> Measured:
     """Returns the cosine of a generated image and its prompt without the trigger, which no embedder knows."""
+    embedder = evidence.require_embedder()
+    requests = [images.request for images in evidence.with_trigger]
+    vectors = embedder.embed_texts([request.prompt_without_trigger for request in requests])
+    texts: dict[Request, Tensor] = dict(zip(requests, vectors, strict=True))
 
-    def agreement(pair: ImagePair, images: Tensor) -> Tensor:
-        return _embed(evidence, images) @ evidence.embedder.embed_texts([pair.request.prompt_without_trigger])[0]
+    def agreement(images: ImageSet, role: str) -> Tensor:
+        return evidence.embed(images, role, embedder) @ texts[images.request]
 
-    return _by_prompt(evidence.with_trigger, agreement)
+    return measure_sets(evidence, evidence.with_trigger, agreement)
 
 
 @metric(
@@ -151,14 +156,19 @@ def clip_t(evidence: Evidence) -> Pair:
     "unchanged).",
     is_distance=True,
     headline="Without the trigger it changes the base's images by {adapter:.2f} (0 is unchanged).",
+    unmet=needs_embedder,
 )
-def drift(evidence: Evidence) -> Pair:
+def drift(evidence: Evidence) -> Measured:
     """Returns 1 - cosine to the base's image of the same seed, on prompts without the trigger; 0 for the base."""
+    embedder = evidence.require_embedder()
 
-    def distance(pair: ImagePair, images: Tensor) -> Tensor:
-        return 1.0 - (_embed(evidence, images) * _embed(evidence, pair.base)).sum(dim=-1)
+    def distance(images: ImageSet, role: str) -> Tensor:
+        vectors, base = (evidence.embed(images, name, embedder) for name in (role, BASE))
+        # Rounding makes the cosine of a vector with itself slightly less or more than 1.
+        cosine = (vectors * base).sum(dim=-1)
+        return (1.0 - cosine).clamp(min=0.0) if role != BASE else cosine * 0.0
 
-    return _from_zero(_by_prompt(evidence.without_trigger, distance))
+    return measure_sets(evidence, evidence.without_trigger, distance)
 
 
 @metric(
@@ -167,14 +177,14 @@ def drift(evidence: Evidence) -> Pair:
     "The same comparison in pixels: root mean square difference as a share of the full range.",
     is_distance=True,
 )
-def drift_pixels(evidence: Evidence) -> Pair:
+def drift_pixels(evidence: Evidence) -> Measured:
     """Returns the root mean square difference to the base's image of the same seed, as a share of the full range."""
 
-    def distance(pair: ImagePair, images: Tensor) -> Tensor:
-        difference = (images.double() - pair.base.double()) / 255.0
+    def distance(images: ImageSet, role: str) -> Tensor:
+        difference = (images.images[role].double() - images.images[BASE].double()) / 255.0
         return difference.square().mean(dim=(1, 2, 3)).sqrt()
 
-    return _by_prompt(evidence.without_trigger, distance)
+    return measure_sets(evidence, evidence.without_trigger, distance)
 
 
 @metric(
@@ -182,34 +192,7 @@ def drift_pixels(evidence: Evidence) -> Pair:
     "lower",
     "Training loss with fixed noise and time steps, which makes two models comparable.",
 )
-def validation_loss(evidence: Evidence) -> Pair:
+def validation_loss(evidence: Evidence) -> Measured:
     """Returns the denoising losses on the fixed grid of time steps, one value per real image."""
-    return evidence.losses
-
-
-def _embed(evidence: Evidence, images: Tensor) -> Tensor:
-    return evidence.embedder.embed_images(images.float() / 127.5 - 1.0)
-
-
-def _by_prompt(pairs: tuple[ImagePair, ...], value: Callable[[ImagePair, Tensor], Tensor]) -> Pair:
-    import torch
-
-    # Images of one prompt are not independent: the unit of resampling is the prompt, with the mean over its seeds.
-    # With a single prompt the seeds are the units.
-    base = [value(pair, pair.base) for pair in pairs]
-    adapter = [value(pair, pair.adapter) for pair in pairs]
-    if len(pairs) == 1:
-        return _to_numpy(base[0]), _to_numpy(adapter[0])
-    return _to_numpy(torch.stack([v.mean() for v in base])), _to_numpy(torch.stack([v.mean() for v in adapter]))
-
-
-def _to_numpy(values: Tensor) -> Values:
-    return values.double().numpy()
-
-
-def _from_zero(pair: Pair) -> Pair:
-    import numpy as np
-
-    # Rounding makes the cosine of a vector with itself slightly less or more than 1; a distance is never below 0.
-    base, adapter = pair
-    return np.zeros_like(base), np.maximum(adapter, 0.0)
+    losses = evidence.heldout
+    return Measured({role: values.mean(axis=1) for role, values in losses.values.items()}, losses.groups)

@@ -1,18 +1,25 @@
-"""Plans an evaluation: prompts, seeds and the real images to compare with. Torch-free."""
+"""Plans an evaluation: prompts, seeds, sizes and the real images to compare with. Torch-free."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from lora_engine.data.duplicates import find_groups, take_print
+from lora_engine.data.images import open_image
 from lora_engine.data.manifest import ImageEntry, Manifest
-from lora_engine.documents import read_json_object
 from lora_engine.errors import DataError
+from lora_engine.evaluation.chosen import Chosen, TrainingRecord
+from lora_engine.evaluation.evidence import RealImage
 from lora_engine.evaluation.prompts import remove_trigger
 from lora_engine.evaluation.spec import EvaluateSettings
+
+MIN_GROUPS_TO_SPLIT = 8
+"""Least number of groups of held-out images of which those that a checkpoint was chosen on are left out."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +30,36 @@ class Request:
         prompt: The prompt for the model.
         prompt_without_trigger: The prompt for the embedder, which never saw the trigger.
         seeds: One seed per image; derived from prompt and settings, independent of the other prompts.
-        image: The real image with this caption; None for other prompts.
+        size: (height, width) in pixels.
+        group: Group of the request; see `Measured`.
+        image: Digest of the real image with this caption; empty for other prompts.
+        file: Its file; None for other prompts.
+        mask: The file of its mask; None without one.
     """
 
     prompt: str
     prompt_without_trigger: str
     seeds: tuple[int, ...]
-    image: ImageEntry | None = None
+    size: tuple[int, int]
+    group: str
+    image: str = ""
+    file: Path | None = None
+    mask: Path | None = None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A held-out image that is not compared with.
+
+    Attributes:
+        source: Name in the user's folder.
+        sha256: Digest of the original file.
+        reason: Why.
+    """
+
+    source: str
+    sha256: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -37,80 +67,97 @@ class EvaluationPlan:
     """The images that an evaluation generates and compares.
 
     Attributes:
-        folder: The dataset folder of the real images.
         measured_on: `training` if no image was held out, which makes the metrics too optimistic.
         reference: Captions of real images.
         with_trigger: The prompts.
         without_trigger: The prompts without the trigger.
-        size: (height, width) in pixels.
+        trained_on: The training images.
+        left_out: Held-out images that are not compared with.
+        chosen: The choice of the checkpoint, if it used images that are compared with; None otherwise.
         trigger: See `Manifest`.
         class_word: See `Manifest`.
     """
 
-    folder: Path
     measured_on: Literal["heldout", "training"]
     reference: tuple[Request, ...]
     with_trigger: tuple[Request, ...]
     without_trigger: tuple[Request, ...]
-    size: tuple[int, int]
-    trigger: str | None
-    class_word: str | None
+    trained_on: tuple[RealImage, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    chosen: Chosen | None = None
+    trigger: str | None = None
+    class_word: str | None = None
 
     def all_requests(self) -> tuple[Request, ...]:
-        """Returns the requests of all three groups; some of them may have the same images."""
+        """Returns the requests of all sets; some of them may have the same images."""
         return self.reference + self.with_trigger + self.without_trigger
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The sizes (height, width) of all images, ascending."""
+        return sorted({request.size for request in self.all_requests()})
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """An image of a dataset, with its folder and its group of kin."""
+
+    entry: ImageEntry
+    folder: Path
+    group: str = ""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.entry.height, self.entry.width
 
 
 def make_plan(
     settings: EvaluateSettings,
     dataset: Path,
     *,
-    heldout: Path | None,
-    prompts: Sequence[str],
-    trained_on: Sequence[str] = (),
+    heldout: Sequence[Path] = (),
+    prompts: Sequence[str] = (),
+    training: TrainingRecord | None = None,
 ) -> EvaluationPlan:
     """Plans the requests; the same settings and inputs give the same plan.
 
     Args:
         settings: See `EvaluateSettings`.
         dataset: The training dataset of the adapter, with its held-out split.
-        heldout: Another dataset with held-out images; None takes the split of `dataset`.
+        heldout: Other datasets with held-out images; empty takes the split of `dataset`.
         prompts: Prompts besides the captions of the real images; empty takes these captions.
-        trained_on: Digests of the images that the adapter was trained on.
+        training: What the adapter was trained on and chosen by.
 
     Raises:
-        DataError: No image to compare with, images of several sizes, or a held-out image that was trained on.
+        DataError: No image to compare with, or a held-out image that was trained on.
     """
+    record = training or TrainingRecord()
     manifest = Manifest.load(dataset)
-    folder, measured_on, images = _choose(manifest, dataset, heldout, settings.max_pictures, frozenset(trained_on))
-    trigger, class_word = manifest.trigger, manifest.class_word
-
-    def request(prompt: str, image: ImageEntry | None = None) -> Request:
-        bare = remove_trigger(prompt, trigger, class_word)
-        seeds = tuple(derive_evaluation_seed(settings.seed, "picture", k, prompt) for k in range(settings.seeds))
-        return Request(prompt, bare, seeds, image)
-
-    reference = tuple(request(image.caption, image) for image in images)
-    with_trigger = tuple(request(text) for text in dict.fromkeys(prompts or [image.caption for image in images]))
-    without_trigger = tuple(request(text) for text in dict.fromkeys(r.prompt_without_trigger for r in with_trigger))
+    trained = [_Candidate(entry, dataset) for entry in manifest.of_split("train")]
+    measured_on, images = _find_heldout(manifest, dataset, heldout, frozenset(record.trained_on))
+    left_out: list[LeftOut] = []
+    chosen = record.chosen
+    if measured_on == "training":
+        trained = images = _grouped(images)
+    else:
+        grouped = _grouped([*trained, *images])
+        trained, images = grouped[: len(trained)], grouped[len(trained) :]
+        images, left_out, chosen = _leave_out(images, trained, chosen)
+    images = sorted(images, key=lambda image: image.entry.sha256)[: settings.max_pictures]
+    plan = _Planner(settings, manifest.trigger, manifest.class_word)
+    reference = plan.reference(images)
+    with_trigger = plan.with_trigger(prompts, reference)
     return EvaluationPlan(
-        folder, measured_on, reference, with_trigger, without_trigger, _size(images), trigger, class_word
+        measured_on,
+        reference,
+        with_trigger,
+        plan.without_trigger(with_trigger),
+        tuple(_real(image) for image in trained),
+        tuple(left_out),
+        chosen,
+        manifest.trigger,
+        manifest.class_word,
     )
-
-
-def read_trained_on(adapter: Path) -> tuple[str, ...]:
-    """Returns the digests of an adapter's training images from the `training.json` beside it; empty without one.
-
-    Raises:
-        DataError: The file exists and cannot be read.
-    """
-    path = (adapter if adapter.is_dir() else adapter.parent) / "training.json"
-    if not path.exists():
-        return ()
-    digests = read_json_object(path, DataError, remedy="train again").get("trained_on", [])
-    if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
-        raise DataError("'trained_on' is not a list of digests", where=str(path), remedy="train again")
-    return tuple(digests)
 
 
 def derive_evaluation_seed(*parts: object) -> int:
@@ -118,36 +165,131 @@ def derive_evaluation_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:4]) & 0x7FFFFFFF
 
 
-def _choose(
-    manifest: Manifest, dataset: Path, heldout: Path | None, limit: int, trained_on: frozenset[str]
-) -> tuple[Path, Literal["heldout", "training"], list[ImageEntry]]:
-    folder, source = dataset, manifest
-    if heldout is not None:
-        folder, source = heldout, Manifest.load(heldout)
-    images = source.of_split("heldout") or (source.of_split("train") if heldout is not None else ())
+@dataclass(frozen=True)
+class _Planner:
+    settings: EvaluateSettings
+    trigger: str | None
+    class_word: str | None
+
+    def request(self, prompt: str, size: tuple[int, int], copy: int = 0) -> Request:
+        """Returns the request of a prompt; `copy` counts the images with this caption, which have other seeds."""
+        bare = remove_trigger(prompt, self.trigger, self.class_word)
+        parts = (prompt, copy) if copy else (prompt,)
+        seeds = tuple(
+            derive_evaluation_seed(self.settings.seed, "picture", k, *parts) for k in range(self.settings.seeds)
+        )
+        return Request(prompt, bare, seeds, size, f"prompt {prompt}")
+
+    def reference(self, images: Iterable[_Candidate]) -> tuple[Request, ...]:
+        seen: Counter[str] = Counter()
+        requests = []
+        for image in images:
+            entry = image.entry
+            request = self.request(entry.caption, image.size, seen[entry.caption])
+            seen[entry.caption] += 1
+            mask = image.folder / entry.mask if entry.mask else None
+            file = image.folder / entry.file
+            requests.append(replace(request, group=image.group, image=entry.sha256, file=file, mask=mask))
+        return tuple(requests)
+
+    def with_trigger(self, prompts: Sequence[str], reference: Sequence[Request]) -> tuple[Request, ...]:
+        if prompts:
+            size = _commonest(request.size for request in reference)
+            return tuple(self.request(text, size) for text in dict.fromkeys(prompts))
+        first: dict[str, Request] = {}
+        for request in reference:
+            first.setdefault(request.prompt, request)
+        return tuple(self.request(text, request.size) for text, request in first.items())
+
+    def without_trigger(self, with_trigger: Sequence[Request]) -> tuple[Request, ...]:
+        first: dict[str, Request] = {}
+        for request in with_trigger:
+            first.setdefault(request.prompt_without_trigger, request)
+        return tuple(self.request(text, request.size) for text, request in first.items())
+
+
+def _find_heldout(
+    manifest: Manifest, dataset: Path, heldout: Sequence[Path], trained_on: frozenset[str]
+) -> tuple[Literal["heldout", "training"], list[_Candidate]]:
+    images = list(_of_datasets(manifest, dataset, heldout))
     if not images:
-        if heldout is not None or not manifest.of_split("train"):
-            raise DataError("the dataset has no image to compare with", where=str(folder))
-        return folder, "training", _first(manifest.of_split("train"), limit)
-    if seen := [image.source for image in images if image.sha256 in trained_on]:
+        train = manifest.of_split("train")
+        if heldout or not train:
+            raise DataError(
+                "the dataset has no image to compare with", where=", ".join(map(str, heldout)) or str(dataset)
+            )
+        return "training", [_Candidate(entry, dataset) for entry in train]
+    if seen := [image for image in images if image.entry.sha256 in trained_on]:
         raise DataError(
-            f"{len(seen)} of {len(images)} held-out images were trained on, first {seen[0]!r}",
-            where=str(folder),
+            f"{len(seen)} of {len(images)} held-out images were trained on, first {seen[0].entry.source!r}",
+            where=str(seen[0].folder),
             remedy="hold out other images, or train again without these",
         )
-    return folder, "heldout", _first(images, limit)
+    return "heldout", images
 
 
-def _first(images: Sequence[ImageEntry], limit: int) -> list[ImageEntry]:
-    return sorted(images, key=lambda image: image.sha256)[:limit]
+def _of_datasets(manifest: Manifest, dataset: Path, heldout: Sequence[Path]) -> Iterator[_Candidate]:
+    """Yields the held-out images, each digest once; a dataset without a held-out split is held out as a whole."""
+    if not heldout:
+        yield from (_Candidate(entry, dataset) for entry in manifest.of_split("heldout"))
+        return
+    seen: set[str] = set()
+    for folder in heldout:
+        source = Manifest.load(folder)
+        for entry in source.of_split("heldout") or source.of_split("train"):
+            if entry.sha256 not in seen:
+                seen.add(entry.sha256)
+                yield _Candidate(entry, folder)
 
 
-def _size(images: Sequence[ImageEntry]) -> tuple[int, int]:
-    sizes = {(image.height, image.width) for image in images}
-    if len(sizes) > 1:
+def _grouped(images: Sequence[_Candidate]) -> list[_Candidate]:
+    """Returns the images with their groups of kin; a group is named by its smallest digest."""
+    prints = [take_print(open_image(image.folder / image.entry.file)) for image in images]
+    grouped = list(images)
+    for members in find_groups(prints):
+        name = min(images[index].entry.sha256 for index in members)
+        for index in members:
+            grouped[index] = replace(images[index], group=name)
+    return grouped
+
+
+def _leave_out(
+    images: Sequence[_Candidate], trained: Sequence[_Candidate], chosen: Chosen | None
+) -> tuple[list[_Candidate], list[LeftOut], Chosen | None]:
+    """Leaves out kin of training images, and the images that the checkpoint was chosen on if enough remain."""
+    kin = {image.group: image.entry.source for image in reversed(trained)}
+    left_out = [
+        _left_out(image, f"kin to the training image {kin[image.group]!r}") for image in images if image.group in kin
+    ]
+    remaining = [image for image in images if image.group not in kin]
+    if not remaining:
         raise DataError(
-            f"the images to compare with have {len(sizes)} sizes, such as {min(sizes)} and {max(sizes)}",
-            allowed="one (height, width)",
-            remedy="run preprocess first and evaluate on its output",
+            f"all {len(images)} held-out images are near-duplicates of training images, first {left_out[0].source!r} "
+            f"({left_out[0].reason})",
+            where=str(images[0].folder),
+            remedy="hold out images that show something else, or train again without these",
         )
-    return sizes.pop()
+    if chosen is None:
+        return remaining, left_out, None
+    used = {image.group for image in remaining if image.entry.sha256 in chosen.on}
+    if not used:
+        return remaining, left_out, None
+    untouched = [image for image in remaining if image.group not in used]
+    if len({image.group for image in remaining}) < MIN_GROUPS_TO_SPLIT or not untouched:
+        return remaining, left_out, chosen
+    reason = "the checkpoint was chosen on it"
+    left_out += [_left_out(image, reason) for image in remaining if image.group in used]
+    return untouched, left_out, None
+
+
+def _left_out(image: _Candidate, reason: str) -> LeftOut:
+    return LeftOut(image.entry.source, image.entry.sha256, reason)
+
+
+def _real(image: _Candidate) -> RealImage:
+    return RealImage(image.entry.sha256, image.entry.source, image.folder / image.entry.file, image.group)
+
+
+def _commonest(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    counts = Counter(sizes)
+    return max(counts, key=lambda size: (counts[size], size))

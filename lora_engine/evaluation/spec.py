@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
 from lora_engine.errors import SettingsError
+from lora_engine.evaluation.evidence import BASE
 from lora_engine.evaluation.metrics import METRICS
+from lora_engine.settings import AddedLater
 
 
 class Gate(BaseModel):
@@ -17,6 +19,10 @@ class Gate(BaseModel):
         min: Least allowed value; None is no bound.
         max: Greatest allowed value; None is no bound.
         of: The checked value: the adapter's own, or adapter minus base.
+        against: The model of the difference: `base`, `production` or another entry of `against`.
+        on: `value`, or the `lower` or `upper` bound of its 95 % interval, which fails with fewer than 6 groups.
+        missing: `fail` or `skip` the gate if there is no such version; a skipped gate is reported and never counts as
+            passed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -24,6 +30,9 @@ class Gate(BaseModel):
     min: FiniteFloat | None = None
     max: FiniteFloat | None = None
     of: Literal["adapter", "difference"] = "difference"
+    against: Annotated[str, AddedLater()] = BASE
+    on: Annotated[Literal["value", "lower", "upper"], AddedLater()] = "value"
+    missing: Annotated[Literal["fail", "skip"], AddedLater()] = "fail"
 
     @model_validator(mode="after")
     def _bounds_make_sense(self) -> Gate:
@@ -32,11 +41,13 @@ class Gate(BaseModel):
             raise ValueError("a gate needs min, max or both")
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"min {self.min} is above max {self.max}, so nothing could pass")
+        if self.of == "adapter" and self.against != BASE:
+            raise ValueError(f"the adapter's own value is not a difference; remove of, or against: {self.against}")
         return self
 
 
 class EvaluateSettings(BaseModel):
-    """The settings of the comparison of an adapter with its base.
+    """The settings of the comparison of an adapter with its base and with other versions.
 
     Attributes:
         seeds: Images per prompt and model.
@@ -44,8 +55,12 @@ class EvaluateSettings(BaseModel):
         steps: Denoising steps per image.
         guidance: Scale of classifier-free guidance; 1 is none.
         max_pictures: Largest number of held-out images.
-        gates: Bounds by metric name.
-        embedder: A local folder with a CLIPModel for the metrics; None takes the embedded base's.
+        gates: Bounds by metric name: one or several.
+        embedder: The CLIP or SigLIP of the metrics: a hub id, optionally with `@revision`, or a local folder; None
+            takes the default of the base's family, the embedded one for `tiny`; `none` leaves out its metrics.
+        image_embedder: A DINOv2 for the likeness to real images, as for `embedder`; `tiny` has none.
+        masked_likeness: True compares with the real images inside of their masks only.
+        keep: Largest number of generated images that are stored with the report.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,15 +70,23 @@ class EvaluateSettings(BaseModel):
     steps: int = Field(default=12, ge=1, le=1000)
     guidance: float = Field(default=3.0, ge=0.0, le=100.0, allow_inf_nan=False)
     max_pictures: int = Field(default=16, ge=1, le=1024)
-    gates: dict[str, Gate] = Field(default_factory=dict)
-    embedder: str | None = None
+    gates: dict[str, Gate | tuple[Gate, ...]] = Field(default_factory=dict)
+    embedder: str | None = Field(default=None, min_length=1)
+    image_embedder: Annotated[str | None, AddedLater(), Field(min_length=1)] = None
+    masked_likeness: Annotated[bool, AddedLater()] = False
+    keep: Annotated[int, AddedLater(), Field(ge=0, le=100_000)] = 1_000
 
     @field_validator("gates")
     @classmethod
-    def _gates_name_metrics(cls, value: dict[str, Gate]) -> dict[str, Gate]:
+    def _gates_name_metrics(cls, value: dict[str, Gate | tuple[Gate, ...]]) -> dict[str, Gate | tuple[Gate, ...]]:
         for name in value:
             try:
                 METRICS[name]
             except SettingsError as error:
                 raise ValueError(str(error)) from None
         return value
+
+    def listed_gates(self) -> list[tuple[str, Gate]]:
+        """Returns (metric, gate) of all gates, sorted by metric."""
+        several = {name: (gate,) if isinstance(gate, Gate) else gate for name, gate in self.gates.items()}
+        return [(name, gate) for name in sorted(several) for gate in several[name]]

@@ -1,68 +1,186 @@
-"""Computes confidence intervals with the paired bootstrap. Pure functions."""
+"""Compares paired values of few units: intervals and verdicts that hold at the number of independent groups at hand.
+
+The unit of all of it is the group: values of a group are averaged first. Pure functions.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtr
 
 Values = NDArray[np.float64]
+MetricVerdict = Literal["better", "worse", "unclear", "distance", "too few"]
+
+MIN_GROUPS = 6
+"""Least number of groups for an interval and a verdict: below, no exact test can reach 5 %."""
+MIN_GROUPS_COVERAGE = 16
+"""Least number of groups from which the interval covers at least 94 %, so that reports may state its coverage."""
+CONFIDENCE = 0.95
+RESAMPLES = 2000
 _CHUNK = 256
+# A spread below this share of the values is rounding, not variation.
+_ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The mean of values of independent groups.
+
+    Attributes:
+        mean: The mean.
+        interval: Studentized bootstrap interval of the mean (Efron and Tibshirani 1993, chapter 12); None below
+            `MIN_GROUPS` groups.
+        p: Two-sided p-value of a mean of zero: the larger one of the t test and of the bootstrap; None without an
+            interval.
+        effect: Mean in standard deviations, corrected for few groups (Hedges 1981); None without an interval or
+            variation.
+        n: Number of groups.
+    """
+
+    mean: float
+    interval: tuple[float, float] | None
+    p: float | None
+    effect: float | None
+    n: int
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Base against adapter on the same units (prompts or images).
+    """A model against another one on the same units.
 
     Attributes:
-        base: Mean of the base's values.
-        adapter: Mean of the adapter's values.
-        difference: adapter - base.
-        interval: 95 % interval of the difference; None for a single unit.
-        n: Number of units.
+        before: Mean of the other model's values.
+        after: Mean of the model's values.
+        difference: after - before, per group.
+        units: Number of units, which may be more than the groups.
+        differences: The differences of the groups.
     """
 
-    base: float
-    adapter: float
-    difference: float
-    interval: tuple[float, float] | None
-    n: int
+    before: float
+    after: float
+    difference: Estimate
+    units: int
+    differences: tuple[float, ...]
 
 
-def compare(base: Values, adapter: Values, *, seed: int, resamples: int = 2000, level: float = 0.95) -> Comparison:
-    """Returns means and the percentile interval of the mean paired difference (Efron and Tibshirani 1993, chapter 13).
+def compare(
+    before: Values, after: Values, groups: Sequence[str], *, seed: int, resamples: int = RESAMPLES
+) -> Comparison:
+    """Compares paired values; groups are averaged first and have equal weights.
 
     Args:
-        base: One value per unit, shape [n].
-        adapter: The same units in the same order.
+        before: One value per unit, shape [n].
+        after: The same units in the same order.
+        groups: Group of each unit.
         seed: Seed of the resampling; same values and seed, same interval.
         resamples: Number of resamples.
-        level: Coverage of the interval.
 
     Raises:
-        ValueError: The shapes differ, or there is no unit.
+        ValueError: The shapes differ, there is no unit, or a value is not finite.
     """
-    if base.shape != adapter.shape or base.ndim != 1 or not len(base):
-        raise ValueError(f"paired values of shapes {base.shape} and {adapter.shape}; both must be [n] with n > 0")
-    differences = adapter.astype(np.float64) - base.astype(np.float64)
+    if before.shape != after.shape or before.ndim != 1 or not len(before) or len(groups) != len(before):
+        raise ValueError(
+            f"paired values of shapes {before.shape} and {after.shape} with {len(groups)} groups; allowed: [n], n > 0"
+        )
+    old, new = average_groups(before, groups), average_groups(after, groups)
+    differences = new - old
     return Comparison(
-        base=float(base.mean()),
-        adapter=float(adapter.mean()),
-        difference=float(differences.mean()),
-        interval=_interval(differences, seed, resamples, level) if len(differences) > 1 else None,
-        n=len(differences),
+        before=float(old.mean()),
+        after=float(new.mean()),
+        difference=estimate(differences, seed=seed, resamples=resamples),
+        units=len(before),
+        differences=tuple(differences.tolist()),
     )
 
 
-def _interval(differences: Values, seed: int, resamples: int, level: float) -> tuple[float, float]:
+def average_groups(values: Values, groups: Sequence[str]) -> Values:
+    """Returns the mean of each group's values, float64, in the order of the first units of the groups."""
+    if not np.isfinite(values).all():
+        raise ValueError("values contain NaN or Inf")
+    positions = {group: position for position, group in enumerate(dict.fromkeys(groups))}
+    index = np.array([positions[group] for group in groups])
+    sums = np.bincount(index, weights=values.astype(np.float64), minlength=len(positions))
+    return np.asarray(sums / np.bincount(index, minlength=len(positions)), dtype=np.float64)
+
+
+def estimate(values: Values, *, seed: int, resamples: int = RESAMPLES) -> Estimate:
+    """Estimates the mean of the groups' values, shape [n]."""
+    n, mean = len(values), float(values.mean())
+    if n < MIN_GROUPS:
+        return Estimate(mean, None, None, None, n)
+    deviation = float(values.std(ddof=1))
+    if deviation <= _ROUNDING * float(np.abs(values).max()):
+        return Estimate(mean, (mean, mean), 1.0 if mean == 0.0 else 0.0, None, n)
+    error = deviation / math.sqrt(n)
+    ratios = _studentized(values, mean, seed, resamples)
+    tail = (1.0 - CONFIDENCE) / 2.0
+    low, high = np.quantile(ratios, [tail, 1.0 - tail])
+    observed = mean / error
+    p_t = 2.0 * float(stdtr(n - 1, -abs(observed)))
+    # The smallest level at which the equal-tailed interval excludes zero.
+    above = (1 + int((ratios >= observed).sum())) / (len(ratios) + 1)
+    below = (1 + int((ratios <= observed).sum())) / (len(ratios) + 1)
+    p_bootstrap = min(1.0, 2.0 * min(above, below))
+    correction = 1.0 - 3.0 / (4.0 * (n - 1) - 1.0)
+    return Estimate(
+        mean,
+        (mean - float(high) * error, mean - float(low) * error),
+        max(p_t, p_bootstrap),
+        correction * mean / deviation,
+        n,
+    )
+
+
+def adjust_holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Returns the p-values adjusted for their number (Holm 1979): one false verdict among all in 5 % of evaluations."""
+    adjusted: dict[str, float] = {}
+    largest = 0.0
+    for rank, name in enumerate(sorted(p_values, key=lambda name: (p_values[name], name))):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = largest
+    return adjusted
+
+
+def decide_verdicts(
+    comparisons: Mapping[str, Comparison], better: Mapping[str, Literal["higher", "lower"]]
+) -> tuple[dict[str, MetricVerdict], dict[str, float]]:
+    """Returns the verdict of each comparison, and its p-value adjusted over all of them; distances are not among them.
+
+    Args:
+        comparisons: Metric -> comparison.
+        better: Metric -> its better direction.
+    """
+    tested = {name: item.difference.p for name, item in comparisons.items() if item.difference.p is not None}
+    adjusted = adjust_holm(tested)
+    verdicts: dict[str, MetricVerdict] = {}
+    for name, comparison in comparisons.items():
+        difference = comparison.difference
+        if name not in adjusted:
+            verdicts[name] = "too few"
+        elif adjusted[name] > 1.0 - CONFIDENCE or difference.mean == 0.0:
+            verdicts[name] = "unclear"
+        else:
+            verdicts[name] = "better" if (difference.mean > 0.0) == (better[name] == "higher") else "worse"
+    return verdicts, adjusted
+
+
+def _studentized(values: Values, mean: float, seed: int, resamples: int) -> Values:
+    """Returns (mean* - mean) / standard error* of the resamples; those without variation are drawn again."""
     generator = np.random.Generator(np.random.PCG64(seed))
-    n = len(differences)
-    # In chunks: all 2,000 resamples of 10,000 units would take 160 MB.
-    means = [
-        differences[generator.integers(0, n, size=(min(_CHUNK, resamples - start), n))].mean(axis=1)
-        for start in range(0, resamples, _CHUNK)
-    ]
-    tail = (1.0 - level) / 2.0
-    low, high = np.quantile(np.concatenate(means), [tail, 1.0 - tail])
-    return float(low), float(high)
+    n = len(values)
+    parts: list[Values] = []
+    missing = resamples
+    while missing > 0:
+        # In chunks: all 2,000 resamples of 10,000 groups would take 160 MB.
+        drawn = values[generator.integers(0, n, size=(min(_CHUNK, missing), n))]
+        deviations = drawn.std(axis=1, ddof=1)
+        varies = deviations > _ROUNDING * np.abs(values).max()
+        parts.append((drawn[varies].mean(axis=1) - mean) * math.sqrt(n) / deviations[varies])
+        missing -= len(parts[-1])
+    return np.concatenate(parts)

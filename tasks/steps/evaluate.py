@@ -20,7 +20,7 @@ class Evaluate(StepSpec, EvaluateSettings):
     base: str
     adapter: Annotated[str, Input("adapter")]
     dataset: Annotated[str, Input("manifest")]
-    heldout: Annotated[str | None, Input("manifest")] = None
+    heldout: Annotated[str | tuple[str, ...] | None, Input("manifest")] = None
     prompts: Annotated[str | None, External("file", kept=True)] = None
 
 
@@ -33,7 +33,7 @@ def find_imports(spec: Evaluate, folder: Path) -> Iterator[str]:
 @step(
     Evaluate,
     produces="report",
-    revision=1,
+    revision=2,
     imports=find_imports,
     entries=lambda spec: [(METRICS, name) for name in METRICS],
 )
@@ -49,7 +49,7 @@ def evaluate(spec: Evaluate, context: Context) -> None:
         context.folder("adapter"),
         context.folder("dataset"),
         context.out,
-        heldout=context.optional("heldout"),
+        heldout=context.inputs.get("heldout", ()),
         prompts=prompts,
         progress=context.progress,
     )

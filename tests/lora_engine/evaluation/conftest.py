@@ -49,12 +49,17 @@ def write_clip(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_dataset(folder: Path, train: int = 3, heldout: int = 2, size: int = 16, **options: Any) -> Path:
+def write_dataset(
+    folder: Path, train: int = 3, heldout: int = 2, size: int = 16, *, first: int = 0, **options: Any
+) -> Path:
+    """Writes a dataset of noise; equal numbers from `first` on are equal images."""
     images = []
     for number in range(train + heldout):
         digest = hashlib.sha256(f"{folder.name} {number}".encode()).hexdigest()
         name = f"pictures/{digest[:16]}.png"
-        write_png(folder / name, torch.rand(3, size, size, generator=torch.Generator().manual_seed(number)) * 2 - 1)
+        write_png(
+            folder / name, torch.rand(3, size, size, generator=torch.Generator().manual_seed(first + number)) * 2 - 1
+        )
         text = options.get("caption", "a {number} zorb").format(number=number)
         image = ImageEntry(sha256=digest, file=name, width=size, height=size, caption=text, source=f"{number}.png")
         images.append(image.model_copy(update={"split": "train" if number < train else "heldout"}))

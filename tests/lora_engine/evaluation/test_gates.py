@@ -12,7 +12,7 @@ from lora_engine.evaluation.spec import EvaluateSettings, Gate
 
 
 def result(gate: dict[str, Any], **values: Any) -> bool:
-    return check_gates({"clip_t": values}, {"clip_t": Gate(**gate)})[0].passed
+    return check_gates({"clip_t": values}, [("clip_t", Gate(**gate))]).passed
 
 
 @pytest.mark.parametrize(
@@ -45,20 +45,23 @@ def test_a_gate_checks_the_value_that_it_names() -> None:
 
 
 def test_a_value_that_is_not_finite_is_reported_as_missing() -> None:
-    gate_result = check_gates({"drift": {"difference": float("nan")}}, {"drift": Gate(max=1)})[0].as_dict()
-    assert gate_result == {
+    decision = check_gates({"drift": {"difference": float("nan")}}, [("drift", Gate(max=1))])
+    assert decision.results[0].as_dict() == {
         "metric": "drift",
         "of": "difference",
         "min": None,
         "max": 1.0,
+        "against": "base",
+        "on": "value",
         "value": None,
         "passed": False,
+        "reason": "gate drift (difference) has the value nan",
     }
 
 
 def test_a_gate_on_a_missing_metric_is_refused() -> None:
-    with pytest.raises(SettingsError, match="first 'clip_t'"):
-        check_gates({"drift": {"difference": 0.0}}, {"clip_t": Gate(min=0)})
+    with pytest.raises(SettingsError, match=r"cannot be measured \('clip_t': unknown metric\)"):
+        check_gates({"drift": {"difference": 0.0}}, [("clip_t", Gate(min=0))])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lora_engine.errors import DataError
-from lora_engine.evaluation.plan import make_plan, read_trained_on
+from lora_engine.evaluation.chosen import TrainingRecord, read_training_record
+from lora_engine.evaluation.plan import make_plan
 from lora_engine.evaluation.prompts import read_prompts, remove_trigger
 from lora_engine.evaluation.spec import EvaluateSettings
 
@@ -59,7 +60,7 @@ def test_a_prompt_file_that_cannot_be_used_is_refused(tmp_path: Path, content: b
 
 
 def test_the_plan_uses_held_out_images_and_their_captions(make_dataset: MakeDataset) -> None:
-    plan = make_plan(EvaluateSettings(), make_dataset(), heldout=None, prompts=())
+    plan = make_plan(EvaluateSettings(), make_dataset())
     assert plan.measured_on == "heldout"
     assert {request.prompt for request in plan.reference} == {"a 3 zorb", "a 4 zorb"}
     assert [request.prompt for request in plan.with_trigger] == [request.prompt for request in plan.reference]
@@ -67,47 +68,41 @@ def test_the_plan_uses_held_out_images_and_their_captions(make_dataset: MakeData
 
 
 def test_without_held_out_images_the_plan_measures_on_training_images(make_dataset: MakeDataset) -> None:
-    plan = make_plan(EvaluateSettings(max_pictures=2), make_dataset(heldout=0), heldout=None, prompts=())
+    plan = make_plan(EvaluateSettings(max_pictures=2), make_dataset(heldout=0))
     assert (plan.measured_on, len(plan.reference)) == ("training", 2)
 
 
 def test_another_dataset_can_provide_the_held_out_images(make_dataset: MakeDataset) -> None:
-    other = make_dataset("other", train=4, heldout=0, caption="other {number}")
-    plan = make_plan(EvaluateSettings(), make_dataset(), heldout=other, prompts=("one", "one", "two"))
-    assert (plan.folder, plan.measured_on, len(plan.reference)) == (other, "heldout", 4)
+    other = make_dataset("other", train=4, heldout=0, first=10, caption="other {number}")
+    plan = make_plan(EvaluateSettings(), make_dataset(), heldout=(other,), prompts=("one", "one", "two"))
+    assert (plan.measured_on, len(plan.reference)) == ("heldout", 4)
+    assert {request.file.parents[1] for request in plan.reference if request.file} == {other}
     assert [request.prompt for request in plan.with_trigger] == ["one", "two"]
 
 
 def test_held_out_images_that_were_trained_on_are_refused(make_dataset: MakeDataset) -> None:
-    other = make_dataset("other", train=2, heldout=0)
+    other = make_dataset("other", train=2, heldout=0, first=10)
     digest = json.loads((other / "manifest.json").read_bytes())["pictures"][0]["sha256"]
     with pytest.raises(DataError, match=r"1 of 2 held-out images were trained on, first '0\.png'"):
-        make_plan(EvaluateSettings(), make_dataset(), heldout=other, prompts=(), trained_on=(digest,))
-
-
-def test_images_of_several_sizes_are_refused(make_dataset: MakeDataset) -> None:
-    folder = make_dataset(train=0, heldout=2)
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    manifest["pictures"][0]["width"] = 24
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match="have 2 sizes"):
-        make_plan(EvaluateSettings(), folder, heldout=None, prompts=())
+        make_plan(EvaluateSettings(), make_dataset(), heldout=(other,), training=TrainingRecord(trained_on=(digest,)))
 
 
 def test_seeds_do_not_depend_on_the_other_prompts(make_dataset: MakeDataset) -> None:
     dataset, settings = make_dataset(), EvaluateSettings(seeds=3)
-    alone = make_plan(settings, dataset, heldout=None, prompts=("a zorb",)).with_trigger[0]
-    second = make_plan(settings, dataset, heldout=None, prompts=("a cat", "a zorb")).with_trigger[1]
+    alone = make_plan(settings, dataset, prompts=("a zorb",)).with_trigger[0]
+    second = make_plan(settings, dataset, prompts=("a cat", "a zorb")).with_trigger[1]
     assert alone == second
     assert len(set(alone.seeds)) == 3
-    reseeded = make_plan(EvaluateSettings(seeds=3, seed=1), dataset, heldout=None, prompts=("a zorb",)).with_trigger[0]
+    reseeded = make_plan(EvaluateSettings(seeds=3, seed=1), dataset, prompts=("a zorb",)).with_trigger[0]
     assert not set(reseeded.seeds) & set(alone.seeds)
 
 
-def test_digests_of_training_images_are_read_beside_the_adapter(tmp_path: Path) -> None:
-    assert read_trained_on(tmp_path) == ()
-    (tmp_path / "training.json").write_text('{"trained_on": ["abc"]}')
-    assert read_trained_on(tmp_path) == read_trained_on(tmp_path / "adapter.safetensors") == ("abc",)
-    (tmp_path / "training.json").write_text("[]")
-    with pytest.raises(DataError, match=r"training\.json"):
-        read_trained_on(tmp_path)
+def test_the_record_of_the_training_is_read_beside_the_adapter(tmp_path: Path) -> None:
+    assert read_training_record(tmp_path) == TrainingRecord()
+    (tmp_path / "training.json").write_text('{"trained_on": ["abc"], "loss": []}')
+    assert read_training_record(tmp_path).trained_on == ("abc",)
+    assert read_training_record(tmp_path / "adapter.safetensors").trained_on == ("abc",)
+    for content in ("[]", '{"trained_on": 3}', '{"chosen": {"from": [], "step": 1, "by": "x", "on": []}}'):
+        (tmp_path / "training.json").write_text(content)
+        with pytest.raises(DataError, match=r"training\.json"):
+            read_training_record(tmp_path)

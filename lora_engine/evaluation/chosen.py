@@ -1,0 +1,71 @@
+"""Reads what an adapter was trained on and chosen by, from the `training.json` beside it. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from lora_engine.data.manifest import Digest
+from lora_engine.documents import read_json_object
+from lora_engine.errors import DataError
+
+
+class Chosen(BaseModel):
+    """The choice of a checkpoint.
+
+    Attributes:
+        candidates: Steps of the checkpoints that were compared.
+        step: Step of the chosen one.
+        by: Name of the score.
+        on: Digests of the images that they were scored on.
+        score: Score of the chosen one on these images; too good, because it was chosen by it.
+        leave_one_out: Mean score of each image under the checkpoint that the other images choose; None if there are
+            too few images.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+    candidates: tuple[Annotated[int, Field(ge=0)], ...] = Field(alias="from", min_length=1)
+    step: int = Field(ge=0)
+    by: str = Field(max_length=200)
+    on: tuple[Digest, ...]
+    score: FiniteFloat | None = None
+    leave_one_out: FiniteFloat | None = None
+
+    def describe(self) -> str:
+        """Returns the sentence of the report: chosen among how many, and the unbiased figure."""
+        figure = "" if self.leave_one_out is None else f": {self.by} {self.leave_one_out:.4g} (leave-one-out)"
+        return f"chosen among {len(self.candidates)} on these images{figure}"
+
+
+class TrainingRecord(BaseModel):
+    """The parts of `training.json` that an evaluation reads.
+
+    Attributes:
+        trained_on: Digests of the training images.
+        chosen: The choice of the checkpoint; None if the last one was kept.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    trained_on: tuple[str, ...] = ()
+    chosen: Chosen | None = None
+
+
+def read_training_record(adapter: Path) -> TrainingRecord:
+    """Returns the record of an adapter's training, from the `training.json` beside it; an empty one without a file.
+
+    Raises:
+        DataError: The file exists and cannot be read.
+    """
+    path = (adapter if adapter.is_dir() else adapter.parent) / "training.json"
+    if not path.exists():
+        return TrainingRecord()
+    try:
+        return TrainingRecord.model_validate(read_json_object(path, DataError, remedy="train again"))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise DataError(f"{key}: {first['msg']}", where=str(path), remedy="train again") from None
