@@ -83,12 +83,12 @@ class Sweep(_Part):
     Attributes:
         prompts: The prompts.
         strengths: In ascending order.
-        zero_is_base: True if strength 0 gives the base's images bit for bit.
+        zero_is_base: True if strength 0 gives the base's images bit for bit; None if 0 is not among the strengths.
     """
 
     prompts: tuple[_Text, ...]
     strengths: tuple[Strength, ...]
-    zero_is_base: bool
+    zero_is_base: bool | None = None
 
 
 class ModuleWeights(_Part):

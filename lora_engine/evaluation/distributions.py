@@ -6,21 +6,19 @@ equal one in 8 of 10 cases, with 12 in 6 of 10.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lora_engine.errors import SettingsError
+from lora_engine.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LEAST_FRECHET = 1_000
 """Least number of images per set for FID: below, its bias exceeds the differences between models."""
 LEAST_TRUSTED = 96
 """Least number of images per set from which KID and CMMD rank a shifted set above an equal one in 19 of 20 cases."""
 _SIGMA, _SCALE = 10.0, 1_000.0
-
-
-def is_trusted(real: int, generated: int) -> bool:
-    """Returns True if KID and CMMD of so many real and generated images can be trusted."""
-    return min(real, generated) >= LEAST_TRUSTED
 
 
 def kernel_distance(real: Tensor, generated: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
     from lora_engine.evaluation.embedder import Embedder
     from lora_engine.evaluation.plan import Request
     from lora_engine.evaluation.statistics import Values
+    from lora_engine.evaluation.subject import Subject
 
 BASE, CANDIDATE, PRODUCTION = "base", "candidate", "production"
 """Roles of the compared models. Other versions have their reference as role, such as `zorb@3`."""
 
-RequestSet = Literal["reference", "with_trigger", "without_trigger"]
-"""Captions of real images; the prompts; the prompts without the trigger."""
+RequestSet = Literal["reference", "with_trigger", "without_trigger", "of_class", "unrelated"]
+"""Captions of real images; the prompts; the prompts without the trigger; prompts of the class word; unrelated ones."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Evidence:
         trained_on: The training images, for metrics of memorization.
         embedder: Embeds images and texts; None leaves out the metrics that need it.
         image_embedder: Embeds images only, such as a DINOv2; None leaves out the metrics that need it.
+        face_embedder: Embeds faces; None leaves out the metrics of identity.
         masked_likeness: True embeds real images with gray outside of their masks.
         seed: Seed of the evaluation, for metrics that draw.
     """
@@ -95,6 +98,7 @@ class Evidence:
     trained_on: tuple[RealImage, ...] = ()
     embedder: Embedder | None = None
     image_embedder: Embedder | None = None
+    face_embedder: Embedder | None = None
     masked_likeness: bool = False
     seed: int = 0
     _vectors: dict[tuple[str, Request, str], Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -114,6 +118,13 @@ class Evidence:
         """Returns the images of the prompts without the trigger."""
         return self.sets["without_trigger"]
 
+    @cached_property
+    def subject(self) -> Subject:
+        """The training images as vectors, hashes and faces."""
+        from lora_engine.evaluation.subject import Subject
+
+        return Subject(self.trained_on)
+
     def require_embedder(self) -> Embedder:
         """Returns the embedder of images and texts; metrics that call this declare `needs_embedder`.
 
@@ -129,6 +140,14 @@ class Evidence:
             SettingsError: There is none.
         """
         return _required(self.image_embedder)
+
+    def require_face_embedder(self) -> Embedder:
+        """Returns the embedder of faces; metrics that call this declare `needs_faces`.
+
+        Raises:
+            SettingsError: There is none.
+        """
+        return _required(self.face_embedder)
 
     def embed(self, images: ImageSet, role: str, embedder: Embedder) -> Tensor:
         """Embeds the images of a model, or the real image for the role `reference`: float32 [n, d] of length 1.

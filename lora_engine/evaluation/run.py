@@ -12,10 +12,12 @@ from lora_engine.adapters import module_shapes
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.data.pixels import write_png
 from lora_engine.evaluation.chosen import read_training_record
+from lora_engine.evaluation.details import write_details
 from lora_engine.evaluation.drawing import draw_images
 from lora_engine.evaluation.embedder import load_embedder
 from lora_engine.evaluation.evidence import BASE, CANDIDATE, Evidence, ImageSet, RequestSet
 from lora_engine.evaluation.gates import check_gates, check_measurable
+from lora_engine.evaluation.gathering import gather_details
 from lora_engine.evaluation.measuring import measure
 from lora_engine.evaluation.metrics import METRICS, Available
 from lora_engine.evaluation.plan import EvaluationPlan, make_plan
@@ -75,22 +77,32 @@ def evaluate(
         SettingsError: The embedder or the image size cannot be used, or a gate names a metric that cannot be measured.
         AdapterError: An adapter is incomplete, does not match the base, or produces NaN or Inf.
     """
-    plan = make_plan(settings, dataset, heldout=heldout, prompts=prompts, training=read_training_record(adapter))
+    plan = make_plan(
+        settings,
+        dataset,
+        heldout=heldout,
+        prompts=prompts,
+        training=read_training_record(adapter),
+        base=base if isinstance(base, str) else base.name,
+    )
     embedder = load_embedder(settings.embedder)
     available = Available(plan, embedder is not None, image_embedder=False)
-    unmet = {name: reason for name, metric in METRICS.items() if (reason := metric.unmet(available))}
-    names = [name for name in METRICS if name not in unmet]
+    wanted = [name for name in METRICS if settings.measures(name)]
+    unmet = {name: reason for name in wanted if (reason := METRICS[name].unmet(available))}
+    names = [name for name in wanted if name not in unmet]
     check_measurable(settings.listed_gates(), names, unmet)
     model = load_base(base)
     for size in plan.sizes:
         model.latent_shape(size)
     files = {role: _adapter_file(path) for role, path in {CANDIDATE: adapter, **(against or {})}.items()}
-    bundles = {BASE: None, **{role: _read(file, model) for role, file in files.items()}}
+    adapters = {role: _read(file, model) for role, file in files.items()}
+    bundles: dict[str, Bundle | None] = {BASE: None, **adapters}
     drawn = draw_images(settings, plan, model=model, bundles=bundles, progress=progress)
     evidence = Evidence(
         tuple(bundles),
         drawn.sets,
         drawn.heldout,
+        drawn.training,
         trained_on=plan.trained_on,
         embedder=embedder,
         masked_likeness=settings.masked_likeness,
@@ -119,6 +131,8 @@ def evaluate(
         "absent": dict(absent or {}),
         "embedder": {"name": embedder.name, "sha256": embedder.fingerprint},
     }
+    modules = adapters[CANDIDATE].adapter.modules
+    write_details(out, gather_details(evidence, out, model=model, modules=modules, strengths=drawn.strengths))
     rounded: dict[str, Any] = _rounded(report)
     atomic_write(out / "report.json", canonical_json(rounded))
     return rounded

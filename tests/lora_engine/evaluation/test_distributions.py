@@ -12,9 +12,7 @@ from torch import Tensor
 
 from lora_engine.errors import SettingsError
 from lora_engine.evaluation.distributions import (
-    LEAST_TRUSTED,
     frechet_distance,
-    is_trusted,
     kernel_distance,
     mean_discrepancy,
 )
@@ -101,6 +99,3 @@ def test_small_sets_are_refused_or_marked() -> None:
             distance(features(0, 1), features(1, 5))
     with pytest.raises(SettingsError, match=r"\[5, 8\] and \[5, 4\]"):
         kernel_distance(features(0, 5), features(1, 5, width=4))
-    assert is_trusted(LEAST_TRUSTED, LEAST_TRUSTED)
-    assert not is_trusted(LEAST_TRUSTED - 1, 5_000)
-    assert not is_trusted(5_000, LEAST_TRUSTED - 1)
