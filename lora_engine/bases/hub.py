@@ -30,6 +30,29 @@ def fetch_from_hub(repository: str, revision: str | None) -> tuple[Path, str]:
     return folder, folder.name
 
 
+def fetch_files(repository: str, revision: str | None, patterns: list[str], what: str) -> tuple[Path, str]:
+    """Returns the snapshot folder of a hub repository with the files that match the patterns, and its commit.
+
+    Args:
+        repository: `owner/name`.
+        revision: Branch, tag or commit; None is the default branch.
+        patterns: Patterns of the files; those without a wildcard are required.
+        what: Noun in messages, such as `embedder`.
+
+    Raises:
+        BaseModelError: It is neither cached nor downloadable.
+    """
+    required = [pattern for pattern in patterns if "*" not in pattern]
+    try:
+        folder = _snapshot(repository, revision, local=True)
+    except OSError:
+        folder = None  # not cached
+    if folder is None or not all((folder / name).is_file() for name in required):
+        _log.info("downloading %s from the Hugging Face hub", repository)
+        folder = _snapshot_or_explain(repository, revision, patterns, what=what)
+    return folder, folder.name
+
+
 def fetch_configuration(repository: str, revision: str | None) -> Path:
     """Returns a snapshot folder of a hub repository with its index and the configurations of U-Net and VAE, if any.
 
@@ -63,7 +86,7 @@ def _download(repository: str, revision: str | None) -> Path:
     raise problem or BaseModelError(f"{repository!r} cannot be used")
 
 
-def _snapshot_or_explain(repository: str, revision: str | None, patterns: list[str]) -> Path:
+def _snapshot_or_explain(repository: str, revision: str | None, patterns: list[str], *, what: str = "base") -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -89,11 +112,13 @@ def _snapshot_or_explain(repository: str, revision: str | None, patterns: list[s
         ) from None
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         at = f" --revision {revision}" if revision else ""
+        kind = "diffusers folder" if what == "base" else "folder"
         raise BaseModelError(
-            f"the base {name} is not in the local Hugging Face cache, and the hub cannot be reached ({_first(error)})",
-            allowed="`tiny`, a diffusers folder, or a hub id that is in the cache or can be downloaded",
+            f"the {what} {name} is not in the local Hugging Face cache, and the hub cannot be reached "
+            f"({_first(error)})",
+            allowed=f"`tiny`, a {kind}, or a hub id that is in the cache or can be downloaded",
             remedy=f"run `hf download {repository}{at}` on a machine with a network and set HF_HOME to that cache, "
-            "pass the path of a diffusers folder, or use `tiny`, which needs no download",
+            f"pass the path of a {kind}, or use `tiny`, which needs no download",
         ) from None
 
 

@@ -101,6 +101,8 @@ class Evidence:
     face_embedder: Embedder | None = None
     masked_likeness: bool = False
     seed: int = 0
+    used_embedders: set[str] = field(default_factory=set, repr=False, compare=False)
+    """Fingerprints of the embedders that were used since it was cleared."""
     _vectors: dict[tuple[str, Request, str], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -131,7 +133,7 @@ class Evidence:
         Raises:
             SettingsError: There is none.
         """
-        return _required(self.embedder)
+        return self._required(self.embedder)
 
     def require_image_embedder(self) -> Embedder:
         """Returns the embedder of images only; metrics that call this declare `needs_image_embedder`.
@@ -139,7 +141,7 @@ class Evidence:
         Raises:
             SettingsError: There is none.
         """
-        return _required(self.image_embedder)
+        return self._required(self.image_embedder)
 
     def require_face_embedder(self) -> Embedder:
         """Returns the embedder of faces; metrics that call this declare `needs_faces`.
@@ -147,17 +149,24 @@ class Evidence:
         Raises:
             SettingsError: There is none.
         """
-        return _required(self.face_embedder)
+        return self._required(self.face_embedder)
 
     def embed(self, images: ImageSet, role: str, embedder: Embedder) -> Tensor:
         """Embeds the images of a model, or the real image for the role `reference`: float32 [n, d] of length 1.
 
         Each is embedded once. A real image is embedded as `masked_likeness` says.
         """
+        self.used_embedders.add(embedder.fingerprint)
         key = (embedder.fingerprint, images.request, role)
         if key not in self._vectors:
             self._vectors[key] = embedder.embed_images(_pixels(images, role, masked=self.masked_likeness))
         return self._vectors[key]
+
+    def _required(self, embedder: Embedder | None) -> Embedder:
+        if embedder is None:
+            raise SettingsError("the metric needs an embedder, and none was loaded", remedy="declare it as `unmet`")
+        self.used_embedders.add(embedder.fingerprint)
+        return embedder
 
 
 @dataclass(frozen=True)
@@ -197,12 +206,6 @@ def measure_sets(
         for role in (evidence.roles if roles is None else roles)
     }
     return Measured(values, tuple(images.request.group for images in sets))
-
-
-def _required(embedder: Embedder | None) -> Embedder:
-    if embedder is None:
-        raise SettingsError("the metric needs an embedder, and none was loaded", remedy="declare it as `unmet`")
-    return embedder
 
 
 def _pixels(images: ImageSet, role: str, *, masked: bool) -> Tensor:

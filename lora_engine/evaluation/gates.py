@@ -89,6 +89,25 @@ def check_measurable(gates: Sequence[tuple[str, Gate]], measured: Collection[str
         )
 
 
+def check_versions(gates: Sequence[tuple[str, Gate]], compared: Collection[str]) -> None:
+    """Raises if a gate names a version that will not be compared with; call it before anything is drawn.
+
+    Args:
+        gates: (metric, gate) of all gates.
+        compared: Roles of the other versions, of absent ones too.
+
+    Raises:
+        SettingsError: A gate names another version.
+    """
+    for name, gate in gates:
+        if gate.against not in {BASE, *compared}:
+            raise SettingsError(
+                f"the gate {name!r} compares with {gate.against!r}, which is not among the compared versions",
+                allowed=", ".join([BASE, *sorted(compared)]),
+                remedy=f"add it: against: [{gate.against}]",
+            )
+
+
 def check_gates(
     metrics: Mapping[str, Mapping[str, Any]],
     gates: Sequence[tuple[str, Gate]],
@@ -109,6 +128,7 @@ def check_gates(
     """
     compared, missing = {BASE: metrics, **(comparisons or {})}, absent or {}
     check_measurable(gates, metrics.keys(), {})
+    check_versions(gates, [*compared, *missing])
     results: list[GateResult] = []
     skipped: list[str] = []
     for name, gate in gates:
@@ -118,12 +138,6 @@ def check_gates(
                 skipped.append(reason)
             else:
                 results.append(_result(name, gate, None, reason))
-        elif gate.against not in compared:
-            raise SettingsError(
-                f"the gate {name!r} compares with {gate.against!r}, which is not among the compared versions",
-                allowed=", ".join(sorted({*compared, *missing})),
-                remedy=f"add it: against: [{gate.against}]",
-            )
         else:
             results.append(_check(name, gate, compared[gate.against][name]))
     return GateDecision(tuple(results), tuple(skipped))

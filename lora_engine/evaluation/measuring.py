@@ -24,7 +24,7 @@ class Measurements:
     """All metrics, as stored in `report.json`.
 
     Attributes:
-        metrics: Metric -> the candidate against the base.
+        metrics: Metric -> the candidate against the base; `embedders` are the digests that its values depend on.
         comparisons: Role -> metric -> the candidate against that version.
         units: Metric -> the values of every group and model.
     """
@@ -45,12 +45,18 @@ def measure(evidence: Evidence, names: Iterable[str], seed: int) -> Measurements
     Raises:
         SettingsError: The function of a metric returned something else than a `Measured`.
     """
-    measured = {name: _measure(name, evidence) for name in names}
+    measured: dict[str, Measured] = {}
+    embedders: dict[str, list[str]] = {}
+    for name in names:
+        evidence.used_embedders.clear()
+        measured[name] = _measure(name, evidence)
+        embedders[name] = sorted(evidence.used_embedders)
     own = {name: _own_interval(name, item, seed) for name, item in measured.items()}
     compared = {role: _against(role, measured, own, seed) for role in evidence.roles if role != CANDIDATE}
-    return Measurements(
-        metrics=compared.pop(BASE), comparisons=compared, units={name: _units(item) for name, item in measured.items()}
-    )
+    metrics = compared.pop(BASE)
+    for name, used in embedders.items():
+        metrics[name] |= {"embedders": used} if used else {}
+    return Measurements(metrics, compared, {name: _units(item) for name, item in measured.items()})
 
 
 def _measure(name: str, evidence: Evidence) -> Measured:

@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
+from typing import Any
 
 from lora_engine.adapters import module_shapes
 from lora_engine.bases.base import BaseModel, load_base
-from lora_engine.data.pixels import write_png
+from lora_engine.bases.source import BaseSource, resolve_base
 from lora_engine.evaluation.chosen import read_training_record
 from lora_engine.evaluation.details import write_details
 from lora_engine.evaluation.drawing import draw_images
-from lora_engine.evaluation.embedder import load_embedder
-from lora_engine.evaluation.evidence import BASE, CANDIDATE, Evidence, ImageSet, RequestSet
-from lora_engine.evaluation.gates import check_gates, check_measurable
+from lora_engine.evaluation.embedder import Embedder, load_embedder
+from lora_engine.evaluation.embedder_source import ChosenEmbedders, choose_embedders
+from lora_engine.evaluation.evidence import BASE, CANDIDATE, Evidence
+from lora_engine.evaluation.gates import check_gates, check_measurable, check_versions
 from lora_engine.evaluation.gathering import gather_details
 from lora_engine.evaluation.measuring import measure
 from lora_engine.evaluation.metrics import METRICS, Available
 from lora_engine.evaluation.plan import EvaluationPlan, make_plan
+from lora_engine.evaluation.recording import describe_plan, write_images, write_samples
 from lora_engine.evaluation.spec import EvaluateSettings
 from lora_engine.files import atomic_write, canonical_json, sha256_file
 from lora_engine.formats import Bundle, read_bundle
 from lora_engine.progress import Progress, no_progress
 
-if TYPE_CHECKING:
-    from lora_engine.bases.source import BaseSource
+_log = logging.getLogger(__name__)
 
 REPORT_FORMAT = 2
 """Version of the layout of `report.json`; 1 compared with the base alone, by percentile intervals."""
-
-# Kind in `report.json` -> set of requests, largest number of samples.
-_SAMPLES: dict[str, tuple[RequestSet, int]] = {
-    "paired": ("reference", 8),
-    "asked": ("with_trigger", 8),
-    "unasked": ("without_trigger", 4),
-}
 
 
 def evaluate(
@@ -77,26 +70,25 @@ def evaluate(
         SettingsError: The embedder or the image size cannot be used, or a gate names a metric that cannot be measured.
         AdapterError: An adapter is incomplete, does not match the base, or produces NaN or Inf.
     """
-    plan = make_plan(
-        settings,
-        dataset,
-        heldout=heldout,
-        prompts=prompts,
-        training=read_training_record(adapter),
-        base=base if isinstance(base, str) else base.name,
-    )
-    embedder = load_embedder(settings.embedder)
-    available = Available(plan, embedder is not None, image_embedder=False)
-    wanted = [name for name in METRICS if settings.measures(name)]
-    unmet = {name: reason for name in wanted if (reason := METRICS[name].unmet(available))}
-    names = [name for name in wanted if name not in unmet]
+    source = base if isinstance(base, BaseSource) else resolve_base(base)
+    record = read_training_record(adapter)
+    plan = make_plan(settings, dataset, heldout=heldout, prompts=prompts, training=record, base=source.name)
+    embedders = choose_embedders(settings.embedder, settings.image_embedder, source)
+    unmet = find_unmet(settings, plan, embedders)
+    names = [name for name in METRICS if settings.measures(name) and name not in unmet]
     check_measurable(settings.listed_gates(), names, unmet)
-    model = load_base(base)
+    check_versions(settings.listed_gates(), [*(against or {}), *(absent or {})])
+    embedder = load_embedder(embedders.text) if embedders.text else None
+    image_embedder = load_embedder(embedders.image) if embedders.image else None
+    face_embedder = load_embedder(settings.face_embedder) if settings.face_embedder else None
+    model = load_base(source)
     for size in plan.sizes:
         model.latent_shape(size)
     files = {role: _adapter_file(path) for role, path in {CANDIDATE: adapter, **(against or {})}.items()}
     adapters = {role: _read(file, model) for role, file in files.items()}
     bundles: dict[str, Bundle | None] = {BASE: None, **adapters}
+    truncated = _find_truncated(plan, embedder)
+    _warn(plan, embedders, truncated)
     drawn = draw_images(settings, plan, model=model, bundles=bundles, progress=progress)
     evidence = Evidence(
         tuple(bundles),
@@ -105,6 +97,8 @@ def evaluate(
         drawn.training,
         trained_on=plan.trained_on,
         embedder=embedder,
+        image_embedder=image_embedder,
+        face_embedder=face_embedder,
         masked_likeness=settings.masked_likeness,
         seed=settings.seed,
     )
@@ -122,20 +116,35 @@ def evaluate(
         "skipped_gates": list(decision.skipped),
         "passed": decision.passed,
         "reasons": decision.reasons,
-        "samples": _write_samples(evidence, out),
-        "settings": settings.model_dump(mode="json"),
-        **_describe_plan(plan),
+        "samples": write_samples(evidence, out),
+        "images": write_images(evidence, out, settings.keep),
+        # Names of embedders may be paths of this machine.
+        "settings": settings.model_dump(mode="json", exclude={"embedder", "image_embedder"}),
+        **describe_plan(plan),
         "base": {"name": model.name, "family": model.family, "fingerprint": model.fingerprint},
         "adapter": {"sha256": sha256_file(files[CANDIDATE])},
         "against": {role: {"sha256": sha256_file(file)} for role, file in files.items() if role != CANDIDATE},
         "absent": dict(absent or {}),
-        "embedder": {"name": embedder.name, "sha256": embedder.fingerprint},
+        "embedder": _describe(embedder),
+        "image_embedder": _describe(image_embedder),
+        "face_embedder": _describe(face_embedder),
+        "missing_embedders": dict(embedders.missing),
+        "truncated": truncated,
     }
     modules = adapters[CANDIDATE].adapter.modules
     write_details(out, gather_details(evidence, out, model=model, modules=modules, strengths=drawn.strengths))
     rounded: dict[str, Any] = _rounded(report)
     atomic_write(out / "report.json", canonical_json(rounded))
     return rounded
+
+
+def find_unmet(settings: EvaluateSettings, plan: EvaluationPlan, embedders: ChosenEmbedders) -> dict[str, str]:
+    """Returns the metrics that are to be measured and cannot be, with the reasons."""
+    available = Available(
+        plan, embedders.text is not None, embedders.image is not None, settings.face_embedder is not None
+    )
+    wanted = [name for name in METRICS if settings.measures(name)]
+    return {name: reason for name in wanted if (reason := METRICS[name].unmet(available))}
 
 
 def _adapter_file(adapter: Path) -> Path:
@@ -146,39 +155,25 @@ def _read(file: Path, model: BaseModel) -> Bundle:
     return read_bundle(file, module_names=module_shapes(model))
 
 
-def _describe_plan(plan: EvaluationPlan) -> dict[str, Any]:
-    return {
-        "measured_on": plan.measured_on,
-        "sizes": [list(size) for size in plan.sizes],
-        "left_out": [{"source": item.source, "sha256": item.sha256, "reason": item.reason} for item in plan.left_out],
-        "chosen": plan.chosen.model_dump(mode="json", by_alias=True) if plan.chosen else None,
-        "trigger": plan.trigger,
-        "class_word": plan.class_word,
-    }
+def _describe(embedder: Embedder | None) -> dict[str, str] | None:
+    return {"name": embedder.name, "sha256": embedder.fingerprint} if embedder else None
 
 
-def _write_samples(evidence: Evidence, out: Path) -> list[dict[str, Any]]:
-    shown: set[str] = set()
-    samples: list[dict[str, Any]] = []
-    for kind, (name, limit) in _SAMPLES.items():
-        for images in [item for item in evidence.sets[name] if item.request.prompt not in shown][:limit]:
-            shown.add(images.request.prompt)
-            samples.append(_write_sample(kind, len(samples), images, out))
-    return samples
+def _find_truncated(plan: EvaluationPlan, embedder: Embedder | None) -> list[str]:
+    if embedder is None:
+        return []
+    return embedder.find_truncated(list(dict.fromkeys(r.prompt_without_trigger for r in plan.with_trigger)))
 
 
-def _write_sample(kind: str, index: int, images: ImageSet, out: Path) -> dict[str, Any]:
-    pixels: dict[str, Tensor | None] = {
-        "base": images.images[BASE][0].float() / 127.5 - 1.0,
-        "adapter": images.images[CANDIDATE][0].float() / 127.5 - 1.0,
-        "reference": images.reference,
-    }
-    sample: dict[str, Any] = {"kind": kind, "prompt": images.request.prompt, "seed": images.request.seeds[0]}
-    for role, values in pixels.items():
-        sample[role] = f"pictures/{index:02d}-{role}.png" if values is not None else None
-        if values is not None:
-            write_png(out / sample[role], values)
-    return sample
+def _warn(plan: EvaluationPlan, embedders: ChosenEmbedders, truncated: Sequence[str]) -> None:
+    for item in plan.left_out:
+        _log.warning("held-out image %r is left out: %s", item.source, item.reason)
+    for setting, reason in embedders.missing.items():
+        _log.warning("metrics of the %s are left out: %s", setting, reason)
+    for text in truncated:
+        _log.warning(
+            "the prompt %r is longer than the embedder reads; agreement is measured on its beginning", text[:80]
+        )
 
 
 def _rounded(value: Any) -> Any:

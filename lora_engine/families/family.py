@@ -240,6 +240,8 @@ class Family:
         licenses: License id to the published names and hub ids of the weights that have it; if only the family is
             known, the strictest license counts.
         training: Settings in the pipeline files that `loraline init` and `loraline train` write.
+        embedder: Hub id of the CLIP or SigLIP that evaluations of its bases use by default.
+        image_embedder: Hub id of the DINOv2 that they use by default.
         revision: Number in the cache keys of steps that use it; raise it whenever the same inputs give another result.
             0 declares none: the keys then hold the version of its plug-in.
     """
@@ -261,6 +263,8 @@ class Family:
     targets: Targets = Targets()
     licenses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     training: TrainingDefaults = field(default_factory=TrainingDefaults)
+    embedder: str = "openai/clip-vit-large-patch14"
+    image_embedder: str = "facebook/dinov2-base"
     revision: int = 0
 
     @property

@@ -16,8 +16,10 @@ from lora_engine.evaluation.spec import EvaluateSettings
 from lora_engine.formats import read_adapter, write_adapter
 
 MakeDataset = Callable[..., Path]
-MEASURED = {name for name in METRICS if not METRICS[name].optional} - {"identity", "faces_found", "prompt_sensitivity"}
-"""Of one prompt, without an embedder of faces."""
+MEASURED = {name for name in METRICS if not METRICS[name].optional} - {
+    *("identity", "faces_found", "prompt_sensitivity", "dino_i_paired")
+}
+"""Of one prompt, without an embedder of faces and of images only."""
 INSENSITIVE = {"copies"}
 """Whose difference is 0 for an adapter that changes every image."""
 
@@ -25,7 +27,9 @@ INSENSITIVE = {"copies"}
 @pytest.fixture
 def settings(clip_folder: Path) -> Callable[..., EvaluateSettings]:
     def make(**change: Any) -> EvaluateSettings:
-        return EvaluateSettings(**{"steps": 2, "seeds": 2, "embedder": str(clip_folder), **change})
+        return EvaluateSettings(
+            **{"steps": 2, "seeds": 2, "embedder": str(clip_folder), "image_embedder": "none", **change}
+        )
 
     return make
 
@@ -69,6 +73,9 @@ def test_the_same_inputs_give_the_same_bytes(run: Callable[..., dict[str, Any]],
     assert files == {path.relative_to(tmp_path / "two"): path.read_bytes() for path in (tmp_path / "two").rglob("*.*")}
     assert json.loads(files[Path("report.json")]) == report
     names = {sample[role] for sample in report["samples"] for role in ("base", "adapter", "reference")} - {None}
+    images = report["images"]
+    assert images["count"] == images["kept"] == 16, "two captions and two prompts without the trigger, twice, by both"
+    names |= {file for entry in images["entries"] for file in entry["files"].values()}
     assert names == {str(path) for path in files if path.suffix == ".png" and "near-" not in path.name}
     assert {sample["kind"] for sample in report["samples"]} == {"paired", "asked", "unasked"}
     assert str(tmp_path).encode() not in files[Path("report.json")]

@@ -176,6 +176,19 @@ def test_the_distribution_metrics_are_those_of_their_functions(world: Callable[.
         METRICS["fid"].measure(evidence)
 
 
+def test_likeness_by_dino_is_1_for_the_real_images_themselves(world: Callable[..., Evidence]) -> None:
+    evidence = world()
+    exact = tuple(
+        replace(item, images={**item.images, CANDIDATE: stored(item.reference, item.reference)})
+        for item in evidence.reference
+        if item.reference is not None
+    )
+    evidence = replace(evidence, sets={**evidence.sets, "reference": exact}, image_embedder=ColorEmbedder())  # type: ignore
+    values = METRICS["dino_i_paired"].measure(evidence).values
+    assert values[CANDIDATE] == pytest.approx(np.ones(6), abs=1e-3)
+    assert values[BASE].mean() < 0.5
+
+
 def available(count: int, seeds: int = 1, **change: Any) -> Available:
     requests = tuple(Request(f"{n}", f"{n}", tuple(range(seeds)), (SIZE, SIZE), str(n)) for n in range(count))
     plan = EvaluationPlan(change.pop("measured_on", "heldout"), requests, requests, requests, **change)
@@ -194,6 +207,7 @@ def test_what_cannot_be_measured_has_a_reason_before_anything_is_drawn() -> None
         "leak": (available(4), "no trigger"),
         "class_drift": (available(4), "no class word"),
         "identity": (available(4), "face_embedder"),
+        "dino_i_paired": (available(4), "no embedder of images"),
     }
     for name, (known, reason) in reasons.items():
         assert reason in METRICS[name].unmet(known), name
