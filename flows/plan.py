@@ -19,7 +19,8 @@ from tasks.adoption import Adoption, find_adoption, find_changes, find_unmet
 from tasks.errors import SpecError
 from tasks.execution import NO_RESULT, find_hit
 from tasks.job import Job, Outcome, prepare_job
-from tasks.spec import REGISTERED
+from tasks.operations.compared import find_compared
+from tasks.spec import REGISTERED, StepSpec
 from tasks.step import Inputs
 
 Sources = Mapping[str, tuple[ArtifactRef | str, ...]]
@@ -103,11 +104,9 @@ def plan_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ()
         planner = _Planner(spec.name, home, open_store(home), lineage, adopt)
         planned: dict[str, PlannedStep] = {}
         for name, step in spec.steps.items():
-            sources: dict[str, tuple[ArtifactRef | str, ...]] = {}
-            for field, target, _ in step.references():
-                source = _source(target, planned, home)
-                sources[field] = (*sources.get(field, ()), source)
+            sources, absent = _find_sources(step, planned, home)
             job = prepare_job(name, step, spec.folder, revoked, concurrency=spec.concurrency)
+            job = replace(job, absent=absent)
             planned[name] = planner.plan(PlannedStep(job, sources, "forced", force=name in force))
     finally:
         lineage.close()
@@ -132,6 +131,24 @@ def registered_adapter(target: str, home: Home) -> ArtifactRef:
         return versions.get(match["name"], match["ref"]).artifact
     finally:
         versions.close()
+
+
+def _find_sources(step: StepSpec, planned: Mapping[str, PlannedStep], home: Home) -> tuple[Sources, dict[str, str]]:
+    """Returns the inputs of a step, and the registered versions that it can do without and that are not there."""
+    sources: dict[str, tuple[ArtifactRef | str, ...]] = {}
+    absent: dict[str, str] = {}
+    for role, target, _ in step.references():
+        if target not in planned and step.may_be_absent(role):
+            candidate = next((ref for ref in sources.get("adapter", ()) if isinstance(ref, ArtifactRef)), None)
+            compared = find_compared(target, home, candidate)
+            if isinstance(compared, str):
+                absent[target] = compared
+                continue
+            source: ArtifactRef | str = compared
+        else:
+            source = _source(target, planned, home)
+        sources[role] = (*sources.get(role, ()), source)
+    return sources, absent
 
 
 def _source(target: str, planned: Mapping[str, PlannedStep], home: Home) -> ArtifactRef | str:

@@ -192,6 +192,7 @@ def _work(
         origin=job.origin(inputs),
         force=force,
         live=live,
+        absent=job.absent,
     )
     if job.spec.timeout is None:
         job.kind.work(job.spec, context)

@@ -37,6 +37,9 @@ class Job:
             changes no bytes, so it is not part of the cache key.
         entries: The registry entries that the step uses: its own, those in its settings, the family of its base, and
             the kinds of its input adapters.
+        models: Setting -> name and fingerprint of another model that the step uses, such as an embedder.
+        absent: Registered version that the step names and can do without -> why it is not there. The reasons are not
+            part of the cache key.
     """
 
     name: str
@@ -47,6 +50,8 @@ class Job:
     base: Mapping[str, str] | None = None
     concurrency: int | None = None
     entries: tuple[UsedEntry, ...] = ()
+    models: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def revision(self) -> int:
@@ -69,6 +74,8 @@ class Job:
         recorded: dict[str, Any] = {"settings": self.spec.own_settings(), "files": self.file_digests}
         recorded |= {"base": dict(self.base)} if self.base else {}
         recorded |= {"excluded": list(self.excluded)} if self.excluded else {}
+        recorded |= {"models": {name: dict(model) for name, model in self.models.items()}} if self.models else {}
+        recorded |= {"absent": dict(self.absent)} if self.absent else {}
         return recorded | to_record(self.entries)
 
     def key(self, inputs: Inputs) -> str:
@@ -90,8 +97,9 @@ class Job:
         """Returns what the cache key is the digest of; JSON values.
 
         The parts are the step's name and revision, its settings, the digests of its inputs, the content of the user's
-        files, the fingerprint of the base, and the revisions of the entries that it uses; not names, paths or times,
-        and no version of a package, except of a plug-in with an entry without a revision.
+        files, the fingerprints of the base and other models, the registered versions that are not there, and the
+        revisions of the entries that it uses; not names, paths or times, and no version of a package, except of a
+        plug-in with an entry without a revision.
         """
         revoked = {_REVOKED: " ".join(self.excluded)} if self.excluded else {}
         parts = {
@@ -102,6 +110,10 @@ class Job:
             "files": self.file_digests | revoked,
             "base": self.base["fingerprint"] if self.base else None,
         }
+        if self.models:
+            parts["models"] = {name: model["fingerprint"] for name, model in self.models.items()}
+        if self.absent:
+            parts["absent"] = sorted(self.absent)
         return parts | to_key(self.entries)
 
     def with_input_kinds(self, inputs: Inputs, lineage: Lineage) -> Job:
@@ -112,7 +124,9 @@ class Job:
         """Returns this job, or the same step read again if the user's files changed since it was prepared."""
         if self.files_are_current():
             return self
-        return prepare_job(self.name, self.spec, self.folder, read_revoked(lineage), concurrency=self.concurrency)
+        revoked = read_revoked(lineage)
+        again = prepare_job(self.name, self.spec, self.folder, revoked, concurrency=self.concurrency)
+        return replace(again, absent=self.absent)
 
     def files_are_current(self) -> bool:
         """Returns True if no file of the user changed since this job was prepared; reads no bytes."""
@@ -157,7 +171,9 @@ def prepare_job(
     located = locate_base(base, folder) if base else None
     source = resolve_base(located) if located else None
     description = _describe_base(source, located) if source and located else None
-    return Job(name, spec, folder, files, tuple(excluded), description, concurrency, find_used(spec, source))
+    find_models = STEPS[spec.uses].models
+    models = find_models(spec, folder, source) if find_models is not None and source else {}
+    return Job(name, spec, folder, files, tuple(excluded), description, concurrency, find_used(spec, source), models)
 
 
 def _describe_base(source: BaseSource, located: str) -> dict[str, str]:

@@ -81,6 +81,11 @@ class StepSpec(BaseModel):
         fields += self._files_by_input()
         return {field: getattr(self, field) for field in fields if getattr(self, field) is not None}
 
+    def may_be_absent(self, field: str) -> bool:
+        """Returns True if the step also runs without the registered versions that a reference field names."""
+        del field
+        return False
+
     def _files_by_input(self) -> list[str]:
         markers = [field for field, marker in _marked(type(self), Input) if marker.or_file]
         return [field for field in markers if getattr(self, field) is not None and is_path(getattr(self, field))]

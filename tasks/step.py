@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_engine.bases.source import BaseSource
 from lora_engine.progress import Progress
 from lora_engine.registries import Registry
 from registry.entities import ArtifactRef
@@ -42,6 +43,7 @@ class Context:
         key: Cache key of the execution.
         origin: Digest of everything that the result depends on except the settings.
         force: True if the step runs although its result is cached.
+        absent: Registered version that the spec names -> why it is not there.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Context:
     stop: Callable[[], bool] = stop_requested
     origin: str = ""
     force: bool = False
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     def folder(self, field: str) -> Path:
         """Returns the folder of a required reference."""
@@ -84,6 +87,7 @@ Revisions = Callable[[Any, Mapping[str, PathDigest]], int]
 DescribeProgress = Callable[[Any, str, Home, str | None], str]
 Imports = Callable[[Any, Path], Iterable[str]]
 Entries = Callable[[Any], Iterable[tuple[Registry[Any], str]]]
+FindModels = Callable[[Any, Path, BaseSource], Mapping[str, Mapping[str, str]]]
 
 
 def always(*modules: str) -> Imports:
@@ -115,6 +119,8 @@ class StepKind:
             see `tasks.imports`. None means none.
         entries: Takes the spec; returns the registry entries that the step uses, as (registry, name). Those of plug-ins
             enter the cache key and lineage. None means none.
+        models: Takes (spec, folder of the pipeline file, its base); returns the other models that the step uses, as
+            setting -> `name` and `fingerprint`, which enter the cache key. None means none.
         stops: True if the work polls `Context.stop` and then saves its progress; other steps with a `timeout` run in a
             child process.
     """
@@ -132,6 +138,7 @@ class StepKind:
     stops: bool = False
     describe_progress: DescribeProgress | None = None
     revisions: Revisions | None = None
+    models: FindModels | None = None
 
     def revision_of(self, spec: StepSpec, files: Mapping[str, PathDigest]) -> int:
         """Returns the revision for a spec and the digests of the user's files."""
@@ -154,6 +161,7 @@ def step(
     stops: bool = False,
     describe_progress: DescribeProgress | None = None,
     revisions: Revisions | None = None,
+    models: FindModels | None = None,
 ) -> Callable[[Work], StepKind]:
     """Returns a decorator that makes a function a step (arguments: see `StepKind`)."""
 
@@ -173,6 +181,7 @@ def step(
             stops,
             describe_progress,
             revisions,
+            models,
         )
 
     return declare

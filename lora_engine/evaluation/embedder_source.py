@@ -50,11 +50,13 @@ class EmbedderSource:
     """An embedder on this machine.
 
     Attributes:
+        name: Name that `resolve_embedder` finds it by on this machine.
         label: Name for reports, without paths.
         folder: The folder with its weights and configuration.
         model_type: A name among `EMBEDDER_TYPES`.
     """
 
+    name: str
     label: str
     folder: Path
     model_type: str
@@ -83,10 +85,10 @@ def resolve_embedder(name: str) -> EmbedderSource:
     if name == TINY:
         from lora_engine.bases.tiny import folder as tiny_folder
 
-        return _source(f"{TINY}/clip", tiny_folder() / "clip")
+        return _source(TINY, f"{TINY}/clip", tiny_folder() / "clip")
     path = Path(name).expanduser()
     if path.is_dir():
-        return _source(path.resolve().name, path.resolve())
+        return _source(str(path.resolve()), path.resolve().name, path.resolve())
     hub_id = split_hub_id(name)
     if hub_id is None:
         raise SettingsError(f"unknown embedder {name!r}: neither a folder nor a hub id", allowed=_ALLOWED)
@@ -96,7 +98,8 @@ def resolve_embedder(name: str) -> EmbedderSource:
         folder, commit = fetch_files(*hub_id, _PATTERNS, "embedder")
     except BaseModelError as error:
         raise SettingsError(error.problem, allowed=_ALLOWED, remedy=error.remedy) from error
-    return _source(f"{hub_id[0]}@{commit}", folder)
+    pinned = f"{hub_id[0]}@{commit}"
+    return _source(pinned, pinned, folder)
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ def _of_kind(setting: str, source: EmbedderSource) -> EmbedderSource:
     return source
 
 
-def _source(label: str, folder: Path) -> EmbedderSource:
+def _source(name: str, label: str, folder: Path) -> EmbedderSource:
     config = read_configuration(folder / "config.json")
     found = config.get("model_type") if config else None
     if not isinstance(found, str) or found not in EMBEDDER_TYPES:
@@ -182,7 +185,7 @@ def _source(label: str, folder: Path) -> EmbedderSource:
             where=str(folder),
             remedy="download or save it again; for a hub id, name a @revision that has model.safetensors",
         )
-    return EmbedderSource(label, folder, found)
+    return EmbedderSource(name, label, folder, found)
 
 
 def read_configuration(path: Path) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
 from lora_engine.errors import SettingsError
 from lora_engine.evaluation.evidence import BASE
@@ -49,6 +49,27 @@ class Gate(BaseModel):
         return self
 
 
+def _check_names(gates: dict[str, Gate | tuple[Gate, ...]]) -> dict[str, Gate | tuple[Gate, ...]]:
+    for name in gates:
+        try:
+            METRICS[name]
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+    return gates
+
+
+NamedGates = Annotated[dict[str, Gate | tuple[Gate, ...]], AfterValidator(_check_names)]
+Gates = NamedGates | Literal["default"]
+"""Bounds by metric name, one or several; `default` means `DEFAULT_GATES`."""
+DEFAULT_GATES: dict[str, Gate | tuple[Gate, ...]] = {
+    "clip_i_paired": Gate(min=0.0),
+    "clip_t": Gate(min=-0.05),
+    "drift": Gate(max=0.5, of="adapter"),
+    "validation_loss": Gate(max=0.0),
+}
+"""No less like the real images than the base, no worse on held-out images, prompts still followed, little drift."""
+
+
 class EvaluateSettings(BaseModel):
     """The settings of the comparison of an adapter with its base and with other versions.
 
@@ -58,7 +79,7 @@ class EvaluateSettings(BaseModel):
         steps: Denoising steps per image.
         guidance: Scale of classifier-free guidance; 1 is none.
         max_pictures: Largest number of held-out images.
-        gates: Bounds by metric name: one or several.
+        gates: Bounds by metric name: one or several; `default` bounds likeness, agreement, drift and validation loss.
         embedder: The CLIP or SigLIP of the metrics: a hub id, optionally with `@revision`, or a local folder; None
             takes the default of the base's family, the embedded one for `tiny`; `none` leaves out its metrics.
         image_embedder: A DINOv2 for the likeness to real images, as for `embedder`; `tiny` has none.
@@ -77,7 +98,7 @@ class EvaluateSettings(BaseModel):
     steps: int = Field(default=12, ge=1, le=1000)
     guidance: float = Field(default=3.0, ge=0.0, le=100.0, allow_inf_nan=False)
     max_pictures: int = Field(default=16, ge=1, le=1024)
-    gates: dict[str, Gate | tuple[Gate, ...]] = Field(default_factory=dict)
+    gates: Gates = Field(default_factory=dict)
     embedder: str | None = Field(default=None, min_length=1)
     image_embedder: Annotated[str | None, AddedLater(), Field(min_length=1)] = None
     face_embedder: Annotated[str | None, AddedLater(), Field(min_length=1)] = None
@@ -85,16 +106,6 @@ class EvaluateSettings(BaseModel):
     strengths: Annotated[tuple[StrengthFactor, ...], AddedLater(), Field(max_length=21)] = ()
     masked_likeness: Annotated[bool, AddedLater()] = False
     keep: Annotated[int, AddedLater(), Field(ge=0, le=100_000)] = 1_000
-
-    @field_validator("gates")
-    @classmethod
-    def _gates_name_metrics(cls, value: dict[str, Gate | tuple[Gate, ...]]) -> dict[str, Gate | tuple[Gate, ...]]:
-        for name in value:
-            try:
-                METRICS[name]
-            except SettingsError as error:
-                raise ValueError(str(error)) from None
-        return value
 
     @field_validator("extra")
     @classmethod
@@ -107,9 +118,10 @@ class EvaluateSettings(BaseModel):
 
     def measures(self, name: str) -> bool:
         """Returns True if a metric is to be measured, provided that its needs are met."""
-        return not METRICS[name].optional or name in self.extra or name in self.gates
+        return not METRICS[name].optional or name in (*self.extra, *(gated for gated, _ in self.listed_gates()))
 
     def listed_gates(self) -> list[tuple[str, Gate]]:
         """Returns (metric, gate) of all gates, sorted by metric."""
-        several = {name: (gate,) if isinstance(gate, Gate) else gate for name, gate in self.gates.items()}
+        gates = DEFAULT_GATES if self.gates == "default" else self.gates
+        several = {name: (gate,) if isinstance(gate, Gate) else gate for name, gate in gates.items()}
         return [(name, gate) for name in sorted(several) for gate in several[name]]

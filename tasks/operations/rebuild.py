@@ -119,6 +119,7 @@ def _add_step(
     values = dict(step.settings.get("settings", {}))
     if values.get(_BASE) is not None:
         values[_BASE] = _locate_base(plan, name, step, base, fingerprint)
+    values |= {setting: model["name"] for setting, model in step.settings.get("models", {}).items()}
     try:
         spec = kind.spec.model_validate(values | _placeholders(kind.spec, step) | dict.fromkeys(files, "."))
     except ValidationError as error:
@@ -140,7 +141,7 @@ def _placeholders(spec: type[StepSpec], step: Execution) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for role, ref in step.inputs.items():
         name = role.partition(".")[0]
-        if ref.kind == FILE:
+        if ref.kind == FILE or name in step.settings.get("settings", {}):  # which are the references as written
             continue
         if get_origin(spec.model_fields[name].annotation) is tuple:
             values[name] = (*values.get(name, ()), "recorded")
@@ -238,4 +239,5 @@ def _job(step: RebuildStep, store: Store, home: Home) -> Job:
             paths[role] = str(source)
     job = prepare_job(step.name, step.spec.model_copy(update=paths), folder)
     # Exclude what was excluded then, whatever is revoked now.
-    return replace(job, excluded=tuple(step.recorded.settings.get("excluded", ())))
+    recorded = step.recorded.settings
+    return replace(job, excluded=tuple(recorded.get("excluded", ())), absent=recorded.get("absent", {}))
