@@ -75,7 +75,7 @@ def draw_images(
     plan: EvaluationPlan,
     *,
     model: BaseModel,
-    bundles: Mapping[str, Bundle | None],
+    bundles: Mapping[str, Sequence[Bundle]],
     progress: Progress,
 ) -> Drawn:
     """Generates all images by every model; the base is unchanged afterwards.
@@ -84,7 +84,7 @@ def draw_images(
         settings: See `EvaluateSettings`.
         plan: The requests.
         model: The base, with nothing attached.
-        bundles: Role -> the adapter and its learned tokens; None is the base alone.
+        bundles: Role -> the adapters that are attached together, with their learned tokens; none for the base alone.
         progress: Counts images and losses of all models.
 
     Raises:
@@ -98,8 +98,8 @@ def draw_images(
     images: dict[str, dict[_Key, Tensor]] = {}
     losses: dict[str, Values] = {}
     training: dict[str, Values] = {}
-    for role, bundle in bundles.items():
-        with _attached(model, bundle):
+    for role, attached in bundles.items():
+        with _attached(model, attached):
             images[role] = _generate(settings, model, keys, count)
             losses[role] = _losses(settings, plan.reference, model, count)
             training[role] = _losses(settings, plan.training, model, count)
@@ -126,7 +126,11 @@ def draw_images(
 
 
 def _draw_strengths(
-    settings: EvaluateSettings, model: BaseModel, bundle: Bundle | None, requests: Sequence[Request], count: _Counter
+    settings: EvaluateSettings,
+    model: BaseModel,
+    bundles: Sequence[Bundle],
+    requests: Sequence[Request],
+    count: _Counter,
 ) -> tuple[StrengthImages, ...]:
     keys = [(request.prompt, request.seeds[0], request.size) for request in requests]
 
@@ -137,7 +141,7 @@ def _draw_strengths(
     base = drawn()
     entries = []
     for strength in sorted(set(settings.strengths)):
-        with _attached(model, bundle, strength):
+        with _attached(model, bundles, strength):
             images = drawn()
         equal = all(torch.equal(one, other) for one, other in zip(images, base, strict=True))
         entries.append(StrengthImages(strength, tuple(_to_bytes(image) for image in images), equal))
@@ -145,12 +149,14 @@ def _draw_strengths(
 
 
 @contextmanager
-def _attached(model: BaseModel, bundle: Bundle | None, strength: float = 1.0) -> Iterator[None]:
+def _attached(model: BaseModel, bundles: Sequence[Bundle], strength: float = 1.0) -> Iterator[None]:
     with ExitStack() as stack:
-        if bundle is not None and bundle.adapter.modules:
-            stack.enter_context(attach(model, bundle.adapter, strength))
-        if bundle is not None:
-            stack.enter_context(attach_embeddings(model, bundle.embeddings))
+        for bundle in bundles:
+            if bundle.adapter.modules:
+                stack.enter_context(attach(model, bundle.adapter, strength))
+        # After the last adapter and all at once: they wrap the input embedding.
+        embeddings = [embedding for bundle in bundles for embedding in bundle.embeddings]
+        stack.enter_context(attach_embeddings(model, embeddings))
         yield
 
 

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from lora_engine.evaluation.statistics import Values
     from lora_engine.evaluation.subject import Subject
 
-BASE, CANDIDATE, PRODUCTION = "base", "candidate", "production"
-"""Roles of the compared models. Other versions have their reference as role, such as `zorb@3`."""
+BASE, CANDIDATE, PRODUCTION, COMBINED = "base", "candidate", "production", "combined"
+"""Roles of the compared models; `combined` is the candidate together with a second adapter. Other versions have their
+reference as role, such as `zorb@3`."""
 
 RequestSet = Literal["reference", "with_trigger", "without_trigger", "of_class", "unrelated"]
 """Captions of real images; the prompts; the prompts without the trigger; prompts of the class word; unrelated ones."""

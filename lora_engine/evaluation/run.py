@@ -15,7 +15,7 @@ from lora_engine.evaluation.details import write_details
 from lora_engine.evaluation.drawing import draw_images
 from lora_engine.evaluation.embedder import Embedder, load_embedder
 from lora_engine.evaluation.embedder_source import ChosenEmbedders, choose_embedders
-from lora_engine.evaluation.evidence import BASE, CANDIDATE, Evidence
+from lora_engine.evaluation.evidence import BASE, CANDIDATE, COMBINED, Evidence
 from lora_engine.evaluation.gates import check_gates, check_measurable, check_versions
 from lora_engine.evaluation.gathering import gather_details
 from lora_engine.evaluation.measuring import measure
@@ -44,6 +44,7 @@ def evaluate(
     prompts: Sequence[str] = (),
     against: Mapping[str, Path] | None = None,
     absent: Mapping[str, str] | None = None,
+    combined: Path | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Compares an adapter with its base and other versions; writes `report.json` and images.
@@ -60,6 +61,7 @@ def evaluate(
         prompts: The prompts; empty takes the captions of the held-out images.
         against: Role -> another adapter for the same base, such as the one in production.
         absent: Role -> why there is no such adapter.
+        combined: A second adapter; the candidate is also drawn together with it.
         progress: Counts images and losses of all models.
 
     Returns:
@@ -77,16 +79,18 @@ def evaluate(
     unmet = find_unmet(settings, plan, embedders)
     names = [name for name in METRICS if settings.measures(name) and name not in unmet]
     check_measurable(settings.listed_gates(), names, unmet)
-    check_versions(settings.listed_gates(), [*(against or {}), *(absent or {})])
+    both = {COMBINED: combined} if combined is not None else {}
+    check_versions(settings.listed_gates(), [*(against or {}), *(absent or {}), *both])
     embedder = load_embedder(embedders.text) if embedders.text else None
     image_embedder = load_embedder(embedders.image) if embedders.image else None
     face_embedder = load_embedder(settings.face_embedder) if settings.face_embedder else None
     model = load_base(source)
     for size in plan.sizes:
         model.latent_shape(size)
-    files = {role: _adapter_file(path) for role, path in {CANDIDATE: adapter, **(against or {})}.items()}
+    files = {role: _adapter_file(path) for role, path in {CANDIDATE: adapter, **(against or {}), **both}.items()}
     adapters = {role: _read(file, model) for role, file in files.items()}
-    bundles: dict[str, Bundle | None] = {BASE: None, **adapters}
+    bundles = {BASE: (), **{role: (bundle,) for role, bundle in adapters.items()}}
+    bundles |= {role: (adapters[CANDIDATE], adapters[role]) for role in both}
     truncated = _find_truncated(plan, embedder)
     _warn(plan, embedders, truncated)
     drawn = draw_images(settings, plan, model=model, bundles=bundles, progress=progress)
