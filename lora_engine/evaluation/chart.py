@@ -87,10 +87,19 @@ def draw_spectra(spectra: Sequence[Sequence[float]]) -> Markup | None:
     return _chart(parts, f"Singular values of {len(lines)} modules")
 
 
-def draw_interval(difference: float, interval: Sequence[float] | None, better: str) -> Markup:
-    """Returns the difference as a dot with its interval, on an axis with zero in the middle and better on the right."""
+def draw_interval(
+    difference: float, interval: Sequence[float] | None, better: str, differences: Sequence[float] = ()
+) -> Markup:
+    """Returns the difference as a dot with its interval, on an axis with zero in the middle and better on the right.
+
+    Args:
+        difference: The difference.
+        interval: Its interval; None without one.
+        better: The better direction: `higher` or `lower`.
+        differences: Differences of single groups, as small dots.
+    """
     low, high = interval if interval else (difference, difference)
-    reach = max(abs(low), abs(high), abs(difference)) or 1.0
+    reach = max(abs(low), abs(high), abs(difference), *map(abs, differences)) or 1.0
     sign = 1.0 if better == "higher" else -1.0
 
     def project(value: float) -> float:
@@ -98,11 +107,12 @@ def draw_interval(difference: float, interval: Sequence[float] | None, better: s
 
     left, right = sorted((project(low), project(high)))
     whisker = f'<line class="whisker" x1="{left:.1f}" x2="{right:.1f}" y1="9" y2="9"/>' if interval else ""
+    dots = "".join(f'<circle class="group" cx="{project(value):.1f}" cy="9" r="2"/>' for value in differences)
     # Numbers only, as above.
     return Markup(  # noqa: S704
         '<svg class="interval" viewBox="0 0 120 18" aria-hidden="true">'
         '<line class="zero" x1="60" x2="60" y1="1" y2="17"/>'
-        f'{whisker}<circle cx="{project(difference):.1f}" cy="9" r="4"/></svg>'
+        f'{whisker}{dots}<circle cx="{project(difference):.1f}" cy="9" r="4"/></svg>'
     )
 
 

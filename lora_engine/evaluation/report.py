@@ -17,6 +17,8 @@ from lora_engine.data.pages import embed_image, load_template
 from lora_engine.errors import DataError
 from lora_engine.evaluation.chart import draw_interval, draw_loss
 from lora_engine.evaluation.details import read_details
+from lora_engine.evaluation.evidence import CANDIDATE
+from lora_engine.evaluation.first_lines import MIN_GROUPS, states_coverage, write_headline, write_notices
 from lora_engine.evaluation.metrics import METRICS
 from lora_engine.evaluation.sections import default_recipe, detail_sections, fold_defaults
 
@@ -32,8 +34,16 @@ _KINDS = {
     "paired": ("Against real images", "Captions of real images; the third image is the real one."),
     "asked": ("Prompts", "The prompts of this evaluation."),
     "unasked": ("Without the trigger", "The same prompts without the trigger; the adapter should change little."),
+    "class": ("The class", "Prompts of the class word; the adapter should change little."),
+    "unrelated": ("Unrelated prompts", "A fixed list of prompts; the adapter should change little."),
 }
-_VERDICTS = {"better": "better", "worse": "worse", "unclear": "no clear difference", "distance": "set a gate"}
+_VERDICTS = {
+    "better": "better",
+    "worse": "worse",
+    "unclear": "no clear difference",
+    "distance": "set a gate",
+    "too few": "too few groups",
+}
 
 
 def render_report(
@@ -71,7 +81,9 @@ def render_report(
         "title": title,
         "report": report,
         "verdict": _verdict(report),
-        "headline": list(_headline(report)),
+        "headline": list(write_headline(report)),
+        "notices": list(write_notices(report)),
+        "states_coverage": states_coverage(report),
         "groups": _sample_groups(report, report_folder),
         "metrics": _metric_rows(report),
         "gates": [_gate_row(gate) for gate in report.get("gates", [])],
@@ -101,16 +113,6 @@ def _verdict(report: Mapping[str, Any]) -> dict[str, str]:
     return {"class": "good", "text": "All gates passed" if len(gates) > 1 else "The gate passed"}
 
 
-def _headline(report: Mapping[str, Any]) -> Iterator[str]:
-    metrics = report.get("metrics", {})
-    for name in _known(metrics):
-        entry, values = METRICS[name], metrics[name]
-        if entry.headline:
-            verdicts = dict(zip(("better", "worse", "unclear"), entry.verdicts, strict=True))
-            verdict = verdicts.get(values["verdict"], "")
-            yield entry.headline.format(verdict=verdict, adapter=values["adapter"], base=values["base"])
-
-
 def _sample_groups(report: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
     groups = []
     for kind, (name, meaning) in _KINDS.items():
@@ -118,11 +120,7 @@ def _sample_groups(report: Mapping[str, Any], folder: Path) -> list[dict[str, An
             {
                 "prompt": sample["prompt"],
                 "seed": sample["seed"],
-                "images": [
-                    (label, _embed(folder, sample[role]))
-                    for role, label in (("base", "base"), ("adapter", "with adapter"), ("reference", "real image"))
-                    if sample.get(role)
-                ],
+                "images": [(label, _embed(folder, file)) for label, file in _images_of(sample)],
             }
             for sample in report.get("samples", [])
             if sample.get("kind", "asked") == kind
@@ -130,6 +128,18 @@ def _sample_groups(report: Mapping[str, Any], folder: Path) -> list[dict[str, An
         if samples:
             groups.append({"name": name, "meaning": meaning, "samples": samples})
     return groups
+
+
+def _images_of(sample: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields the label and file of each image of a sample: base, other versions, adapter, real image."""
+    others = sample.get("others")
+    labeled = [
+        ("base", sample.get("base")),
+        *(others.items() if isinstance(others, Mapping) else ()),
+        ("with adapter", sample.get("adapter")),
+        ("real image", sample.get("reference")),
+    ]
+    yield from ((label, file) for label, file in labeled if file)
 
 
 def _training_strips(folder: Path) -> list[dict[str, Any]]:
@@ -162,24 +172,35 @@ def _known(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _metric_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    metrics = report.get("metrics", {})
-    known = _known(metrics)
+    """Returns the rows of the metrics against the base, then those against each other version."""
     rows = []
-    for name in [*known, *sorted(metrics.keys() - known)]:
-        metric = metrics[name]
-        title, meaning = (METRICS[name].title, METRICS[name].meaning) if name in METRICS else (name, "")
-        rows.append(
-            {
-                **metric,
-                "name": name,
-                "title": title,
-                "meaning": meaning,
-                "verdict": _VERDICTS[metric["verdict"]],
-                "class": {"better": "good", "worse": "bad"}.get(metric["verdict"], "none"),
-                "chart": draw_interval(metric["difference"], metric["interval"], metric["better"]),
-            }
-        )
+    for other, metrics in {"base": report.get("metrics", {}), **report.get("comparisons", {})}.items():
+        known = _known(metrics)
+        for name in [*known, *sorted(metrics.keys() - known)]:
+            title, meaning = (METRICS[name].title, METRICS[name].meaning) if name in METRICS else (name, "")
+            metric = metrics[name]
+            differences = _differences(report, name, other)
+            rows.append(
+                {
+                    **metric,
+                    "other": other,
+                    "before": metric["base"] if other == "base" else metric["other"],
+                    "name": name,
+                    "title": title,
+                    "meaning": meaning if other == "base" else "",
+                    "verdict": _VERDICTS.get(metric["verdict"], metric["verdict"]),
+                    "class": {"better": "good", "worse": "bad"}.get(metric["verdict"], "none"),
+                    "chart": draw_interval(metric["difference"], metric["interval"], metric["better"], differences),
+                }
+            )
     return rows
+
+
+def _differences(report: Mapping[str, Any], name: str, other: str) -> list[float]:
+    """Returns the difference of each group if there are too few for an interval."""
+    values = report.get("units", {}).get(name, {}).get("values", {})
+    before, after = values.get(other, []), values.get(CANDIDATE, [])
+    return [new - old for old, new in zip(before, after, strict=True)] if 1 < len(after) < MIN_GROUPS else []
 
 
 def _gate_row(gate: Mapping[str, Any]) -> dict[str, Any]:

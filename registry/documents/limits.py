@@ -45,6 +45,9 @@ def _measured(facts: Facts) -> Iterator[str]:
         split = splits.get(str(facts.report.get("measured_on")), "")
         source = f", with images{split}" if split else ""
         yield f"Its metrics are based on {shown} comparisons each{source}; see the intervals."
+    few = [name for name, metric in metrics.items() if metric.get("verdict") == "too few"]
+    if few:
+        yield f"Too few independent groups for a verdict in: {', '.join(few)}."
     unclear = [name for name, metric in metrics.items() if metric.get("verdict") == "unclear"]
     if unclear:
         yield f"No clear difference from the base in: {', '.join(unclear)}."

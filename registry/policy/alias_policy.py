@@ -167,6 +167,9 @@ def _evaluation_reasons(version: AdapterVersion, policy: AliasPolicy) -> Iterato
 
 def _gate_reason(gate: Mapping[str, Any]) -> str:
     """Returns why a gate did not pass, by its value and limits as well as its recorded result; empty if it passed."""
+    recorded = gate.get("reason")
+    if isinstance(recorded, str) and recorded:
+        return recorded
     name = f"gate {gate.get('metric', '?')}" + (f" ({gate['of']})" if gate.get("of") else "")
     value, least, most = gate.get("value"), gate.get("min"), gate.get("max")
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from registry.lineage.record import Lineage
 from registry.store.artifacts import open_store
 from registry.store.snapshot import find_scratch
 from tasks.operations.changes import Change, compare_records
+from tasks.operations.promote import differ_in_embedder
 from tasks.operations.report import read_manifest
 from tasks.operations.reproduction_report import environment_of
 from tasks.operations.upstream import UpstreamSteps, find_upstream_steps, resolve_version
@@ -100,19 +101,23 @@ def diff(home: Home | None, first: str, second: str) -> Difference:
     with tempfile.TemporaryDirectory(dir=find_scratch()) as folder:
         a, b = _side(home, first, Path(folder) / "first"), _side(home, second, Path(folder) / "second")
         weights = compare_weights(a.file, b.file, (_base_of(a), _base_of(b)))
+    incomparable = _incomparable(a, b)
     return Difference(
         {"name": a.name, "sha256": a.sha256},
         {"name": b.name, "sha256": b.sha256},
         recipe=_recipe(a, b),
         data=_data(a, b),
         base=compare_records(_card_values(a, "base", "base_fingerprint"), _card_values(b, "base", "base_fingerprint")),
-        metrics=compare_records(_metrics(a), _metrics(b)),
+        metrics=compare_records(_metrics(a, incomparable), _metrics(b, incomparable)),
         gates=compare_records(_gates(a), _gates(b)),
         license=compare_records(_card_values(a, "license"), _card_values(b, "license")),
         parents=compare_records(_parents(a), _parents(b)),
         environment=_environment(a, b),
         weights=weights.as_json(),
-        notes=[f"{side.name}: {side.note}" for side in (a, b) if side.note],
+        notes=[
+            *(f"{side.name}: {side.note}" for side in (a, b) if side.note),
+            *(f"{name}: measured with different embedders, so its values are not compared" for name in incomparable),
+        ],
     )
 
 
@@ -197,16 +202,32 @@ def _card_values(side: Side, *keys: str) -> dict[str, Any]:
     return {key: side.card[key] for key in keys if side.card.get(key) is not None}
 
 
-def _metrics(side: Side) -> dict[str, Any]:
+def _incomparable(first: Side, second: Side) -> list[str]:
+    """Returns the metrics that were measured with different embedders."""
+    before, after = (side.version.metrics if side.version else {} for side in (first, second))
+    return [name for name in before if name in after and differ_in_embedder(before, after, name)]
+
+
+def _metrics(side: Side, leave_out: Collection[str]) -> dict[str, Any]:
     """Returns, by metric, the adapter's value, its difference to the base, and the interval of the difference."""
     metrics = side.version.metrics if side.version else {}
     keys = ("adapter", "difference", "interval")
-    return {name: {key: metric[key] for key in keys if key in metric} for name, metric in metrics.items()}
+    return {
+        name: {key: metric[key] for key in keys if key in metric}
+        for name, metric in metrics.items()
+        if name not in leave_out
+    }
 
 
 def _gates(side: Side) -> dict[str, Any]:
     gates = side.version.gates if side.version else ()
-    return {f"{gate.get('metric')} ({gate.get('of')})": dict(gate) for gate in gates}
+    return {_gate_name(gate): dict(gate) for gate in gates}
+
+
+def _gate_name(gate: Mapping[str, Any]) -> str:
+    against, on = gate.get("against", "base"), gate.get("on", "value")
+    parts = [str(gate.get("of")), *([f"against {against}"] if against != "base" else [])]
+    return f"{gate.get('metric')} ({', '.join([*parts, *([f'{on} bound'] if on != 'value' else [])])})"
 
 
 def _parents(side: Side) -> dict[str, str]:

@@ -108,13 +108,23 @@ def find_usable(versions: Versions, ref: str) -> AdapterVersion:
 def compare_metrics(
     versions: Versions, version: AdapterVersion, alias: str
 ) -> dict[str, tuple[float | None, float | None]]:
-    """Returns, per metric, the value of the version that the alias points at (None without one) and of this version."""
+    """Returns, per metric, the value of the version that the alias points at (None without one) and of this version.
+
+    Values of different embedders are not comparable: the first is None then.
+    """
     try:
         current: Mapping[str, Any] = versions.show(version.name, alias).metrics
     except (UnknownName, UnknownVersion):
         current = {}
+    comparable = {name for name in current if not differ_in_embedder(current, version.metrics, name)}
     old, new = _adapter_values(current), _adapter_values(version.metrics)
-    return {name: (old.get(name), value) for name, value in new.items()}
+    return {name: (old.get(name) if name in comparable else None, value) for name, value in new.items()}
+
+
+def differ_in_embedder(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> bool:
+    """Returns True if a metric of two versions was measured with different embedders, as far as both recorded them."""
+    embedders = [metrics.get(name, {}).get("embedders") for metrics in (before, after)]
+    return None not in embedders and embedders[0] != embedders[1]
 
 
 def _adapter_values(metrics: Mapping[str, Any]) -> dict[str, float | None]:

@@ -74,6 +74,7 @@ class Metric:
         unmet: Returns why it cannot be measured, before anything is drawn; empty if it can.
         optional: True measures it only if `extra` or a gate names it.
         draws: Sets of requests that are drawn for this metric alone.
+        of_whole_sets: True if it measures all images at once: one unit, which never has an interval.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Metric:
     unmet: Unmet = needs_nothing
     optional: bool = False
     draws: tuple[RequestSet, ...] = ()
+    of_whole_sets: bool = False
 
 
 METRICS: Registry[Metric] = Registry(
@@ -107,6 +109,7 @@ def metric(
     unmet: Unmet = needs_nothing,
     optional: bool = False,
     draws: tuple[RequestSet, ...] = (),
+    of_whole_sets: bool = False,
 ) -> Callable[[MeasureMetric], Metric]:
     """Returns a decorator that makes a function a `Metric` of the same name (arguments: see there)."""
 
@@ -124,6 +127,7 @@ def metric(
             unmet,
             optional,
             draws,
+            of_whole_sets,
         )
 
     return declare

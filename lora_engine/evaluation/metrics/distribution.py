@@ -33,6 +33,7 @@ def _needs_images(least: int) -> Callable[[Available], str]:
     "Distance of the distributions of generated and real images (CLIP maximum mean discrepancy, times 1,000).",
     revision=1,
     optional=True,
+    of_whole_sets=True,
     unmet=_needs_images(LEAST_TRUSTED),
 )
 def cmmd(evidence: Evidence) -> Measured:
@@ -49,6 +50,7 @@ def cmmd(evidence: Evidence) -> Measured:
     "with published values of Inception features).",
     revision=1,
     optional=True,
+    of_whole_sets=True,
     unmet=_needs_images(LEAST_TRUSTED),
 )
 def kid(evidence: Evidence) -> Measured:
@@ -65,6 +67,7 @@ def kid(evidence: Evidence) -> Measured:
     "with published values of Inception features).",
     revision=1,
     optional=True,
+    of_whole_sets=True,
     unmet=_needs_images(LEAST_FRECHET),
 )
 def fid(evidence: Evidence) -> Measured:

@@ -107,7 +107,7 @@ def test_the_page_shows_every_part_of_the_report(render: Callable[..., str]) -> 
     for text in (
         "1 of 2 gates failed", "a red zorb", "seed 5", "Likeness to the real image", "+0.200", "+0.100 to +0.300",
         "at least 0.1 and at most 1", "prior.weight", "attention, unet.*", "photos", "333333333333", "cut.png",
-        "is broken", "crescents 3", "9" * 64, "&lt;lora:crescents:1&gt;", "2 held out", "one unit only",
+        "is broken", "crescents 3", "9" * 64, "&lt;lora:crescents:1&gt;", "2 held out", "none below 6 groups",
     ):  # fmt: skip
         assert text in page, text
     assert "from photos, 333333333333" in page
