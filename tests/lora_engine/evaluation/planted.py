@@ -26,12 +26,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "steps": 80,
         "prior": {"count": 8, "steps": 8, "prompt": [full_caption(scene) for scene in scenes(5, 8)]},
     },
-    "overfit": {"method": "finetune", "steps": 200, "rank": 16, "learning_rate": 4e-3},
+    "overfit": {"method": "finetune", "steps": 300, "rank": 16, "learning_rate": 4e-3},
     "leak": {"method": "finetune", "steps": 80},
     "drift": {"method": "finetune", "steps": 80, "learning_rate": 1e-2},
 }
-"""What is planted -> settings of the training. `overfit` has three training images, `leak` captions without the trigger,
-`drift` five times the rate and captions of the trigger alone."""
+"""What is planted -> settings of the training. `overfit` has three training images with captions of the trigger alone,
+`leak` captions of the class word without the trigger, `drift` five times the rate."""
 
 
 def write_concept(folder: Path, seed: int, fault: str) -> tuple[Path, list[str]]:
@@ -45,7 +45,7 @@ def write_concept(folder: Path, seed: int, fault: str) -> tuple[Path, list[str]]
 
 
 def _caption(scene: Scene, fault: str) -> str:
-    return TRIGGER if fault == "drift" else full_caption(scene, word=CLASS if fault == "leak" else TRIGGER)
+    return TRIGGER if fault == "overfit" else full_caption(scene, word=CLASS if fault == "leak" else TRIGGER)
 
 
 def _entry(folder: Path, scene: Scene, caption: str, split: str) -> ImageEntry:
