@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +78,20 @@ def test_the_page_shows_it(evaluated: tuple[Home, AdapterVersion, Path], tmp_pat
         assert text in page, text
 
 
-def test_another_embedder_of_faces_is_another_key_and_none_changes_none(tmp_path: Path) -> None:
+def test_the_embedder_of_faces_is_part_of_the_key_by_its_content(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
 
-    def key_of(text: str) -> Any:
+    def key_of(text: str) -> str:
         (tmp_path / "line.yaml").write_text(text)
         spec = load_spec(tmp_path / "line.yaml")
-        return prepare_job("report", spec.steps["report"], spec.folder).settings
+        return prepare_job("report", spec.steps["report"], spec.folder).key({})
 
-    with_faces, without = key_of(PIPELINE), key_of(PIPELINE.replace("    face_embedder", "    # face_embedder"))
-    assert with_faces != without
-    assert "face_embedder" not in json.dumps(without)
+    other = shutil.copytree(tiny_folder() / "clip", tmp_path / "faces")
+    named = PIPELINE.replace(str(tiny_folder() / "clip"), "faces")
+    assert key_of(named) == key_of(PIPELINE), "the name of a folder changes nothing"
+    assert key_of(PIPELINE.replace("    face_embedder", "    # face_embedder")) != key_of(PIPELINE)
+    (other / "preprocessor_config.json").write_text("{}")
+    assert key_of(named) != key_of(PIPELINE)
 
 
 @pytest.mark.parametrize(
