@@ -95,7 +95,7 @@ class ModuleWeights(_Part):
     """The weights of one module; see `ModuleHealth`."""
 
     kind: _Text
-    rank: int | None = None
+    rank: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
     effective_rank: FiniteFloat | None = None
     norm: FiniteFloat | None = None
     largest: FiniteFloat

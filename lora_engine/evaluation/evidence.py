@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lora_engine.evaluation.embedder import Embedder
     from lora_engine.evaluation.plan import Request
     from lora_engine.evaluation.statistics import Values
-    from lora_engine.evaluation.subject import Subject
+    from lora_engine.evaluation.subject import SubjectImages
 
 BASE, CANDIDATE, PRODUCTION, COMBINED = "base", "candidate", "production", "combined"
 """Roles of the compared models; `combined` is the candidate together with a second adapter. Other versions have their
@@ -122,11 +122,11 @@ class Evidence:
         return self.sets["without_trigger"]
 
     @cached_property
-    def subject(self) -> Subject:
+    def subject(self) -> SubjectImages:
         """The training images as vectors, hashes and faces."""
-        from lora_engine.evaluation.subject import Subject
+        from lora_engine.evaluation.subject import SubjectImages
 
-        return Subject(self.trained_on)
+        return SubjectImages(self.trained_on)
 
     def require_embedder(self) -> Embedder:
         """Returns the embedder of images and texts; metrics that call this declare `needs_embedder`.

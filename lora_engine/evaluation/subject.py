@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Subject:
+class SubjectImages:
     """The images that the candidate was trained on.
 
     Args:

@@ -31,7 +31,6 @@ def _needs_images(least: int) -> Callable[[Available], str]:
     "CMMD",
     "lower",
     "Distance of the distributions of generated and real images (CLIP maximum mean discrepancy, times 1,000).",
-    revision=1,
     optional=True,
     of_whole_sets=True,
     unmet=_needs_images(LEAST_TRUSTED),
@@ -48,7 +47,6 @@ def cmmd(evidence: Evidence) -> Measured:
     "lower",
     "Distance of the distributions of generated and real images (kernel distance, of this embedder: not comparable "
     "with published values of Inception features).",
-    revision=1,
     optional=True,
     of_whole_sets=True,
     unmet=_needs_images(LEAST_TRUSTED),
@@ -65,7 +63,6 @@ def kid(evidence: Evidence) -> Measured:
     "lower",
     "Distance of the distributions of generated and real images (Fréchet distance, of this embedder: not comparable "
     "with published values of Inception features).",
-    revision=1,
     optional=True,
     of_whole_sets=True,
     unmet=_needs_images(LEAST_FRECHET),

@@ -20,9 +20,9 @@ def needs_faces(available: Available) -> str:
         return "no embedder of faces (face_embedder)"
     if not available.plan.trained_on:
         return "the training images are unknown"
-    from lora_engine.evaluation.subject import Subject
+    from lora_engine.evaluation.subject import SubjectImages
 
-    return "" if Subject(available.plan.trained_on).has_faces() else "no training image shows exactly one face"
+    return "" if SubjectImages(available.plan.trained_on).has_faces() else "no training image shows exactly one face"
 
 
 @metric(
@@ -30,7 +30,6 @@ def needs_faces(available: Available) -> str:
     "higher",
     "Similarity of the face in a generated image to the faces of the training images (cosine of their embeddings; of "
     "several faces the most similar; 0 if there is none).",
-    revision=1,
     unmet=needs_faces,
 )
 def identity(evidence: Evidence) -> Measured:
@@ -42,7 +41,6 @@ def identity(evidence: Evidence) -> Measured:
     "Faces found",
     "higher",
     "Share of generated images in which a face is found.",
-    revision=1,
     unmet=needs_faces,
 )
 def faces_found(evidence: Evidence) -> Measured:

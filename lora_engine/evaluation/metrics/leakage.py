@@ -24,7 +24,6 @@ def needs_trigger(available: Available) -> str:
     "lower",
     "Likeness of images without the trigger to the training images (mean cosine of their embeddings). More than the "
     "base's means that the class itself became the subject.",
-    revision=1,
     unmet=lambda available: needs_embedder(available) or needs_trigger(available),
 )
 def leak(evidence: Evidence) -> Measured:
@@ -36,7 +35,6 @@ def leak(evidence: Evidence) -> Measured:
     "Effect of the trigger",
     "higher",
     "How much more images with the trigger resemble the training images than images of the same prompt without it.",
-    revision=1,
     unmet=lambda available: needs_embedder(available) or needs_trigger(available),
 )
 def trigger_effect(evidence: Evidence) -> Measured:
@@ -55,7 +53,6 @@ def trigger_effect(evidence: Evidence) -> Measured:
     "lower",
     "Change of images of the class word alone (1 - cosine to the base's image of the same seed, 0 is unchanged).",
     is_distance=True,
-    revision=1,
     optional=True,
     draws=("of_class",),
     unmet=lambda available: (
@@ -73,7 +70,6 @@ def class_drift(evidence: Evidence) -> Measured:
     "Change of images of a fixed list of prompts that name neither the subject nor its class (1 - cosine to the base's "
     "image of the same seed, 0 is unchanged).",
     is_distance=True,
-    revision=1,
     optional=True,
     draws=("unrelated",),
     unmet=lambda available: needs_embedder(available) or _needs_set(available, "unrelated", "no prompt is unrelated"),

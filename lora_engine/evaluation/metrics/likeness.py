@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     "higher",
     "Similarity of a generated image to the real image with the same caption, by the embedder of images only: subject "
     "and composition rather than what CLIP can name (cosine of their embeddings).",
-    revision=1,
     unmet=needs_image_embedder,
 )
 def dino_i_paired(evidence: Evidence) -> Measured:

@@ -33,7 +33,6 @@ def needs_seeds(available: Available) -> str:
     "lower",
     "How much more a generated image resembles the nearest training image than the nearest held-out one (difference of "
     "cosines; among equally many of both, so 0 is expected without memorization).",
-    revision=1,
     unmet=lambda available: needs_embedder(available) or needs_both_splits(available),
 )
 def nearest_training(evidence: Evidence) -> Measured:
@@ -57,7 +56,6 @@ def nearest_training(evidence: Evidence) -> Measured:
     "lower",
     "Share of generated images that are near-copies of a training image: their perceptual hashes, plain or mirrored, "
     "differ in at most 24 of 256 bits. The base's share is the false alarms.",
-    revision=1,
     unmet=lambda available: "" if available.plan.trained_on else "the training images are unknown",
 )
 def copies(evidence: Evidence) -> Measured:
@@ -82,7 +80,6 @@ def copies(evidence: Evidence) -> Measured:
     "lower",
     "Validation loss of held-out images minus the mean loss of training images, with the same noise. Both are equally "
     "hard for the base; an adapter that memorizes widens the gap.",
-    revision=1,
     unmet=needs_both_splits,
 )
 def loss_gap(evidence: Evidence) -> Measured:
@@ -104,7 +101,6 @@ def loss_gap(evidence: Evidence) -> Measured:
     "higher",
     "How much better a generated image fits its own prompt than the other prompts (difference of cosines; 0 if the "
     "images are the same whatever the prompt says).",
-    revision=1,
     unmet=lambda available: needs_embedder(available) or needs_prompts(available),
 )
 def prompt_sensitivity(evidence: Evidence) -> Measured:
@@ -125,7 +121,6 @@ def prompt_sensitivity(evidence: Evidence) -> Measured:
     "Diversity",
     "higher",
     "Mean distance between the images of one prompt with different seeds (1 - cosine of their embeddings).",
-    revision=1,
     unmet=lambda available: needs_embedder(available) or needs_seeds(available),
 )
 def diversity(evidence: Evidence) -> Measured:
