@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lora_engine.documents import read_document
 from lora_engine.errors import SettingsError
-from lora_engine.evaluation.spec import DEFAULT_GATES, Gates
+from lora_engine.evaluation.spec import Gates
 
 
 class GateFile(BaseModel):
@@ -37,12 +37,5 @@ def read_gates(path: Path) -> Gates:
 
 def combine_gates(first: Gates, second: Gates) -> Gates:
     """Returns the gates of both; a metric in both has all of its gates."""
-    combined = dict(DEFAULT_GATES if first == "default" else first)
-    for name, gate in (DEFAULT_GATES if second == "default" else second).items():
-        earlier = combined.get(name, ())
-        both = (
-            *(earlier if isinstance(earlier, tuple) else (earlier,)),
-            *(gate if isinstance(gate, tuple) else (gate,)),
-        )
-        combined[name] = tuple(dict.fromkeys(both))
-    return combined
+    names = dict.fromkeys((*first, *second))
+    return {name: tuple(dict.fromkeys((*first.get(name, ()), *second.get(name, ())))) for name in names}

@@ -286,7 +286,9 @@ def _leave_out(
     """Leaves out kin of training images, and the images that the checkpoint was chosen on if enough remain."""
     kin = {image.group: image.entry.source for image in reversed(trained)}
     left_out = [
-        _left_out(image, f"kin to the training image {kin[image.group]!r}") for image in images if image.group in kin
+        _left_out(image, f"near-duplicate of the training image {kin[image.group]!r}")
+        for image in images
+        if image.group in kin
     ]
     remaining = [image for image in images if image.group not in kin]
     if not remaining:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
+from pydantic_core.core_schema import no_info_after_validator_function, no_info_before_validator_function
 
 from lora_engine.errors import SettingsError
 from lora_engine.evaluation.evidence import BASE
@@ -49,7 +52,46 @@ class Gate(BaseModel):
         return self
 
 
-def _check_names(gates: dict[str, Gate | tuple[Gate, ...]]) -> dict[str, Gate | tuple[Gate, ...]]:
+@dataclass(frozen=True)
+class OneOrSeveral:
+    """Marks a tuple for which one item alone is valid too."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """Returns the tuple's schema behind a step that wraps one item."""
+        return no_info_before_validator_function(_to_tuple, handler(source))
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
+        """Returns the schema of the tuple or of its item."""
+        several = handler(core_schema)
+        return {"anyOf": [several["items"], several]}
+
+
+@dataclass(frozen=True)
+class OrDefault:
+    """Marks the gates, for which the word `default` means `DEFAULT_GATES`."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """Returns the schema of the gates behind a step that replaces the word, and before one that checks names."""
+        return no_info_after_validator_function(
+            _check_names, no_info_before_validator_function(_from_word, handler(source))
+        )
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
+        """Returns the schema of the gates or the word."""
+        return {"anyOf": [{"const": "default"}, handler(core_schema)]}
+
+
+def _to_tuple(value: Any) -> Any:
+    if isinstance(value, Mapping | Gate):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _from_word(value: Any) -> Any:
+    return DEFAULT_GATES if value == "default" else value
+
+
+def _check_names(gates: Any) -> Any:
     for name in gates:
         try:
             METRICS[name]
@@ -58,14 +100,15 @@ def _check_names(gates: dict[str, Gate | tuple[Gate, ...]]) -> dict[str, Gate | 
     return gates
 
 
-NamedGates = Annotated[dict[str, Gate | tuple[Gate, ...]], AfterValidator(_check_names)]
-Gates = NamedGates | Literal["default"]
-"""Bounds by metric name, one or several; `default` means `DEFAULT_GATES`."""
-DEFAULT_GATES: dict[str, Gate | tuple[Gate, ...]] = {
-    "clip_i_paired": Gate(min=0.0),
-    "clip_t": Gate(min=-0.05),
-    "drift": Gate(max=0.5, of="adapter"),
-    "validation_loss": Gate(max=0.0),
+Gates = Annotated[
+    dict[str, Annotated[tuple[Gate, ...], Field(min_length=1, max_length=16), OneOrSeveral()]], OrDefault()
+]
+"""Bounds by metric name: one gate or several; `default` means `DEFAULT_GATES`."""
+DEFAULT_GATES: Mapping[str, Any] = {
+    "clip_i_paired": {"min": 0.0},
+    "clip_t": {"min": -0.05},
+    "drift": {"max": 0.5, "of": "adapter"},
+    "validation_loss": {"max": 0.0},
 }
 """No less like the real images than the base, no worse on held-out images, prompts still followed, little drift."""
 
@@ -118,10 +161,8 @@ class EvaluateSettings(BaseModel):
 
     def measures(self, name: str) -> bool:
         """Returns True if a metric is to be measured, provided that its needs are met."""
-        return not METRICS[name].optional or name in (*self.extra, *(gated for gated, _ in self.listed_gates()))
+        return not METRICS[name].optional or name in self.extra or name in self.gates
 
     def listed_gates(self) -> list[tuple[str, Gate]]:
         """Returns (metric, gate) of all gates, sorted by metric."""
-        gates = DEFAULT_GATES if self.gates == "default" else self.gates
-        several = {name: (gate,) if isinstance(gate, Gate) else gate for name, gate in gates.items()}
-        return [(name, gate) for name in sorted(several) for gate in several[name]]
+        return [(name, gate) for name in sorted(self.gates) for gate in self.gates[name]]

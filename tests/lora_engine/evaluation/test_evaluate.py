@@ -122,3 +122,48 @@ def test_a_size_that_the_base_cannot_generate_is_refused_first(
 ) -> None:
     with pytest.raises(SettingsError, match="cannot generate images of 15 x 15"):
         evaluate(settings(), str(base), adapters["zero"], make_dataset(size=15), tmp_path / "out")
+
+
+def test_without_an_embedder_likeness_is_left_out_and_a_gate_on_it_is_refused_before_drawing(
+    run: Callable[..., dict[str, Any]],
+) -> None:
+    report = run("zero", embedder="none")
+    assert {"clip_t", "clip_i_paired", "drift"} <= report["unmeasured"].keys()
+    assert set(report["metrics"]) == set(METRICS) - report["unmeasured"].keys()
+    assert report["embedder"] is None
+    with pytest.raises(SettingsError, match="cannot be measured \\('clip_t': no embedder of images and texts\\)"):
+        run("zero", out="refused", embedder="none", gates={"clip_t": {"min": 0.0}})
+
+
+def test_values_carry_the_embedders_that_they_depend_on(run: Callable[..., dict[str, Any]]) -> None:
+    report = run("strong")
+    assert report["format"] == 2
+    assert report["metrics"]["clip_t"]["embedders"] == [report["embedder"]["sha256"]]
+    assert "embedders" not in report["metrics"]["validation_loss"]
+
+
+def test_the_values_of_every_group_are_stored(run: Callable[..., dict[str, Any]]) -> None:
+    report = run("strong")
+    for name, metric in report["metrics"].items():
+        values = report["units"][name]["values"]
+        assert len(values["candidate"]) == len(report["units"][name]["groups"]) == metric["n"], name
+        assert sum(values["candidate"]) / metric["n"] == pytest.approx(metric["adapter"], abs=2e-6), name
+
+
+def test_no_more_images_are_stored_than_the_limit(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    report = run("zero", keep=3)
+    assert (report["images"]["count"], report["images"]["kept"]) == (16, 3)
+    assert len(list((tmp_path / "out" / "images").glob("*.png"))) == 3
+    assert len(report["images"]["entries"]) == 8, "prompts and seeds of all"
+
+
+def test_another_version_is_drawn_with_the_same_prompts_and_seeds(
+    base: Path, adapters: dict[str, Path], make_dataset: MakeDataset, tmp_path: Path, settings: Callable[..., Any]
+) -> None:
+    dataset, against = make_dataset(), {"production": adapters["zero"], "zorb@3": adapters["strong"]}
+    report = evaluate(settings(), str(base), adapters["strong"], dataset, tmp_path / "out", against=against)
+    for name, values in report["comparisons"]["zorb@3"].items():
+        assert values["difference"] == 0.0, name
+    for name, values in report["comparisons"]["production"].items():
+        assert values["difference"] == pytest.approx(report["metrics"][name]["difference"], abs=2e-6), name
+        assert values["verdict"] == "too few"
