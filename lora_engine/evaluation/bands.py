@@ -12,6 +12,7 @@ from lora_engine.evaluation.statistics import Values
 
 BANDS = 5
 """Number of bands of the schedule, equally wide; the first has the least noise."""
+_LEAST_LEARNED = 0.01
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,25 @@ def training_gap(heldout: Values, training: Values) -> Values:
     """
     gap: Values = heldout - training.mean()
     return gap
+
+
+def share_memorized(heldout: tuple[Values, Values], training: tuple[Values, Values]) -> Values:
+    """Returns the share of the learned improvement that does not carry over to each held-out image.
+
+    Args:
+        heldout: Losses [n] of held-out images, before and after the training.
+        training: Losses [m] of training images, before and after.
+
+    Returns:
+        [n]: 1 - the fall of its loss over the mean fall of the training images' losses; 0 if these fell by less than
+        1 %, which is nothing learned.
+    """
+    before, after = training
+    learned = float(before.mean() - after.mean())
+    if learned < _LEAST_LEARNED * float(before.mean()):
+        return np.zeros_like(heldout[0])
+    share: Values = 1.0 - (heldout[0] - heldout[1]) / learned
+    return share
 
 
 def _means(grid: Values, bands: int) -> Sequence[float]:

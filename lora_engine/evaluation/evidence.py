@@ -128,6 +128,20 @@ class Evidence:
 
         return SubjectImages(self.trained_on)
 
+    def mean_losses(self) -> tuple[dict[str, Values], dict[str, Values]]:
+        """Returns the losses by role, averaged over the timesteps: of held-out images [n] and of training images [m].
+
+        Raises:
+            ValueError: The losses of training images were not measured.
+        """
+        if self.training is None:
+            raise ValueError("the losses of the training images were not measured")
+        heldout, training = (
+            {role: values.mean(axis=1) for role, values in losses.values.items()}
+            for losses in (self.heldout, self.training)
+        )
+        return heldout, training
+
     def require_embedder(self) -> Embedder:
         """Returns the embedder of images and texts; metrics that call this declare `needs_embedder`.
 

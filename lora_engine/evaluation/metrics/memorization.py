@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_engine.evaluation.evidence import Evidence, ImageSet, Measured, measure_sets
+from lora_engine.evaluation.evidence import BASE, Evidence, ImageSet, Measured, measure_sets
 from lora_engine.evaluation.metrics import Available, metric, needs_embedder
 
 if TYPE_CHECKING:
@@ -78,20 +78,36 @@ def copies(evidence: Evidence) -> Measured:
 @metric(
     "Loss gap",
     "lower",
-    "Validation loss of held-out images minus the mean loss of training images, with the same noise. Both are equally "
-    "hard for the base; an adapter that memorizes widens the gap.",
+    "How much more the loss of training images fell than that of held-out images, with the same noise (0 is equally). "
+    "Every training widens it; compare versions, or set a gate.",
+    is_distance=True,
     unmet=needs_both_splits,
 )
 def loss_gap(evidence: Evidence) -> Measured:
-    """Returns the loss of each held-out image minus the mean loss of the training images."""
+    """Returns how much the gap of each held-out image to the mean training image is wider than the base's."""
     from lora_engine.evaluation.bands import training_gap
 
-    training = evidence.training
-    if training is None:
-        raise ValueError("the losses of the training images were not measured")
+    heldout, training = evidence.mean_losses()
+    gaps = {role: training_gap(losses, training[role]) for role, losses in heldout.items()}
+    return Measured({role: gap - gaps[BASE] for role, gap in gaps.items()}, evidence.heldout.groups)
+
+
+@metric(
+    "Memorized share",
+    "lower",
+    "Share of what was learned of the training images that does not carry over to held-out images: 1 - the fall of "
+    "their loss over the fall of the training images' loss (0 is none, 1 is all).",
+    is_distance=True,
+    unmet=needs_both_splits,
+)
+def memorized_share(evidence: Evidence) -> Measured:
+    """Returns 1 - the fall of each held-out image's loss over the mean fall of the training images' losses."""
+    from lora_engine.evaluation.bands import share_memorized
+
+    heldout, training = evidence.mean_losses()
     values = {
-        role: training_gap(losses.mean(axis=1), training.values[role].mean(axis=1))
-        for role, losses in evidence.heldout.values.items()
+        role: share_memorized((heldout[BASE], losses), (training[BASE], training[role]))
+        for role, losses in heldout.items()
     }
     return Measured(values, evidence.heldout.groups)
 

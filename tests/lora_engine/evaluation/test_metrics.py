@@ -125,8 +125,15 @@ def test_planted_copies_are_near_training_images_and_counted(world: Callable[...
 
 
 def test_memorized_losses_widen_the_gap_and_learned_ones_do_not(world: Callable[..., Evidence]) -> None:
-    assert difference("loss_gap", world(losses=(0.3, 0.1))) == pytest.approx(0.2)
-    assert difference("loss_gap", world(losses=(0.3, 0.3))) == pytest.approx(0.0)
+    memorized, learned = world(losses=(0.3, 0.1)), world(losses=(0.3, 0.3))
+    assert difference("loss_gap", memorized) == pytest.approx(0.2)
+    assert difference("loss_gap", learned) == pytest.approx(0.0)
+    # The loss of held-out images fell by 0.1, that of training images by 0.3.
+    assert difference("memorized_share", memorized) == pytest.approx(2 / 3)
+    assert difference("memorized_share", learned) == pytest.approx(0.0)
+    assert difference("memorized_share", world(losses=(0.5, 0.399))) == 0.0, "nothing was learned"
+    for name in ("loss_gap", "memorized_share"):
+        assert METRICS[name].measure(memorized).values[BASE].tolist() == [0.0] * 6
 
 
 def test_one_image_for_all_prompts_has_no_sensitivity_and_no_diversity(world: Callable[..., Evidence]) -> None:
@@ -203,7 +210,7 @@ def test_what_cannot_be_measured_has_a_reason_before_anything_is_drawn() -> None
         "prompt_sensitivity": (available(1), "one prompt only"),
         "diversity": (available(4), "seeds: 1"),
         "copies": (available(4), "training images are unknown"),
-        "loss_gap": (available(4, measured_on="training"), "no image was held out"),
+        "memorized_share": (available(4, measured_on="training"), "no image was held out"),
         "leak": (available(4), "no trigger"),
         "class_drift": (available(4), "no class word"),
         "identity": (available(4), "face_embedder"),
@@ -307,7 +314,11 @@ def test_the_details_have_bands_weights_neighbors_and_a_note_if_the_base_cannot_
     assert len(details.bands) == 5
     mean = sum(band.losses[CANDIDATE] for band in details.bands) / 5
     assert mean == pytest.approx(report["metrics"]["validation_loss"]["adapter"], abs=1e-5)
-    gap = sum(band.losses[CANDIDATE] - band.training[CANDIDATE] for band in details.bands) / 5
+    gap = sum(
+        sign * (band.losses[role] - band.training[role]) / 5
+        for band in details.bands
+        for role, sign in ((CANDIDATE, 1), (BASE, -1))
+    )
     assert gap == pytest.approx(report["metrics"]["loss_gap"]["adapter"], abs=1e-5)
     assert details.modules
     assert all(module.effective_rank for module in details.modules.values())
