@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,6 +32,10 @@ def add_verbs(app: typer.Typer) -> None:
 def inspect(
     file: File,
     norms: Annotated[bool, typer.Option("--norms", help="Include the norms of the changes (adapters).")] = False,
+    health: Annotated[
+        bool,
+        typer.Option("--health", help="Include effective ranks, dead factors and the range of float16 (adapters)."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show a file's format, kinds, modules, ranks, embeddings and card, or a model's architecture."""
@@ -41,17 +46,43 @@ def inspect(
         from lora_engine.checkpoints import inspect_checkpoint, is_checkpoint
         from tasks.operations.inspect_files import inspect_adapter
 
-        facts = inspect_checkpoint(file) if is_checkpoint(file) else inspect_adapter(file, norms=norms)
+        facts = inspect_checkpoint(file) if is_checkpoint(file) else inspect_adapter(file, norms=norms, health=health)
     if as_json:
         print_json(facts)
         return
-    by_module = facts.pop("norms", {})
+    by_module, examined = facts.pop("norms", {}), facts.pop("health", {})
     print_facts(
         (name, value if not isinstance(value, dict) else ", ".join(map(str, value))) for name, value in facts.items()
     )
     if by_module:
         rows = ((name, "needs the base" if norm is None else f"{norm:.4g}") for name, norm in by_module.items())
         print_table(("module", "norm of the change"), rows)
+    if examined:
+        _print_health(examined)
+
+
+def _print_health(modules: Mapping[str, Mapping[str, Any]]) -> None:
+    from flows.cli.output import print_table
+
+    def short(value: float | None) -> str:
+        return "needs the base" if value is None else f"{value:.4g}"
+
+    print_table(
+        ("module", "rank", "effective rank", "norm", "largest value", "notes"),
+        (
+            (
+                name,
+                module["rank"],
+                short(module["effective_rank"]),
+                short(module["norm"]),
+                short(module["largest"]),
+                "; ".join(module["notes"]),
+            )
+            for name, module in modules.items()
+        ),
+    )
+    noted = sum(bool(module["notes"]) for module in modules.values())
+    print(f"{noted} of {len(modules)} modules have notes.")
 
 
 def validate(file: File, base: _Base = None, as_json: Json = False) -> None:

@@ -10,8 +10,10 @@ from markupsafe import Markup
 Points = list[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 540, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 12, 42
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 26, 12, 42
 _MAX_POINTS = 400
+_DECADES = 4
+"""Powers of ten on the axis of spectra; smaller values are on the axis itself."""
 
 
 def draw_loss(loss: Sequence[Sequence[float]], validation: Sequence[Sequence[float]] = ()) -> Markup | None:
@@ -33,17 +35,56 @@ def draw_loss(loss: Sequence[Sequence[float]], validation: Sequence[Sequence[flo
     )
     x_ticks, y_ticks = nice_ticks(raw[0][0], raw[-1][0]), nice_ticks(0.0, top or 1.0)
     frame = _Frame(raw[0][0], raw[-1][0], max(y_ticks[-1], top))
-    parts = [_grid(frame, x_ticks, y_ticks)]
+    parts = [_grid(frame, _labeled(x_ticks), _labeled(y_ticks), "step")]
     parts.append(f'<polyline class="raw" points="{frame.path(shown)}"/>')
     parts.append(f'<polyline class="mean" points="{frame.path(smooth)}"/>')
     if heldout:
         parts.append(f'<polyline class="held" points="{frame.path(heldout)}"/>')
-        parts += [f'<circle class="held" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in map(frame.project, heldout)]
-    label = f"Training loss from {smooth[0][1]:.3g} to {smooth[-1][1]:.3g} over {raw[-1][0]:.0f} steps"
-    # Safe to mark as markup: this module builds every part from numbers.
-    return Markup(f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">') + Markup(  # noqa: S704
-        "".join(parts) + "</svg>"
-    )
+        parts += [_dot(frame, point, "held") for point in heldout]
+    return _chart(parts, f"Training loss from {smooth[0][1]:.3g} to {smooth[-1][1]:.3g} over {raw[-1][0]:.0f} steps")
+
+
+def draw_bands(bands: Sequence[tuple[float, Sequence[float]]]) -> Markup | None:
+    """Returns the losses by noise level, one line per model, in the style `role-0`, `role-1` and so on.
+
+    Args:
+        bands: The middle of each band as a share of the schedule, 0 to 1, and the mean loss of each model. None is
+            returned for fewer than two.
+    """
+    if len(bands) < 2:
+        return None
+    lines = list(zip(*([(middle, loss) for loss in losses] for middle, losses in bands), strict=True))
+    top = max(loss for line in lines for _, loss in line)
+    ticks = nice_ticks(0.0, top or 1.0)
+    frame = _Frame(0.0, 1.0, max(ticks[-1], top))
+    parts = [_grid(frame, [(index / 4, f"{25 * index} %") for index in range(5)], _labeled(ticks), "noise")]
+    for index, line in enumerate(lines):
+        parts.append(f'<polyline class="role-{index}" points="{frame.path(line)}"/>')
+        parts += [
+            f'<circle class="role-{index}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in map(frame.project, line)
+        ]
+    return _chart(parts, f"Losses of {len(lines)} models in {len(bands)} bands of noise")
+
+
+def draw_spectra(spectra: Sequence[Sequence[float]]) -> Markup | None:
+    """Returns the singular values of all modules as shares of the largest of each, on a logarithmic axis.
+
+    Args:
+        spectra: Singular values of each module, the largest first. Those without a positive value are left out; None
+            is returned if none is left.
+    """
+    lines = [[value / spectrum[0] for value in spectrum] for spectrum in spectra if spectrum and spectrum[0] > 0.0]
+    if not lines:
+        return None
+    longest = max(2, *map(len, lines))
+    frame = _Frame(1.0, float(longest), float(_DECADES))
+    x_ticks = _labeled([tick for tick in nice_ticks(1.0, float(longest)) if tick.is_integer()])
+    y_ticks = [(float(_DECADES - power), f"{10.0**-power:g}") for power in range(_DECADES + 1)]
+    parts = [_grid(frame, x_ticks, y_ticks, "component")]
+    for line in lines:
+        points = [(index + 1.0, _DECADES + math.log10(max(share, 1e-30))) for index, share in enumerate(line)]
+        parts.append(f'<polyline class="spectrum" points="{frame.path(points)}"/>')
+    return _chart(parts, f"Singular values of {len(lines)} modules")
 
 
 def draw_interval(
@@ -93,24 +134,40 @@ class _Frame:
         share = min(max(point[1] / self.top, 0.0), 1.0)
         return x, _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
-    def path(self, points: Points) -> str:
+    def path(self, points: Sequence[tuple[float, float]]) -> str:
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in map(self.project, points))
 
 
-def _grid(frame: _Frame, x_ticks: list[float], y_ticks: list[float]) -> str:
+def _dot(frame: _Frame, point: tuple[float, float], style: str) -> str:
+    x, y = frame.project(point)
+    return f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>'
+
+
+def _labeled(ticks: Sequence[float]) -> list[tuple[float, str]]:
+    return [(value, f"{value:g}") for value in ticks]
+
+
+def _grid(frame: _Frame, x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[tuple[float, str]], name: str) -> str:
     floor = _HEIGHT - _BOTTOM
     parts = []
-    for value in y_ticks:
+    for value, text in y_ticks:
         _, y = frame.project((frame.first, value))
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value in x_ticks:
+        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+    for value, text in x_ticks:
         x, _ = frame.project((value, 0.0))
         parts.append(f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 5}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{floor + 19}" text-anchor="middle">{value:g}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{floor + 19}" text-anchor="middle">{text}</text>')
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{floor}" y2="{floor}"/>')
-    parts.append(f'<text class="name" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">step</text>')
+    parts.append(f'<text class="name" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">{name}</text>')
     return "".join(parts)
+
+
+def _chart(parts: Sequence[str], label: str) -> Markup:
+    # Safe to mark as markup: this module builds every part from numbers and its own words.
+    return Markup(f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">') + Markup(  # noqa: S704
+        "".join(parts) + "</svg>"
+    )
 
 
 def _finite(pairs: Sequence[Sequence[float]]) -> Points:

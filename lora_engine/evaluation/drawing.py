@@ -18,7 +18,7 @@ from lora_engine.bases.base import full_mask_conditioning
 from lora_engine.data.framing import Framing
 from lora_engine.data.pixels import read_mask, read_pixels
 from lora_engine.errors import AdapterError, BaseModelError
-from lora_engine.evaluation.evidence import BASE, ImageSet, Losses, RequestSet
+from lora_engine.evaluation.evidence import BASE, CANDIDATE, ImageSet, Losses, RequestSet
 from lora_engine.evaluation.plan import EvaluationPlan, Request, derive_evaluation_seed
 from lora_engine.evaluation.spec import EvaluateSettings
 from lora_engine.evaluation.statistics import Values
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 GRID = 10
 """Number of time steps of the validation loss, evenly spaced."""
+MAX_SWEPT = 4
+"""Largest number of prompts that are drawn at several strengths."""
 
 _Key = tuple[str, int, tuple[int, int]]
 """Prompt, seed and size of an image."""
@@ -44,10 +46,29 @@ class Drawn:
     Attributes:
         sets: The images by set of requests.
         heldout: Losses on the real images, in the order of the requests.
+        training: Losses on training images; None without any.
+        strengths: The candidate's images at the strengths of the settings.
     """
 
     sets: Mapping[RequestSet, tuple[ImageSet, ...]]
     heldout: Losses
+    training: Losses | None = None
+    strengths: tuple[StrengthImages, ...] = ()
+
+
+@dataclass(frozen=True)
+class StrengthImages:
+    """The images of the first prompts at one strength of the candidate.
+
+    Attributes:
+        strength: Factor of the adapter.
+        images: One per request, uint8 [3, height, width].
+        equals_base: True if they equal the base's bit for bit, before they are rounded.
+    """
+
+    strength: float
+    images: tuple[Tensor, ...]
+    equals_base: bool
 
 
 def draw_images(
@@ -55,7 +76,7 @@ def draw_images(
     plan: EvaluationPlan,
     *,
     model: BaseModel,
-    bundles: Mapping[str, Bundle | None],
+    bundles: Mapping[str, Sequence[Bundle]],
     progress: Progress,
 ) -> Drawn:
     """Generates all images by every model; the base is unchanged afterwards.
@@ -64,7 +85,7 @@ def draw_images(
         settings: See `EvaluateSettings`.
         plan: The requests.
         model: The base, with nothing attached.
-        bundles: Role -> the adapter and its learned tokens; None is the base alone.
+        bundles: Role -> the adapters that are attached together, with their learned tokens; none for the base alone.
         progress: Counts images and losses of all models.
 
     Raises:
@@ -72,13 +93,17 @@ def draw_images(
         AdapterError: The base with an adapter produces NaN or Inf.
     """
     keys = list(dict.fromkeys((r.prompt, seed, r.size) for r in plan.all_requests() for seed in r.seeds))
-    count = _Counter(progress, len(bundles) * (len(keys) + len(plan.reference)))
+    swept = plan.with_trigger[:MAX_SWEPT] if settings.strengths else ()
+    shown = len(swept) * (len(settings.strengths) + 1)
+    count = _Counter(progress, len(bundles) * (len(keys) + len(plan.reference) + len(plan.training)) + shown)
     images: dict[str, dict[_Key, Tensor]] = {}
     losses: dict[str, Values] = {}
-    for role, bundle in bundles.items():
-        with _attached(model, bundle):
+    training: dict[str, Values] = {}
+    for role, attached in bundles.items():
+        with _attached(model, attached):
             images[role] = _generate(settings, model, keys, count)
             losses[role] = _losses(settings, plan.reference, model, count)
+            training[role] = _losses(settings, plan.training, model, count)
         if not np.isfinite(losses[role]).all() or len(images[role]) < len(keys):
             raise (BaseModelError if role == BASE else AdapterError)(
                 f"images or losses of the {role} contain NaN or Inf", remedy="train again with a lower learning rate"
@@ -87,23 +112,52 @@ def draw_images(
     def sets(requests: Sequence[Request]) -> tuple[ImageSet, ...]:
         return tuple(_image_set(request, images) for request in requests)
 
+    own: dict[RequestSet, tuple[Request, ...]] = {
+        "reference": plan.reference,
+        "with_trigger": plan.with_trigger,
+        "without_trigger": plan.without_trigger,
+    }
+    timesteps = tuple(_timesteps(model))
     return Drawn(
-        {
-            "reference": sets(plan.reference),
-            "with_trigger": sets(plan.with_trigger),
-            "without_trigger": sets(plan.without_trigger),
-        },
-        Losses(losses, tuple(_timesteps(model)), tuple(request.group for request in plan.reference)),
+        {name: sets(requests) for name, requests in {**own, **plan.further}.items()},
+        Losses(losses, timesteps, tuple(request.group for request in plan.reference)),
+        Losses(training, timesteps, tuple(request.group for request in plan.training)) if plan.training else None,
+        _draw_strengths(settings, model, bundles[CANDIDATE], swept, count) if swept else (),
     )
 
 
+def _draw_strengths(
+    settings: EvaluateSettings,
+    model: BaseModel,
+    bundles: Sequence[Bundle],
+    requests: Sequence[Request],
+    count: _Counter,
+) -> tuple[StrengthImages, ...]:
+    keys = [(request.prompt, request.seeds[0], request.size) for request in requests]
+
+    def drawn() -> list[Tensor]:
+        pixels = dict(_generate_pixels(settings, model, keys, count))
+        return [pixels[key] for key in keys]
+
+    base = drawn()
+    entries = []
+    for strength in sorted(set(settings.strengths)):
+        with _attached(model, bundles, strength):
+            images = drawn()
+        equal = all(torch.equal(one, other) for one, other in zip(images, base, strict=True))
+        entries.append(StrengthImages(strength, tuple(_to_bytes(image) for image in images), equal))
+    return tuple(entries)
+
+
 @contextmanager
-def _attached(model: BaseModel, bundle: Bundle | None) -> Iterator[None]:
+def _attached(model: BaseModel, bundles: Sequence[Bundle], strength: float = 1.0) -> Iterator[None]:
     with ExitStack() as stack:
-        if bundle is not None and bundle.adapter.modules:
-            stack.enter_context(attach(model, bundle.adapter))
-        if bundle is not None:
-            stack.enter_context(attach_embeddings(model, bundle.embeddings))
+        for bundle in bundles:
+            if bundle.adapter.modules:
+                stack.enter_context(attach(model, bundle.adapter, strength))
+        # After the last adapter and all at once: they wrap the input embedding.
+        embeddings = [embedding for bundle in bundles for embedding in bundle.embeddings]
+        stack.enter_context(attach_embeddings(model, embeddings))
         yield
 
 
@@ -129,7 +183,17 @@ class _Counter:
 def _generate(
     settings: EvaluateSettings, model: BaseModel, keys: Sequence[_Key], count: _Counter
 ) -> dict[_Key, Tensor]:
-    images: dict[_Key, Tensor] = {}
+    # uint8 takes a quarter of the memory and equals the saved PNG. The caller reports NaN.
+    return {
+        key: _to_bytes(image)
+        for key, image in _generate_pixels(settings, model, keys, count)
+        if bool(torch.isfinite(image).all())
+    }
+
+
+def _generate_pixels(
+    settings: EvaluateSettings, model: BaseModel, keys: Sequence[_Key], count: _Counter
+) -> Iterator[tuple[_Key, Tensor]]:
     for part in _batches(keys):
         height, width = part[0][2]
         pixels = generate(
@@ -142,12 +206,12 @@ def _generate(
             width=width,
             batch=len(part),
         )
-        for key, image in zip(part, pixels, strict=True):
-            # uint8 takes a quarter of the memory and equals the saved PNG. The caller reports NaN.
-            if bool(torch.isfinite(image).all()):
-                images[key] = ((image.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+        yield from zip(part, pixels, strict=True)
         count.add(len(part))
-    return images
+
+
+def _to_bytes(image: Tensor) -> Tensor:
+    return ((image.nan_to_num().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
 
 
 def _batches(keys: Sequence[_Key]) -> Iterator[list[_Key]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
     from lora_engine.evaluation.embedder import Embedder
     from lora_engine.evaluation.plan import Request
     from lora_engine.evaluation.statistics import Values
+    from lora_engine.evaluation.subject import SubjectImages
 
-BASE, CANDIDATE, PRODUCTION = "base", "candidate", "production"
-"""Roles of the compared models. Other versions have their reference as role, such as `zorb@3`."""
+BASE, CANDIDATE, PRODUCTION, COMBINED = "base", "candidate", "production", "combined"
+"""Roles of the compared models; `combined` is the candidate together with a second adapter. Other versions have their
+reference as role, such as `zorb@3`."""
 
-RequestSet = Literal["reference", "with_trigger", "without_trigger"]
-"""Captions of real images; the prompts; the prompts without the trigger."""
+RequestSet = Literal["reference", "with_trigger", "without_trigger", "of_class", "unrelated"]
+"""Captions of real images; the prompts; the prompts without the trigger; prompts of the class word; unrelated ones."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Evidence:
         trained_on: The training images, for metrics of memorization.
         embedder: Embeds images and texts; None leaves out the metrics that need it.
         image_embedder: Embeds images only, such as a DINOv2; None leaves out the metrics that need it.
+        face_embedder: Embeds faces; None leaves out the metrics of identity.
         masked_likeness: True embeds real images with gray outside of their masks.
         seed: Seed of the evaluation, for metrics that draw.
     """
@@ -95,6 +99,7 @@ class Evidence:
     trained_on: tuple[RealImage, ...] = ()
     embedder: Embedder | None = None
     image_embedder: Embedder | None = None
+    face_embedder: Embedder | None = None
     masked_likeness: bool = False
     seed: int = 0
     used_embedders: set[str] = field(default_factory=set, repr=False, compare=False)
@@ -116,6 +121,27 @@ class Evidence:
         """Returns the images of the prompts without the trigger."""
         return self.sets["without_trigger"]
 
+    @cached_property
+    def subject(self) -> SubjectImages:
+        """The training images as vectors, hashes and faces."""
+        from lora_engine.evaluation.subject import SubjectImages
+
+        return SubjectImages(self.trained_on)
+
+    def mean_losses(self) -> tuple[dict[str, Values], dict[str, Values]]:
+        """Returns the losses by role, averaged over the timesteps: of held-out images [n] and of training images [m].
+
+        Raises:
+            ValueError: The losses of training images were not measured.
+        """
+        if self.training is None:
+            raise ValueError("the losses of the training images were not measured")
+        heldout, training = (
+            {role: values.mean(axis=1) for role, values in losses.values.items()}
+            for losses in (self.heldout, self.training)
+        )
+        return heldout, training
+
     def require_embedder(self) -> Embedder:
         """Returns the embedder of images and texts; metrics that call this declare `needs_embedder`.
 
@@ -131,6 +157,14 @@ class Evidence:
             SettingsError: There is none.
         """
         return self._required(self.image_embedder)
+
+    def require_face_embedder(self) -> Embedder:
+        """Returns the embedder of faces; metrics that call this declare `needs_faces`.
+
+        Raises:
+            SettingsError: There is none.
+        """
+        return self._required(self.face_embedder)
 
     def embed(self, images: ImageSet, role: str, embedder: Embedder) -> Tensor:
         """Embeds the images of a model, or the real image for the role `reference`: float32 [n, d] of length 1.

@@ -37,7 +37,11 @@ def write_notices(report: Mapping[str, Any]) -> Iterator[str]:
     if report.get("format", 1) >= 2 and report.get("embedder") is None:
         reason = f" ({missing['embedder']})" if "embedder" in missing else ""
         yield f"Likeness and agreement were not measured: there is no embedder of images and texts{reason}."
-    counts = {values["n"] for values in report.get("metrics", {}).values() if isinstance(values.get("n"), int)}
+    counts = {
+        values["n"]
+        for name, values in report.get("metrics", {}).items()
+        if isinstance(values.get("n"), int) and not (name in METRICS and METRICS[name].of_whole_sets)
+    }
     if report.get("format", 1) >= 2 and counts and min(counts) < MIN_GROUPS:
         yield (
             "With fewer than 6 independent groups a metric has no interval and no verdict, because chance can explain "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,9 @@ from lora_engine.data.images import open_image
 from lora_engine.data.manifest import ImageEntry, Manifest
 from lora_engine.errors import DataError
 from lora_engine.evaluation.chosen import Chosen, TrainingRecord
-from lora_engine.evaluation.evidence import RealImage
+from lora_engine.evaluation.evidence import RealImage, RequestSet
+from lora_engine.evaluation.metrics import METRICS
+from lora_engine.evaluation.prompt_lists import class_prompts, unrelated_prompts
 from lora_engine.evaluation.prompts import remove_trigger
 from lora_engine.evaluation.spec import EvaluateSettings
 
@@ -74,6 +76,8 @@ class EvaluationPlan:
         reference: Captions of real images.
         with_trigger: The prompts.
         without_trigger: The prompts without the trigger.
+        further: Prompts that are drawn for optional metrics alone, by set.
+        training: Captions of training images, whose losses are computed; nothing is drawn for them.
         trained_on: The training images.
         left_out: Held-out images that are not compared with.
         chosen: The choice of the checkpoint, if it used images that are compared with; None otherwise.
@@ -85,6 +89,8 @@ class EvaluationPlan:
     reference: tuple[Request, ...]
     with_trigger: tuple[Request, ...]
     without_trigger: tuple[Request, ...]
+    further: Mapping[RequestSet, tuple[Request, ...]] = field(default_factory=dict)
+    training: tuple[Request, ...] = ()
     trained_on: tuple[RealImage, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     chosen: Chosen | None = None
@@ -93,7 +99,8 @@ class EvaluationPlan:
 
     def all_requests(self) -> tuple[Request, ...]:
         """Returns the requests of all sets; some of them may have the same images."""
-        return self.reference + self.with_trigger + self.without_trigger
+        further = tuple(request for requests in self.further.values() for request in requests)
+        return self.reference + self.with_trigger + self.without_trigger + further
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -121,6 +128,7 @@ def make_plan(
     heldout: Sequence[Path] = (),
     prompts: Sequence[str] = (),
     training: TrainingRecord | None = None,
+    base: str = "",
 ) -> EvaluationPlan:
     """Plans the requests; the same settings and inputs give the same plan.
 
@@ -130,6 +138,7 @@ def make_plan(
         heldout: Other datasets with held-out images; empty takes the split of `dataset`.
         prompts: Prompts besides the captions of the real images; empty takes these captions.
         training: What the adapter was trained on and chosen by.
+        base: Name of the base; decides the list of unrelated prompts.
 
     Raises:
         DataError: No image to compare with, or a held-out image that was trained on.
@@ -146,20 +155,21 @@ def make_plan(
         grouped = _grouped([*trained, *images])
         trained, images = grouped[: len(trained)], grouped[len(trained) :]
         images, left_out, chosen = _leave_out(images, trained, chosen)
-    images = sorted(images, key=lambda image: image.entry.sha256)[: settings.max_pictures]
     plan = _Planner(settings, manifest.trigger, manifest.class_word)
-    reference = plan.reference(images)
+    reference = plan.reference(_first(images, settings))
     with_trigger = plan.with_trigger(prompts, reference)
     return EvaluationPlan(
         measured_on,
         reference,
         with_trigger,
         plan.without_trigger(with_trigger),
-        tuple(_real(image) for image in trained),
-        tuple(left_out),
-        chosen,
-        manifest.trigger,
-        manifest.class_word,
+        further=plan.further(base, with_trigger[0].size),
+        training=plan.reference(_first(trained, settings)) if measured_on == "heldout" else (),
+        trained_on=tuple(_real(image) for image in trained),
+        left_out=tuple(left_out),
+        chosen=chosen,
+        trigger=manifest.trigger,
+        class_word=manifest.class_word,
     )
 
 
@@ -212,6 +222,19 @@ class _Planner:
             first.setdefault(request.prompt_without_trigger, request)
         return tuple(self.request(text, request.size) for text, request in first.items())
 
+    def further(self, base: str, size: tuple[int, int]) -> dict[RequestSet, tuple[Request, ...]]:
+        """Returns the prompts that the measured metrics draw for themselves."""
+        lists: dict[RequestSet, tuple[str, ...]] = {
+            "of_class": class_prompts(self.class_word),
+            "unrelated": unrelated_prompts(base, (self.trigger, self.class_word)),
+        }
+        drawn = {name for key, metric in METRICS.items() if self.settings.measures(key) for name in metric.draws}
+        return {
+            name: tuple(self.request(prompt, size) for prompt in prompts)
+            for name, prompts in lists.items()
+            if name in drawn
+        }
+
 
 def _find_heldout(
     manifest: Manifest, dataset: Path, heldout: Sequence[Path], trained_on: frozenset[str]
@@ -245,6 +268,10 @@ def _of_datasets(manifest: Manifest, dataset: Path, heldout: Sequence[Path]) -> 
             if entry.sha256 not in seen:
                 seen.add(entry.sha256)
                 yield _Candidate(entry, folder)
+
+
+def _first(images: Iterable[_Candidate], settings: EvaluateSettings) -> list[_Candidate]:
+    return sorted(images, key=lambda image: image.entry.sha256)[: settings.max_pictures]
 
 
 def _grouped(images: Sequence[_Candidate]) -> list[_Candidate]:

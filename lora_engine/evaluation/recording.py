@@ -18,6 +18,8 @@ _SAMPLES: dict[str, tuple[RequestSet, int]] = {
     "paired": ("reference", 8),
     "asked": ("with_trigger", 8),
     "unasked": ("without_trigger", 4),
+    "class": ("of_class", 4),
+    "unrelated": ("unrelated", 4),
 }
 
 
@@ -38,7 +40,7 @@ def write_samples(evidence: Evidence, out: Path) -> list[dict[str, Any]]:
     shown: set[str] = set()
     samples: list[dict[str, Any]] = []
     for kind, (name, limit) in _SAMPLES.items():
-        for images in [item for item in evidence.sets[name] if item.request.prompt not in shown][:limit]:
+        for images in [item for item in evidence.sets.get(name, ()) if item.request.prompt not in shown][:limit]:
             shown.add(images.request.prompt)
             samples.append(_write_sample(kind, len(samples), images, out))
     return samples

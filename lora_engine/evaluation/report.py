@@ -16,9 +16,11 @@ from lora_engine.data.manifest import Manifest
 from lora_engine.data.pages import embed_image, load_template
 from lora_engine.errors import DataError
 from lora_engine.evaluation.chart import draw_interval, draw_loss
+from lora_engine.evaluation.details import read_details
 from lora_engine.evaluation.evidence import CANDIDATE
 from lora_engine.evaluation.first_lines import MIN_GROUPS, states_coverage, write_headline, write_notices
 from lora_engine.evaluation.metrics import METRICS
+from lora_engine.evaluation.sections import default_recipe, detail_sections, fold_defaults
 
 MAX_TRAINING_IMAGES = 24
 
@@ -32,6 +34,8 @@ _KINDS = {
     "paired": ("Against real images", "Captions of real images; the third image is the real one."),
     "asked": ("Prompts", "The prompts of this evaluation."),
     "unasked": ("Without the trigger", "The same prompts without the trigger; the adapter should change little."),
+    "class": ("The class", "Prompts of the class word; the adapter should change little."),
+    "unrelated": ("Unrelated prompts", "A fixed list of prompts; the adapter should change little."),
 }
 _VERDICTS = {
     "better": "better",
@@ -53,6 +57,7 @@ def render_report(
     recipe: Mapping[str, Any] | None = None,
     lineage: Sequence[Mapping[str, Any]] = (),
     version: Mapping[str, Any] | None = None,
+    rights: Mapping[str, Any] | None = None,
 ) -> str:
     """Returns the page as an HTML string; the same arguments and files give the same string.
 
@@ -63,13 +68,14 @@ def render_report(
         training: The content of the adapter's `training.json`.
         adapter_folder: The adapter's artifact; the page shows its `samples/`, drawn during the training.
         dataset_folder: The training dataset; the page shows its images and quarantined files.
-        recipe: Settings; nested ones are shown as `outer.inner`.
+        recipe: Settings of the training; nested ones are shown as `outer.inner`, defaults are folded away.
         lineage: One mapping per step: `step`, `uses`, `output` (its digest), `inputs` (names or digests, listed or by
             role), `warnings`.
         version: Any of `name`, `version`, `sha256`, `size`, `created_at`.
+        rights: Any of `license`, `consent` and `revoked`: texts, or lists of them.
 
     Raises:
-        DataError: An image that the report names is missing or outside its folder.
+        DataError: An image that the report names is missing or outside its folder, or `details.json` is broken.
     """
     context = {
         "title": title,
@@ -86,11 +92,13 @@ def render_report(
         "strips": _training_strips(adapter_folder) if adapter_folder is not None else [],
         "warnings": [(entry.get("step", ""), text) for entry in lineage for text in entry.get("warnings", ())],
         "dataset": _dataset(dataset_folder) if dataset_folder is not None else None,
-        "recipe": list(_flatten(recipe or {})),
+        "recipe": fold_defaults(list(_flatten(recipe or {})), dict(_flatten(default_recipe()))),
+        "rights": [(name, text) for name, text in _flatten(rights or {}) if text != "none"],
         "lineage": _lineage_rows(lineage),
         "version": dict(version) if version else {},
         "file_name": re.sub(r"[^A-Za-z0-9._-]+", "-", str((version or {}).get("name") or title)).strip("-.")
         or "adapter",
+        **detail_sections(read_details(report_folder), lambda name: _embed(report_folder, name, _STRIP_SIDE)),
     }
     return load_template(_PAGE).render(context)
 

@@ -13,11 +13,13 @@ from lora_engine.bases.options import options_of_cards
 from lora_engine.bases.source import BaseSource, resolve_base
 from lora_engine.bases.vae import resolve_vae
 from lora_engine.evaluation.chosen import read_training_record
+from lora_engine.evaluation.details import write_details
 from lora_engine.evaluation.drawing import draw_images
 from lora_engine.evaluation.embedder import Embedder, load_embedder
 from lora_engine.evaluation.embedder_source import ChosenEmbedders, choose_embedders
-from lora_engine.evaluation.evidence import BASE, CANDIDATE, Evidence
+from lora_engine.evaluation.evidence import BASE, CANDIDATE, COMBINED, Evidence
 from lora_engine.evaluation.gates import check_gates, check_measurable, check_versions
+from lora_engine.evaluation.gathering import gather_details
 from lora_engine.evaluation.measuring import measure
 from lora_engine.evaluation.metrics import METRICS, Available
 from lora_engine.evaluation.plan import EvaluationPlan, make_plan
@@ -45,6 +47,7 @@ def evaluate(
     prompts: Sequence[str] = (),
     against: Mapping[str, Path] | None = None,
     absent: Mapping[str, str] | None = None,
+    combined: Path | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Compares an adapter with its base and other versions; writes `report.json` and images.
@@ -62,6 +65,7 @@ def evaluate(
         prompts: The prompts; empty takes the captions of the held-out images.
         against: Role -> another adapter for the same base, such as the one in production.
         absent: Role -> why there is no such adapter.
+        combined: A second adapter; the candidate is also drawn together with it.
         progress: Counts images and losses of all models.
 
     Returns:
@@ -73,21 +77,26 @@ def evaluate(
         AdapterError: An adapter is incomplete, does not match the base, or produces NaN or Inf.
     """
     source = base if isinstance(base, BaseSource) else resolve_base(base)
-    plan = make_plan(settings, dataset, heldout=heldout, prompts=prompts, training=read_training_record(adapter))
+    record = read_training_record(adapter)
+    plan = make_plan(settings, dataset, heldout=heldout, prompts=prompts, training=record, base=source.name)
     embedders = choose_embedders(settings.embedder, settings.image_embedder, source)
-    unmet = find_unmet(plan, embedders)
-    names = [name for name in METRICS if name not in unmet]
+    unmet = find_unmet(settings, plan, embedders)
+    names = [name for name in METRICS if settings.measures(name) and name not in unmet]
     check_measurable(settings.listed_gates(), names, unmet)
-    check_versions(settings.listed_gates(), [*(against or {}), *(absent or {})])
+    both = {COMBINED: combined} if combined is not None else {}
+    check_versions(settings.listed_gates(), [*(against or {}), *(absent or {}), *both])
     embedder = load_embedder(embedders.text) if embedders.text else None
     image_embedder = load_embedder(embedders.image) if embedders.image else None
+    face_embedder = load_embedder(settings.face_embedder) if settings.face_embedder else None
     model = load_base(source)
     for size in plan.sizes:
         model.latent_shape(size)
-    files = {role: _adapter_file(path) for role, path in {CANDIDATE: adapter, **(against or {})}.items()}
-    bundles = {BASE: None, **{role: _read(file, model) for role, file in files.items()}}
-    cards = [bundle.card for bundle in bundles.values() if bundle is not None]
+    files = {role: _adapter_file(path) for role, path in {CANDIDATE: adapter, **(against or {}), **both}.items()}
+    adapters = {role: _read(file, model) for role, file in files.items()}
+    cards = [bundle.card for bundle in adapters.values()]
     model.configure(options_of_cards(cards, vae=resolve_vae(vae) if vae else None))
+    bundles = {BASE: (), **{role: (bundle,) for role, bundle in adapters.items()}}
+    bundles |= {role: (adapters[CANDIDATE], adapters[role]) for role in both}
     truncated = _find_truncated(plan, embedder)
     _warn(plan, embedders, truncated)
     drawn = draw_images(settings, plan, model=model, bundles=bundles, progress=progress)
@@ -95,9 +104,11 @@ def evaluate(
         tuple(bundles),
         drawn.sets,
         drawn.heldout,
+        drawn.training,
         trained_on=plan.trained_on,
         embedder=embedder,
         image_embedder=image_embedder,
+        face_embedder=face_embedder,
         masked_likeness=settings.masked_likeness,
         seed=settings.seed,
     )
@@ -126,18 +137,24 @@ def evaluate(
         "absent": dict(absent or {}),
         "embedder": _describe(embedder),
         "image_embedder": _describe(image_embedder),
+        "face_embedder": _describe(face_embedder),
         "missing_embedders": dict(embedders.missing),
         "truncated": truncated,
     }
+    modules = adapters[CANDIDATE].adapter.modules
+    write_details(out, gather_details(evidence, out, model=model, modules=modules, strengths=drawn.strengths))
     rounded: dict[str, Any] = _rounded(report)
     atomic_write(out / "report.json", canonical_json(rounded))
     return rounded
 
 
-def find_unmet(plan: EvaluationPlan, embedders: ChosenEmbedders) -> dict[str, str]:
-    """Returns the metrics that cannot be measured, with the reasons."""
-    available = Available(plan, embedders.text is not None, embedders.image is not None)
-    return {name: reason for name, metric in METRICS.items() if (reason := metric.unmet(available))}
+def find_unmet(settings: EvaluateSettings, plan: EvaluationPlan, embedders: ChosenEmbedders) -> dict[str, str]:
+    """Returns the metrics that are to be measured and cannot be, with the reasons."""
+    available = Available(
+        plan, embedders.text is not None, embedders.image is not None, settings.face_embedder is not None
+    )
+    wanted = [name for name in METRICS if settings.measures(name)]
+    return {name: reason for name in wanted if (reason := METRICS[name].unmet(available))}
 
 
 def _adapter_file(adapter: Path) -> Path:

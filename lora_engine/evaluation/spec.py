@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 from pydantic_core.core_schema import no_info_after_validator_function, no_info_before_validator_function
 
 from lora_engine.errors import SettingsError
 from lora_engine.evaluation.evidence import BASE
 from lora_engine.evaluation.metrics import METRICS
 from lora_engine.settings import AddedLater
+
+StrengthFactor = Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)]
+"""Factor of an adapter's change."""
 
 
 class Gate(BaseModel):
@@ -123,6 +126,10 @@ class EvaluateSettings(BaseModel):
         embedder: The CLIP or SigLIP of the metrics: a hub id, optionally with `@revision`, or a local folder; None
             takes the default of the base's family, the embedded one for `tiny`; `none` leaves out its metrics.
         image_embedder: A DINOv2 for the likeness to real images, as for `embedder`; `tiny` has none.
+        face_embedder: An embedder of faces for the identity of persons, as for `image_embedder`; None leaves out its
+            metrics.
+        extra: Optional metrics that are measured too: a gate on one has the same effect.
+        strengths: Strengths of the adapter at which the first prompts are drawn, such as [0, 0.5, 1, 1.5].
         masked_likeness: True compares with the real images inside of their masks only.
         keep: Largest number of generated images that are stored with the report.
     """
@@ -137,8 +144,24 @@ class EvaluateSettings(BaseModel):
     gates: Gates = Field(default_factory=dict)
     embedder: str | None = Field(default=None, min_length=1)
     image_embedder: Annotated[str | None, AddedLater(), Field(min_length=1)] = None
+    face_embedder: Annotated[str | None, AddedLater(), Field(min_length=1)] = None
+    extra: Annotated[tuple[str, ...], AddedLater(), Field(max_length=100)] = ()
+    strengths: Annotated[tuple[StrengthFactor, ...], AddedLater(), Field(max_length=21)] = ()
     masked_likeness: Annotated[bool, AddedLater()] = False
     keep: Annotated[int, AddedLater(), Field(ge=0, le=100_000)] = 1_000
+
+    @field_validator("extra")
+    @classmethod
+    def _extra_names_optional_metrics(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        allowed = [name for name, metric in METRICS.items() if metric.optional]
+        for name in value:
+            if name not in allowed:
+                raise ValueError(f"{name!r} is not an optional metric; allowed: {', '.join(allowed)}")
+        return value
+
+    def measures(self, name: str) -> bool:
+        """Returns True if a metric is to be measured, provided that its needs are met."""
+        return not METRICS[name].optional or name in self.extra or name in self.gates
 
     def listed_gates(self) -> list[tuple[str, Gate]]:
         """Returns (metric, gate) of all gates, sorted by metric."""

@@ -16,21 +16,29 @@ if TYPE_CHECKING:
     from lora_engine.formats import Bundle
 
 
-def inspect_adapter(file: Path, *, norms: bool) -> dict[str, Any]:
-    """Returns what `formats.inspect` does, with the Frobenius norms of the deltas by module if requested.
+def inspect_adapter(file: Path, *, norms: bool = False, health: bool = False) -> dict[str, Any]:
+    """Returns what `formats.inspect` does, with the norms and the health of the deltas by module if requested.
 
-    Norms need no base family. The norm is None for a kind whose delta depends on the base's weight or shape.
+    Neither needs the base or its family. Both are None for a kind whose delta depends on the base's weight or shape.
     """
     from lora_engine.formats import inspect
 
     facts = inspect(file)
-    if not norms:
+    if not (norms or health):
         return facts
     from lora_engine.formats.verbatim import read_deltas
-    from lora_engine.merging.deltas import norm_of
 
-    by_module = {name: norm_of(delta) for name, delta in read_deltas(file).items()}
-    return facts | {"norms": by_module, "norm": math.hypot(*(norm for norm in by_module.values() if norm is not None))}
+    deltas = read_deltas(file)
+    if norms:
+        from lora_engine.merging.deltas import norm_of
+
+        by_module = {name: norm_of(delta) for name, delta in deltas.items()}
+        facts |= {"norms": by_module, "norm": math.hypot(*(norm for norm in by_module.values() if norm is not None))}
+    if health:
+        from lora_engine.evaluation.health import examine_adapter
+
+        facts["health"] = {name: module.as_dict() for name, module in examine_adapter(deltas).items()}
+    return facts
 
 
 def check_file(file: Path, base: str | None) -> dict[str, Any]:

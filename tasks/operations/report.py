@@ -17,6 +17,7 @@ from registry.lineage.record import Lineage
 from registry.store.artifacts import open_store
 from registry.versions.versions import Versions
 from tasks.operations.promote import find_version
+from tasks.operations.rights import describe_rights
 from tasks.warnings import warnings_of
 
 
@@ -60,6 +61,7 @@ def write_report(home: Home, ref: str, output: Path | None = None) -> Path | Non
             recipe=dict(version.params),
             lineage=steps,
             version={key: getattr(version, key) for key in ("name", "version", "sha256", "size")},
+            rights=_rights(home, version),
         )
         atomic_write(path, page.encode())
         images = path.with_suffix("")
@@ -105,6 +107,21 @@ def read_warnings(home: Home, outputs: Mapping[str, ArtifactRef]) -> list[tuple[
             made = [entry for entry in lineage.executions(output=ref.sha256) if entry.status == "COMPLETED"]
             entries += [(name, text) for text in warnings_of(made[-1].environment)] if made else []
         return entries
+
+
+def _rights(home: Home, version: AdapterVersion) -> dict[str, Any]:
+    """Returns the license and the consent of a version as texts."""
+    with closing(Versions(home)) as versions:
+        rights = describe_rights(versions, version)
+    images = rights["pictures"]
+    return {
+        "license": version.card.get("license") or "not stated",
+        "commercial use": "allowed" if rights["commercial"] else "not allowed",
+        "license conflicts": rights["conflicts"],
+        "training images": f"{images['count']}, {len(images['missing'])} without consent",
+        "consent that no longer holds": images["broken"],
+        "revoked": rights["revoked"],
+    }
 
 
 def _dataset(lineage: Lineage, version: AdapterVersion) -> ArtifactRef | None:

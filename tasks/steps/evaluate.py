@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from lora_engine.bases.source import BaseSource
-from lora_engine.evaluation.embedder_source import NO_EMBEDDER, EmbedderSource, choose_embedders
-from lora_engine.evaluation.evidence import BASE, CANDIDATE, PRODUCTION
+from lora_engine.evaluation.embedder_source import NO_EMBEDDER, EmbedderSource, choose_embedders, resolve_embedder
+from lora_engine.evaluation.evidence import BASE, CANDIDATE, COMBINED, PRODUCTION
 from lora_engine.evaluation.metrics import METRICS
 from lora_engine.evaluation.spec import EvaluateSettings
 from lora_engine.settings import AddedLater
@@ -18,7 +18,7 @@ from tasks.imports import base_module
 from tasks.spec import External, Input, StepSpec
 from tasks.step import Context, locate_base, step
 
-_MODELS = ("embedder", "image_embedder")
+_MODELS = ("embedder", "image_embedder", "face_embedder")
 _OUTSIDE_OF_KEY = {"name", *_MODELS}
 
 
@@ -34,6 +34,7 @@ class Evaluate(StepSpec, EvaluateSettings):
         heldout: Other datasets with held-out images; None takes those of `dataset`.
         prompts: File with one prompt per line; None takes the captions of the held-out images.
         against: Other versions to compare with: `production`, `name@version`, `name@alias` or a step.
+        combined: Another adapter that the candidate is also drawn together with; compared with as `combined`.
         gate_file: File with further gates, as `gates: {...}`.
     """
 
@@ -46,15 +47,17 @@ class Evaluate(StepSpec, EvaluateSettings):
     heldout: Annotated[str | tuple[str, ...] | None, Input("manifest")] = None
     prompts: Annotated[str | None, External("file", kept=True)] = None
     against: Annotated[tuple[str, ...], AddedLater(), Field(max_length=8)] = ()
+    combined: Annotated[str | None, AddedLater(), Input("adapter")] = None
     gate_file: Annotated[str | None, External("file", kept=True)] = None
 
     @model_validator(mode="after")
     def _gates_compare_with_what_is_drawn(self) -> Evaluate:
-        if len(set(self.against)) < len(self.against) or {BASE, CANDIDATE} & set(self.against):
+        if len(set(self.against)) < len(self.against) or {BASE, CANDIDATE, COMBINED} & set(self.against):
             raise ValueError(f"against is {list(self.against)}; name each version once, and not the base")
+        versions = (BASE, *self.against, *([COMBINED] if self.combined else []))
         for name, gate in self.listed_gates():
-            if gate.against not in (BASE, *self.against):
-                known = ", ".join((BASE, *self.against))
+            if gate.against not in versions:
+                known = ", ".join(versions)
                 raise ValueError(f"the gate {name!r} is against {gate.against!r}; allowed: {known}; add it to against")
         return self
 
@@ -92,7 +95,10 @@ def find_models(spec: Evaluate, folder: Path, base: BaseSource | None) -> dict[s
         return {}
     settings = _located(spec, folder)
     chosen = choose_embedders(settings.embedder, settings.image_embedder, base)
-    return dict(zip(_MODELS, (_describe(source) for source in (chosen.text, chosen.image)), strict=True))
+    faces = resolve_embedder(settings.face_embedder) if settings.face_embedder else None
+    found = zip(_MODELS, (chosen.text, chosen.image, faces), strict=True)
+    # Without an embedder of faces, the key is that of evaluations that cannot have one.
+    return {name: _describe(source) for name, source in found if source is not None or name != "face_embedder"}
 
 
 def _describe(source: EmbedderSource | None) -> dict[str, str]:
@@ -142,5 +148,6 @@ def evaluate(spec: Evaluate, context: Context) -> None:
         prompts=prompts,
         against=dict(zip(present, context.inputs.get("against", ()), strict=True)),
         absent=absent,
+        combined=context.optional("combined"),
         progress=context.progress,
     )

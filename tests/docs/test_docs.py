@@ -154,9 +154,14 @@ def tables_of_entries() -> dict[str, list[tuple[str, ...]]]:
             *((name, method.title, options_of(method.spec, *shared)) for name, method in methods.items()),
         ],
         "Metrics": [
-            ("metric", "title", "meaning"),
+            ("metric", "title", "meaning", "measured"),
             *(
-                (name, metric.title, f"{metric.meaning} {metric.better.capitalize()} is better.")
+                (
+                    name,
+                    metric.title,
+                    f"{metric.meaning} {metric.better.capitalize()} is better.",
+                    "if `extra` or a gate names it" if metric.optional else "if it can be",
+                )
                 for name, metric in METRICS.items()
             ),
         ],

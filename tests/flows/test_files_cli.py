@@ -68,6 +68,22 @@ def test_inspect_describes_a_file(files: Path) -> None:
     assert model["layout"] == "diffusers"
 
 
+def test_inspect_shows_the_health_of_weights_without_a_base(files: Path, tmp_path: Path) -> None:
+    health = say_json("inspect", files / "lora.safetensors", "--health")["health"]
+    assert all(1.0 < module["effective_rank"] <= 2.0 and module["notes"] == [] for module in health.values())
+    assert "0 of " in say("inspect", files / "lora.safetensors", "--health")
+    adapter, _ = read_adapter(files / "lora.safetensors")
+    name, delta = next(iter(adapter.modules.items()))
+    factors = {key: value * 0.0 if value.dim() > 1 else value for key, value in delta.factors().items()}
+    planted = {**adapter.modules, name: delta.with_factors(factors)}
+    write_adapter(tmp_path / "dead.safetensors", Adapter(planted, adapter.base, adapter.fingerprint))
+    text = say("inspect", tmp_path / "dead.safetensors", "--health")
+    assert "changes nothing" in text
+    assert f"1 of {len(planted)} modules have notes" in text
+    assert "needs the base" in say("inspect", files / "dora.safetensors", "--health")
+    assert "health" not in say_json("inspect", files / "lora.safetensors")
+
+
 def test_validate_counts_and_compares_with_a_base(files: Path) -> None:
     counted = say_json("validate", files / "lora.safetensors", "--base", files / "base")
     assert counted == {"modules": say_json("inspect", files / "lora.safetensors")["kinds"]["lora"]}

@@ -16,6 +16,12 @@ from lora_engine.evaluation.spec import EvaluateSettings
 from lora_engine.formats import read_adapter, write_adapter
 
 MakeDataset = Callable[..., Path]
+MEASURED = {name for name in METRICS if not METRICS[name].optional} - {
+    *("identity", "faces_found", "prompt_sensitivity", "dino_i_paired")
+}
+"""Of one prompt, without an embedder of faces and of images only."""
+INSENSITIVE = {"copies"}
+"""Whose difference is 0 for an adapter that changes every image."""
 
 
 @pytest.fixture
@@ -43,7 +49,7 @@ def run(
 
 def test_an_adapter_without_effect_changes_no_metric(run: Callable[..., dict[str, Any]]) -> None:
     metrics = run("zero")["metrics"]
-    assert set(metrics) == set(METRICS)
+    assert set(metrics) == MEASURED
     for name, metric in metrics.items():
         assert metric["difference"] == 0.0, name
         assert (metric["interval"], metric["verdict"]) == (None, "distance" if METRICS[name].is_distance else "too few")
@@ -51,10 +57,10 @@ def test_an_adapter_without_effect_changes_no_metric(run: Callable[..., dict[str
 
 def test_a_strong_adapter_changes_every_metric(run: Callable[..., dict[str, Any]]) -> None:
     report = run("strong")
-    assert set(report["metrics"]) == set(METRICS)
+    assert set(report["metrics"]) == MEASURED
     for name, metric in report["metrics"].items():
         assert metric["difference"] == pytest.approx(metric["adapter"] - metric["base"], abs=2e-6), name
-        assert metric["difference"] != 0.0, name
+        assert (metric["difference"] == 0.0) == (name in INSENSITIVE), name
         assert all(math.isfinite(metric[key]) for key in ("base", "adapter", "difference")), name
     assert report["metrics"]["drift"]["base"] == report["metrics"]["drift_pixels"]["base"] == 0.0
     assert [report["metrics"][name]["n"] for name in ("clip_i_paired", "clip_t", "validation_loss")] == [2, 1, 2]
@@ -70,7 +76,7 @@ def test_the_same_inputs_give_the_same_bytes(run: Callable[..., dict[str, Any]],
     images = report["images"]
     assert images["count"] == images["kept"] == 16, "two captions and two prompts without the trigger, twice, by both"
     names |= {file for entry in images["entries"] for file in entry["files"].values()}
-    assert names == {str(path) for path in files if path.suffix == ".png"}
+    assert names == {str(path) for path in files if path.suffix == ".png" and "near-" not in path.name}
     assert {sample["kind"] for sample in report["samples"]} == {"paired", "asked", "unasked"}
     assert str(tmp_path).encode() not in files[Path("report.json")]
 
@@ -91,8 +97,8 @@ def test_the_progress_ends_at_its_total(
         seen.append((done, total))
 
     evaluate(settings(), str(base), adapters["zero"], make_dataset(), tmp_path / "out", progress=watch)
-    # Two captions and two prompts without the trigger, two seeds, two losses; by both models.
-    assert seen[-1] == (20, 20)
+    # Two captions and two prompts without the trigger, two seeds, two losses and three of training; by both models.
+    assert seen[-1] == (26, 26)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from lora_engine.evaluation.evidence import BASE, Evidence, ImageSet, Measured, measure_sets
+from lora_engine.evaluation.evidence import BASE, Evidence, ImageSet, Measured, RequestSet, measure_sets
 from lora_engine.registries import Registry
 
 if TYPE_CHECKING:
@@ -26,11 +26,13 @@ class Available:
         plan: The requests.
         embedder: True if there is an embedder of images and texts.
         image_embedder: True if there is an embedder of images only.
+        face_embedder: True if there is an embedder of faces.
     """
 
     plan: EvaluationPlan
     embedder: bool
     image_embedder: bool
+    face_embedder: bool = False
 
 
 def needs_nothing(available: Available) -> str:
@@ -70,6 +72,9 @@ class Metric:
         revision: Number in the cache keys of steps that use it; raise it whenever the same inputs give another result.
             0 declares none: the keys then hold the version of its plug-in.
         unmet: Returns why it cannot be measured, before anything is drawn; empty if it can.
+        optional: True measures it only if `extra` or a gate names it.
+        draws: Sets of requests that are drawn for this metric alone.
+        of_whole_sets: True if it measures all images at once: one unit, which never has an interval.
     """
 
     name: str
@@ -82,6 +87,9 @@ class Metric:
     verdicts: tuple[str, str, str] = ("better", "worse", "not clearly different")
     revision: int = 0
     unmet: Unmet = needs_nothing
+    optional: bool = False
+    draws: tuple[RequestSet, ...] = ()
+    of_whole_sets: bool = False
 
 
 METRICS: Registry[Metric] = Registry(
@@ -99,12 +107,27 @@ def metric(
     verdicts: tuple[str, str, str] = ("better", "worse", "not clearly different"),
     revision: int = 0,
     unmet: Unmet = needs_nothing,
+    optional: bool = False,
+    draws: tuple[RequestSet, ...] = (),
+    of_whole_sets: bool = False,
 ) -> Callable[[MeasureMetric], Metric]:
     """Returns a decorator that makes a function a `Metric` of the same name (arguments: see there)."""
 
     def declare(measure: MeasureMetric) -> Metric:
         return Metric(
-            measure.__name__, measure, title, better, meaning, is_distance, headline, verdicts, revision, unmet
+            measure.__name__,
+            measure,
+            title,
+            better,
+            meaning,
+            is_distance,
+            headline,
+            verdicts,
+            revision,
+            unmet,
+            optional,
+            draws,
+            of_whole_sets,
         )
 
     return declare
@@ -160,15 +183,7 @@ def clip_t(evidence: Evidence) -> Measured:
 )
 def drift(evidence: Evidence) -> Measured:
     """Returns 1 - cosine to the base's image of the same seed, on prompts without the trigger; 0 for the base."""
-    embedder = evidence.require_embedder()
-
-    def distance(images: ImageSet, role: str) -> Tensor:
-        vectors, base = (evidence.embed(images, name, embedder) for name in (role, BASE))
-        # Rounding makes the cosine of a vector with itself slightly less or more than 1.
-        cosine = (vectors * base).sum(dim=-1)
-        return (1.0 - cosine).clamp(min=0.0) if role != BASE else cosine * 0.0
-
-    return measure_sets(evidence, evidence.without_trigger, distance)
+    return measure_drift(evidence, "without_trigger")
 
 
 @metric(
@@ -196,3 +211,16 @@ def validation_loss(evidence: Evidence) -> Measured:
     """Returns the denoising losses on the fixed grid of time steps, one value per real image."""
     losses = evidence.heldout
     return Measured({role: values.mean(axis=1) for role, values in losses.values.items()}, losses.groups)
+
+
+def measure_drift(evidence: Evidence, name: RequestSet) -> Measured:
+    """Returns 1 - cosine to the base's image of the same seed, on a set of requests; 0 for the base."""
+    embedder = evidence.require_embedder()
+
+    def distance(images: ImageSet, role: str) -> Tensor:
+        vectors, base = (evidence.embed(images, model, embedder) for model in (role, BASE))
+        # Rounding makes the cosine of a vector with itself slightly less or more than 1.
+        cosine = (vectors * base).sum(dim=-1)
+        return (1.0 - cosine).clamp(min=0.0) if role != BASE else cosine * 0.0
+
+    return measure_sets(evidence, evidence.sets[name], distance)
