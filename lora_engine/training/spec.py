@@ -13,6 +13,7 @@ from lora_engine.settings import AddedLater, NoEffect
 from lora_engine.training.methods import methods
 from lora_engine.training.methods.dreambooth import Dreambooth
 from lora_engine.training.specs.captions import Captions
+from lora_engine.training.specs.choosing import AUTO, BestCheckpoint, OrAuto, check_choice
 from lora_engine.training.specs.continuing import Stage
 from lora_engine.training.specs.lengths import Interval, Steps, Warmup, to_steps
 from lora_engine.training.specs.methods import MethodSpec, Prior, TokenSettings
@@ -55,7 +56,8 @@ class TrainSettings(BaseModel):
     Attributes:
         method: Method by name, or by name and options (`{name: pivotal, inversion: 0.3}`); see `training.methods`.
         kind: Adapter kind by name, or by name and options (`{name: lokr, factor: 8}`).
-        rank: Rank of every adapted layer.
+        rank: Rank of every adapted layer. `auto` trains prefixes of 32 ranks, and keeps the smallest of 1 to 32 whose
+            loss is within one standard error of the best.
         alpha: The factors act with alpha / rank; None is the rank.
         targets: A preset (`attention`, `attention+ff`, `linear`, `all`, `norms`, `text`), a pattern, or a list of both.
         overrides: Preset or pattern to settings of the targets that it matches; the last match wins.
@@ -66,8 +68,10 @@ class TrainSettings(BaseModel):
             larger one are scaled down (sd-scripts' `scale_weight_norms`). For the kinds of `rank_dropout`. None
             disables it.
         steps: Optimizer steps, or epochs such as `10 epochs`. An epoch shows every image once, repeats included.
+            `auto` stops by `best_checkpoint`, at the latest after 200 epochs.
         batch: Images per forward pass; joint prior preservation adds as many class images.
-        learning_rate: Highest learning rate of the schedule.
+        learning_rate: Highest learning rate of the schedule. `auto` tries five rates for a quarter of the steps, and
+            takes the one below the best.
         schedule: Schedule after the warmup by name, or by name and options (`{name: polynomial, power: 3}`).
         warmup: Steps of linear warmup, epochs, or a share of each phase such as `10%`.
         weight_decay: The optimizer's weight decay.
@@ -90,20 +94,22 @@ class TrainSettings(BaseModel):
         save_every: Steps, or epochs, between adapters that are written into the artifact's folder `saved`; 0 writes
             none.
         optimizer_state: True starts with the state of the optimizer that trained `init`.
+        best_checkpoint: Keeps the best of several steps, and stops early; None keeps the last step. With
+            `steps: auto` it has its defaults.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Method = Dreambooth()
     kind: Kind = Lora()
-    rank: int = Field(default=8, ge=1, le=4096)
+    rank: Annotated[int, Field(ge=1, le=4096), OrAuto()] = 8
     alpha: _Finite | None = Field(default=None, gt=0.0)
     targets: str | list[str] = "attention"
     overrides: dict[str, Override] = {}
     dropout: _Finite = Field(default=0.0, ge=0.0, lt=1.0)
-    steps: Steps
+    steps: Annotated[Steps, OrAuto()]
     batch: int = Field(default=4, ge=1, le=4096)
-    learning_rate: _Finite = Field(default=1e-3, gt=0.0)
+    learning_rate: Annotated[_Finite, Field(gt=0.0), OrAuto()] = 1e-3
     schedule: AnySchedule = Cosine()
     warmup: Warmup = 0
     weight_decay: _Finite = Field(default=0.0, ge=0.0)
@@ -126,6 +132,7 @@ class TrainSettings(BaseModel):
     then: Annotated[tuple[Stage, ...], AddedLater(), Field(max_length=100)] = ()
     save_every: Annotated[Interval, AddedLater(), NoEffect()] = 0
     optimizer_state: Annotated[bool, AddedLater()] = False
+    best_checkpoint: Annotated[BestCheckpoint | None, AddedLater()] = None
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """Yields the settings that were set; the others have their defaults."""
@@ -149,9 +156,10 @@ class TrainSettings(BaseModel):
 
     @model_validator(mode="after")
     def _optimizer_fits(self) -> TrainSettings:
-        self.rates.check(self.schedule, self.learning_rate)
+        rate = 1e-3 if self.is_auto("learning_rate") else self.learning_rate
+        self.rates.check(self.schedule, rate)
         for stage in self.then:
-            self.rates.check(stage.schedule, stage.learning_rate or self.learning_rate)
+            self.rates.check(stage.schedule, stage.learning_rate or rate)
         optimizer = self.rates.optimiser
         if optimizer.finds_rate and isinstance(self.method, TokenSettings):
             raise ValueError(
@@ -164,6 +172,21 @@ class TrainSettings(BaseModel):
     def _processes_share_a_batch(self) -> TrainSettings:
         if self.batch % self.running.processes:
             raise ValueError(f"batch {self.batch} is not a multiple of running.processes {self.running.processes}")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choice_sets_the_schedule(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "schedule" not in data:
+            choice = data.get("best_checkpoint")
+            keeps = choice.get("anneal") == 0 if isinstance(choice, dict) else getattr(choice, "anneal", 1) == 0
+            if (choice is not None or data.get("steps") == AUTO) and not keeps:
+                return {**data, "schedule": "constant"}
+        return data
+
+    @model_validator(mode="after")
+    def _choice_fits(self) -> TrainSettings:
+        check_choice(self)
         return self
 
     @model_validator(mode="after")
@@ -187,6 +210,15 @@ class TrainSettings(BaseModel):
                     "scales with the steps"
                 )
 
+    def is_auto(self, setting: str) -> bool:
+        """Returns True if the training chooses the value of a setting."""
+        return bool(getattr(self, setting) == AUTO)
+
+    @property
+    def automatic(self) -> tuple[str, ...]:
+        """Names of the settings that the training chooses."""
+        return tuple(name for name in ("targets", "steps", "learning_rate", "rank") if self.is_auto(name))
+
     @property
     def total_steps(self) -> int:
         """Optimizer steps of all phases and stages; all lengths must be in steps."""
@@ -206,6 +238,9 @@ class TrainSettings(BaseModel):
             stage.model_copy(update={name: to_steps(getattr(stage, name), epoch) for name in ("steps", "warmup")})
             for stage in self.then
         )
+        if self.best_checkpoint is not None and self.best_checkpoint.every is not None:
+            every = to_steps(self.best_checkpoint.every, epoch)
+            changes["best_checkpoint"] = self.best_checkpoint.model_copy(update={"every": every})
         if self.samples is not None:
             every = to_steps(self.samples.every, epoch)
             changes["samples"] = self.samples.model_copy(update={"every": every})

@@ -42,21 +42,35 @@ def image_losses(
         transform: The method's batch transform, such as masks, called with a number from the image's digest; None is
             none.
     """
-    grid = timestep_grid(base.noise, timesteps)
     losses: list[float] = []
     for example in examples:
-        clean = latents(example)
-        noise = torch.randn(timesteps, *clean.shape, generator=generator(seed, "validation", example.digest))
-        batch = Batch(
-            latents=clean.expand(timesteps, *clean.shape).to(base.device),
-            noise=noise.to(base.device),
-            timesteps=grid.to(base.device),
-            conditioning=conditioner([example.caption], example.size).index([0] * timesteps).to(base.device),
-            instances=timesteps,
-            examples=(example,) * timesteps,
-        )
+        batch = validation_batch(base, latents(example), example, conditioner, seed, timesteps)
         if transform is not None:
             batch = transform(batch, int(example.digest[:8], 16))
         predicted, target = predict(base, batch)
         losses.append(F.mse_loss(predicted, target).item())
     return losses
+
+
+def validation_batch(
+    base: BaseModel, clean: Tensor, example: Example, conditioner: Conditioner, seed: int, timesteps: int = TIMESTEPS
+) -> Batch:
+    """Returns an image at a fixed grid of timesteps, with noise from its digest.
+
+    Args:
+        base: The base.
+        clean: The latents of the image.
+        example: The image.
+        conditioner: Encodes its caption.
+        seed: Noise seed.
+        timesteps: Number of timesteps, and of rows.
+    """
+    noise = torch.randn(timesteps, *clean.shape, generator=generator(seed, "validation", example.digest))
+    return Batch(
+        latents=clean.expand(timesteps, *clean.shape).to(base.device),
+        noise=noise.to(base.device),
+        timesteps=timestep_grid(base.noise, timesteps).to(base.device),
+        conditioning=conditioner([example.caption], example.size).index([0] * timesteps).to(base.device),
+        instances=timesteps,
+        examples=(example,) * timesteps,
+    )
