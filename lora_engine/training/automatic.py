@@ -15,7 +15,7 @@ from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.choosing import PREFIXES, BestCheckpoint
 from lora_engine.training.specs.schedules import Constant
 
-RATE_FACTORS = (0.5, 1.0, 2.0, 4.0, 8.0)
+RATE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Rates that `learning_rate: auto` tries, as factors on the default."""
 EPOCHS, LEAST_STEPS, MOST_STEPS = 200, 200, 20_000
 """Longest training of `steps: auto`."""
@@ -46,7 +46,7 @@ def with_first_values(settings: TrainSettings, rate: float) -> TrainSettings:
         settings: The settings; the steps are a number.
         rate: The default rate of the base.
     """
-    values = {"targets": "all", "learning_rate": rate, "rank": PREFIXES[-1]}
+    values = {"targets": "all", "learning_rate": rate, "rank": PREFIXES[0]}
     changes = {name: value for name, value in values.items() if settings.is_auto(name)}
     return settings.model_copy(update=changes)
 
@@ -60,7 +60,9 @@ def probe_of(settings: TrainSettings, rate: float, share: float) -> TrainSetting
         share: Share of the steps.
     """
     steps = max(1, round(share * settings.steps))
-    warmup = settings.warmup if isinstance(settings.warmup, str) else min(settings.warmup, steps // 2)
+    warmup: int | str = settings.warmup
+    if isinstance(warmup, int):
+        warmup = min(warmup, steps // 2)
     changes = {"learning_rate": rate, "steps": steps, "warmup": warmup, "schedule": Constant(), "then": ()}
     nothing = {"best_checkpoint": None, "samples": None, "save_every": 0, "validate_every": 0}
     return settings.model_copy(update={**changes, **nothing})
@@ -93,6 +95,11 @@ def choose_rate(losses: Mapping[float, Sequence[float] | None]) -> tuple[float, 
         else f"{best:g} is the best after a short training, and the lowest that was tried",
     }
     return chosen, evidence
+
+
+def prefixes_up_to(rank: int) -> list[int]:
+    """Returns the ranks that `rank: auto` chooses from, up to a highest one."""
+    return [prefix for prefix in PREFIXES if prefix <= rank]
 
 
 def choose_rank(losses: Mapping[int, Sequence[float]]) -> tuple[int, dict[str, Any]]:

@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_engine.training.schedules import PhaseRates, RateStage
+from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.choosing import ChoiceScore
 from lora_engine.training.specs.lengths import warmup_steps
 
 _VARIANCE_LEFT = 0.15
 """Share of the variance of all losses below which the last ones no longer vary (Voronov et al. 2023, section 4)."""
 _WINDOW = 3
+_CANDIDATES = 20
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,21 @@ class Chooser:
         end = f"no improvement for {self.patience} candidates at step {stop}" if stop else "no early stop"
         worse = "" if best.score < start.score else "; NO candidate is better than the base"
         return f"{end}; step {best.step} has the lowest validation loss of {len(checks)} candidates{worse}"
+
+
+def make_chooser(settings: TrainSettings, by: ChoiceScore, images: Sequence[str] = ()) -> Chooser | None:
+    """Returns the rules by which a training chooses its best step; None for one that keeps the last.
+
+    Args:
+        settings: The settings, with all lengths in steps.
+        by: Score of a step.
+        images: Digests of the held-out images that are scored.
+    """
+    wanted = settings.best_checkpoint
+    if wanted is None:
+        return None
+    every = wanted.every or max(1, round(settings.steps / _CANDIDATES))
+    return Chooser(by, every, wanted.patience, wanted.min_delta, wanted.anneal, tuple(images))
 
 
 def read_checks(facts: Mapping[str, Any]) -> list[Check]:

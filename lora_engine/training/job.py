@@ -24,10 +24,11 @@ from lora_engine.formats.embeddings import Embedding
 from lora_engine.inference.textual_inversion import attach_embeddings
 from lora_engine.progress import Progress, no_progress
 from lora_engine.settings import without_later
-from lora_engine.training.automatic import choose_rank, with_first_values
+from lora_engine.training.automatic import choose_rank, prefixes_up_to, with_first_values
 from lora_engine.training.checkpoint import Checkpoint, Checkpoints
 from lora_engine.training.choice_images import choice_images
-from lora_engine.training.continuing import EPOCH, ORIGIN
+from lora_engine.training.choosing import Chooser, make_chooser
+from lora_engine.training.continuing import AUTOMATIC, EPOCH, ORIGIN, SCORE
 from lora_engine.training.device import compile_network, prepare_network
 from lora_engine.training.distributed import ProcessGroup, ReadOnlyCheckpoints
 from lora_engine.training.examples import Encoder, Example
@@ -41,14 +42,13 @@ from lora_engine.training.objective import check_objective
 from lora_engine.training.optimizers import require_optimizer
 from lora_engine.training.prepared import Attached, Prepared
 from lora_engine.training.record import card_of, describe_choices, with_choices, with_recipe
-from lora_engine.training.resolve import chooser_of, count_epoch, fit_options, in_steps
+from lora_engine.training.resolve import count_epoch, fit_options, in_steps
 from lora_engine.training.samples import SampleWriter
 from lora_engine.training.saved import SavedAdapters
 from lora_engine.training.spec import TrainSettings
-from lora_engine.training.specs.choosing import PREFIXES
 from lora_engine.training.specs.continuing import fixed_settings
 from lora_engine.training.states import StateFolder, find_optimizer_state
-from lora_engine.training.trials import choose_learning_rate, choose_targets, with_prefixes
+from lora_engine.training.trials import choose_learning_rate, choose_targets, highest_rank, with_prefixes
 from lora_engine.training.watching import with_measurements
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -129,6 +129,8 @@ class TrainingJob:
         if "targets" in self.automatic:
             targets, evidence["targets"] = choose_targets(prepared, job.settings)
             job, prepared = job._with(prepared, targets=targets)
+        if "rank" in self.automatic:
+            job, prepared = job._with(prepared, rank=highest_rank(prepared, job.settings))
         if "learning_rate" in self.automatic:
             rate, evidence["learning_rate"] = choose_learning_rate(job, prepared, defaults.learning_rate)
             job, prepared = job._with(prepared, learning_rate=rate)
@@ -183,12 +185,12 @@ class TrainingJob:
             context = prepared.context(settings, attachment, dict(tokens.named_parameters()), self.embedder)
             phases = [self.group.phase(phase) for phase in methods[settings.method.name].phases(context)]
             if attachment is not None and "rank" in self.automatic:
-                phases = [with_prefixes(phase, attachment, settings.seed, settings.accumulate) for phase in phases]
+                phases = [with_prefixes(phase, attachment, settings) for phase in phases]
             yield Attached(attachment, tokens, context, phases)
 
     def _fit(self, prepared: Prepared, evidence: Mapping[str, Any] = MappingProxyType({})) -> TrainingResult:
         settings, base, images = self.settings, prepared.base, prepared.images
-        group, chooser = self.group, chooser_of(settings, prepared.choice)
+        group, chooser = self.group, self._chooser(prepared)
         options, card = fit_options(settings, images, chooser), self._card(prepared)
         with self.attached(prepared) as attached:
             job, phases = self.digest(prepared), attached.phases
@@ -205,7 +207,7 @@ class TrainingJob:
                 phases,
                 base.modules.values(),
                 options,
-                checkpoints=self.checkpoints_in(self.state.checkpoints, job, {"run": run, **self._about(images)}),
+                checkpoints=self.checkpoints_in(self.state.checkpoints, job, {"run": run, **self._about(prepared)}),
                 validate=lambda: _mean(prepared.losses(attached.context, images.heldout)),
                 progress=self._step_progress(),
                 stop=lambda: group.any(self.stop()),
@@ -240,10 +242,14 @@ class TrainingJob:
         self, prepared: Prepared, context: MethodContext, attachment: Attachment
     ) -> dict[int, list[float]]:
         losses = {}
-        for rank in PREFIXES:
+        for rank in prefixes_up_to(self.settings.rank):
             with attachment.first_ranks(rank):
                 losses[rank] = self.scores(prepared, context)
         return losses
+
+    def _chooser(self, prepared: Prepared) -> Chooser | None:
+        choice = prepared.choice
+        return None if choice is None else make_chooser(self.settings, choice.by, choice.heldout)
 
     def _card(self, prepared: Prepared) -> Card:
         return card_of(
@@ -266,10 +272,17 @@ class TrainingJob:
         if self.group.is_main_process:
             self.progress(0, self.settings.total_steps, values)
 
-    def _about(self, images: TrainingImages) -> dict[str, Any]:
+    def _about(self, prepared: Prepared) -> dict[str, Any]:
         """Returns what checkpoints say about the run, for plans."""
         settings = without_later(self.settings, self.settings.model_dump(mode="json"))
-        return {"settings": settings, EPOCH: count_epoch(self.settings, images.examples), ORIGIN: self.state.origin}
+        epoch, chooser = count_epoch(self.settings, prepared.images.examples), self._chooser(prepared)
+        return {
+            "settings": settings,
+            EPOCH: epoch,
+            ORIGIN: self.state.origin,
+            **({AUTOMATIC: list(self.automatic)} if self.automatic else {}),
+            **({SCORE: {"by": chooser.by, "every": chooser.every}} if chooser else {}),
+        }
 
     def _samples(self, base: BaseModel, run: str) -> SampleWriter | None:
         samples = self.settings.samples if self.group.is_main_process else None
@@ -318,6 +331,7 @@ class TrainingJob:
         """Returns a digest of everything that the steps depend on, except their rates."""
         settings = without_later(self.settings, self.settings.model_dump(mode="json"))
         images, initial, choice = prepared.images, prepared.initial, prepared.choice
+        chooser = self._chooser(prepared)
         job = {
             "format": 3,
             "settings": fixed_settings(settings),
@@ -327,7 +341,8 @@ class TrainingJob:
             "init": initial and initial.sha256,
             "origin": self.state.origin,
             **({"choice": [example.identity() for example in choice.examples]} if choice else {}),
-            **({"prefixes": PREFIXES} if "rank" in self.automatic else {}),
+            **({"every": chooser.every} if chooser else {}),
+            **({"prefixes": prefixes_up_to(self.settings.rank)} if "rank" in self.automatic else {}),
         }
         return sha256_bytes(canonical_json(job))
 

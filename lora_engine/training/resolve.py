@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from lora_engine.errors import SettingsError
 from lora_engine.files import canonical_json, sha256_bytes
 from lora_engine.training.automatic import limit_steps
-from lora_engine.training.choice_images import ChoiceImages
 from lora_engine.training.choosing import Chooser
 from lora_engine.training.continuing import later_stages
 from lora_engine.training.examples import Example
@@ -18,7 +17,6 @@ from lora_engine.training.spec import TrainSettings
 
 # A mean over pixels makes gradients underflow float16. A power of two is exact.
 _FP16_LOSS_SCALE = 4096.0
-_CANDIDATES = 20
 
 
 def count_epoch(settings: TrainSettings, examples: Sequence[Example]) -> int:
@@ -39,15 +37,6 @@ def in_steps(settings: TrainSettings, epoch: int) -> TrainSettings:
         return limit_steps(settings, epoch).in_steps(epoch)
     except ValueError as error:
         raise SettingsError(str(error), where="warmup") from error
-
-
-def chooser_of(settings: TrainSettings, choice: ChoiceImages | None) -> Chooser | None:
-    """Returns the rules by which a training chooses its best step; None for one that keeps the last."""
-    wanted = settings.best_checkpoint
-    if wanted is None or choice is None:
-        return None
-    every = wanted.every or max(1, round(settings.steps / _CANDIDATES))
-    return Chooser(choice.by, every, wanted.patience, wanted.min_delta, wanted.anneal, choice.heldout)
 
 
 def fit_options(settings: TrainSettings, images: TrainingImages, chooser: Chooser | None = None) -> FitOptions:

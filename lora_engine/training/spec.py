@@ -156,7 +156,8 @@ class TrainSettings(BaseModel):
 
     @model_validator(mode="after")
     def _optimizer_fits(self) -> TrainSettings:
-        rate = 1e-3 if self.is_auto("learning_rate") else self.learning_rate
+        usual = 1.0 if self.rates.optimiser.finds_rate else 1e-3
+        rate = usual if self.is_auto("learning_rate") else self.learning_rate
         self.rates.check(self.schedule, rate)
         for stage in self.then:
             self.rates.check(stage.schedule, stage.learning_rate or rate)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lora_engine.adapters import Attachment
 from lora_engine.adapters.adapted import innermost
@@ -24,7 +26,7 @@ from lora_engine.adapters.tree import as_tree, module_shapes
 from lora_engine.errors import NonFiniteError, SettingsError
 from lora_engine.files import atomic_write, canonical_json
 from lora_engine.seeds import generator
-from lora_engine.training.automatic import RATE_FACTORS, choose_blocks, choose_rate, probe_of
+from lora_engine.training.automatic import RATE_FACTORS, choose_blocks, choose_rate, prefixes_up_to, probe_of
 from lora_engine.training.denoising import predict
 from lora_engine.training.fit_options import FitOptions
 from lora_engine.training.loop import fit
@@ -32,7 +34,6 @@ from lora_engine.training.phases import Phase
 from lora_engine.training.prepared import Prepared
 from lora_engine.training.resolve import fit_options
 from lora_engine.training.spec import TrainSettings
-from lora_engine.training.specs.choosing import PREFIXES
 from lora_engine.training.validation import validation_batch
 
 if TYPE_CHECKING:
@@ -91,9 +92,10 @@ def _gradient_norms(weights: Mapping[str, nn.Parameter], totals: dict[str, float
         return hook
 
     before = {name: weight.requires_grad for name, weight in weights.items()}
-    hooks = [
-        weight.requires_grad_(True).register_post_accumulate_grad_hook(add(name))  # type: ignore[no-untyped-call] for name, weight in weights.items()
-    ]
+    hooks = []
+    for name, weight in weights.items():
+        register: Callable[..., RemovableHandle] = weight.requires_grad_(True).register_post_accumulate_grad_hook
+        hooks.append(register(add(name)))
     try:
         yield
     finally:
@@ -101,6 +103,15 @@ def _gradient_norms(weights: Mapping[str, nn.Parameter], totals: dict[str, float
             hook.remove()
         for name, weight in weights.items():
             weight.requires_grad_(before[name])
+
+
+def highest_rank(prepared: Prepared, settings: TrainSettings) -> int:
+    """Returns the highest rank that `rank: auto` can train: that of the smallest selected layer, at most 32."""
+    shapes = module_shapes(prepared.base)
+    sizes = [
+        min(shape[0], math.prod(shape[1:])) for shape in (shapes[n] for n in select_modules(shapes, settings.targets))
+    ]
+    return max(prefixes_up_to(min(sizes)), default=1)
 
 
 def choose_learning_rate(job: TrainingJob, prepared: Prepared, default: float) -> tuple[float, dict[str, Any]]:
@@ -170,28 +181,25 @@ def _read_losses(path: Any) -> list[float] | None:
         return []
 
 
-def with_prefixes(phase: Phase, attachment: Attachment, seed: int, accumulate: int) -> Phase:
+def with_prefixes(phase: Phase, attachment: Attachment, settings: TrainSettings) -> Phase:
     """Returns a phase of which each step trains the first ranks only, as many as are drawn (DyLoRA, arXiv 2210.07558).
 
     Args:
         phase: The phase.
         attachment: The adapter; all its deltas are plain LoRA.
-        seed: Seed of the run.
-        accumulate: Batches of a step, which all train the same ranks.
+        settings: The settings; all batches of a step train the same ranks.
     """
+    ranks = prefixes_up_to(settings.rank)
 
     def context(number: int) -> AbstractContextManager[None]:
-        return _both(
-            phase.batch_context(number), attachment.first_ranks(drawn_rank(seed, phase.name, number // accumulate))
-        )
+        rank = _draw(ranks, settings.seed, phase.name, number // settings.accumulate)
+        return _both(phase.batch_context(number), attachment.first_ranks(rank))
 
     return replace(phase, batch_context=context)
 
 
-def drawn_rank(seed: int, phase: str, step: int) -> int:
-    """Returns the number of ranks that a step trains; all of `PREFIXES` are equally likely."""
-    index = torch.randint(len(PREFIXES), (), generator=generator(seed, "prefix", phase, step))
-    return PREFIXES[int(index)]
+def _draw(ranks: Sequence[int], seed: int, phase: str, step: int) -> int:
+    return ranks[int(torch.randint(len(ranks), (), generator=generator(seed, "prefix", phase, step)))]
 
 
 @contextmanager

@@ -65,6 +65,7 @@ CHANGES: Mapping[str, SettingChange] = {
     "overrides": SettingChange("restarts", "the factors have another form; `init` starts from a finished adapter"),
     "precision": SettingChange("restarts", "every step has other rounding"),
     "running": SettingChange("restarts", "every step may have other rounding"),
+    "best_checkpoint": SettingChange("restarts", "it decides which steps are compared, and where they end"),
     "optimizer_state": SettingChange("restarts", "it changes the first step"),
 }
 """What a change of each setting does; one that is not listed restarts."""
