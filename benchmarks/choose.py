@@ -46,13 +46,20 @@ USUAL: dict[str, Any] = {
     "targets": "all",
     "batch": 6,
     "steps": 140,
-    "warmup": "7%",
+    "warmup": 10,
 }
 GRID = {
     f"rank {rank}, rate {rate:g}": {"rank": rank, "learning_rate": rate}
     for rank in (4, 16, 48)
     for rate in (1e-3, 2e-3, 4e-3, 8e-3)
 }
+AUTOMATIC: dict[str, dict[str, Any]] = {
+    "auto: all": {"steps": "auto", "learning_rate": "auto", "rank": "auto", "targets": "auto"},
+    "auto: rate, steps": {"steps": "auto", "learning_rate": "auto", "rank": 8},
+    "auto: rank, steps": {"steps": "auto", "learning_rate": 1.5e-3, "rank": "auto"},
+    "auto: steps": {"steps": "auto", "learning_rate": 1.5e-3, "rank": 8},
+}
+"""Rows of automatic settings; the others are the defaults of the base."""
 
 
 def make_dataset(images: Path, into: Path, heldout: float) -> Path:
@@ -95,17 +102,28 @@ class IndependentJudge:
 
 def rows(only: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the title and the settings of each row whose title starts with a text."""
-    yield from ((title, change) for title, change in GRID.items() if title.startswith(only))
+    yield from ((title, change) for title, change in (GRID | AUTOMATIC).items() if title.startswith(only))
 
 
-def run(title: str, change: Mapping[str, Any], seed: int, dataset: Path, into: Path, judge: IndependentJudge) -> dict:
+def run(
+    title: str, change: Mapping[str, Any], seed: int, dataset: Path, into: Path, judge: IndependentJudge
+) -> dict[str, Any]:
     """Trains a row and returns its figures and cost."""
     settings = TrainSettings.model_validate({**USUAL, **change, "seed": seed})
     out, started = into / f"{title} {seed}", time.process_time()
     train(settings, "tiny", dataset, out, out / "work", cache=into / "cache")
     seconds = time.process_time() - started
-    figures = judge.examine(out / "adapter.safetensors")
-    return {"row": title, "seed": seed, "steps": 140, "cpu_seconds": round(seconds, 1), **figures}
+    record = json.loads((out / "training.json").read_bytes())
+    probes = record.get("automatic", {}).get("learning_rate", {}).get("steps", 0)
+    chosen = {name: entry["chosen"] for name, entry in record.get("automatic", {}).items()}
+    return {
+        "row": title,
+        "seed": seed,
+        "steps": record["loss"][-1][0] + probes,
+        "cpu_seconds": round(seconds, 1),
+        **judge.examine(out / "adapter.safetensors"),
+        **({"chosen": chosen} if chosen else {}),
+    }
 
 
 def main() -> None:

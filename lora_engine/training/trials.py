@@ -108,10 +108,8 @@ def _gradient_norms(weights: Mapping[str, nn.Parameter], totals: dict[str, float
 def highest_rank(prepared: Prepared, settings: TrainSettings) -> int:
     """Returns the highest rank that `rank: auto` can train: that of the smallest selected layer, at most 32."""
     shapes = module_shapes(prepared.base)
-    sizes = [
-        min(shape[0], math.prod(shape[1:])) for shape in (shapes[n] for n in select_modules(shapes, settings.targets))
-    ]
-    return max(prefixes_up_to(min(sizes)), default=1)
+    selected = [shapes[name] for name in select_modules(shapes, settings.targets)]
+    return max(prefixes_up_to(min(min(shape[0], math.prod(shape[1:])) for shape in selected)), default=1)
 
 
 def choose_learning_rate(job: TrainingJob, prepared: Prepared, default: float) -> tuple[float, dict[str, Any]]:
@@ -131,17 +129,19 @@ def choose_learning_rate(job: TrainingJob, prepared: Prepared, default: float) -
         raise SettingsError("learning_rate auto has no usual rates of sgd", where="learning_rate", remedy="set a rate")
     usual = default * _RATE_SCALES.get(name, 1.0)
     share = _PROBE_SHARE_OF_LIMIT if "steps" in job.automatic else _PROBE_SHARE
-    losses = {}
+    losses, steps = dict[float, list[float] | None](), 0
     for number, factor in enumerate(RATE_FACTORS, start=1):
         rate = float(f"{factor * usual:.3g}")
         probe = replace(job, settings=probe_of(settings, rate, share))
         losses[rate] = _probe(probe, prepared, f"probe {number} of {len(RATE_FACTORS)}", number)
+        steps += probe.settings.steps
     try:
-        return choose_rate(losses)
+        chosen, evidence = choose_rate(losses)
     except ValueError as error:
         raise SettingsError(
             str(error), where="learning_rate", remedy="set a rate, or look for a broken image"
         ) from error
+    return chosen, {**evidence, "steps": steps}
 
 
 def _probe(job: TrainingJob, prepared: Prepared, title: str, number: int) -> list[float] | None:
