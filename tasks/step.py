@@ -82,6 +82,7 @@ IsStillValid = Callable[[Home, bytes], bool]
 FindExcluded = Callable[[Any, Path, Mapping[str, PathDigest], Collection[str]], Collection[str]]
 Revisions = Callable[[Any, Mapping[str, PathDigest]], int]
 DescribeProgress = Callable[[Any, str, Home, str | None], str]
+DescribeCost = Callable[[Any], str]
 Imports = Callable[[Any, Path], Iterable[str]]
 Entries = Callable[[Any], Iterable[tuple[Registry[Any], str]]]
 
@@ -103,6 +104,7 @@ class StepKind:
         work: The function.
         describe_progress: Takes (spec, digest of everything else that it depends on, home, key of its last execution);
             returns what a run would continue or lose of earlier ones, for plans. None means nothing.
+        describe_cost: Takes the spec; returns work that a run adds by itself, for plans. None means nothing.
         revisions: Takes (spec, digests of the user's files); returns its revision, after a change that gives some of
             them alone another result. None means `revision` for all.
         summary: File of the artifact that plans and summaries show; read while the artifact is verified. None means
@@ -132,6 +134,7 @@ class StepKind:
     stops: bool = False
     describe_progress: DescribeProgress | None = None
     revisions: Revisions | None = None
+    describe_cost: DescribeCost | None = None
 
     def revision_of(self, spec: StepSpec, files: Mapping[str, PathDigest]) -> int:
         """Returns the revision for a spec and the digests of the user's files."""
@@ -154,6 +157,7 @@ def step(
     stops: bool = False,
     describe_progress: DescribeProgress | None = None,
     revisions: Revisions | None = None,
+    describe_cost: DescribeCost | None = None,
 ) -> Callable[[Work], StepKind]:
     """Returns a decorator that makes a function a step (arguments: see `StepKind`)."""
 
@@ -173,6 +177,7 @@ def step(
             stops,
             describe_progress,
             revisions,
+            describe_cost,
         )
 
     return declare

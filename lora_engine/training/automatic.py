@@ -19,6 +19,8 @@ RATE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Rates that `learning_rate: auto` tries, as factors on the default."""
 EPOCHS, LEAST_STEPS, MOST_STEPS = 200, 200, 20_000
 """Longest training of `steps: auto`."""
+PROBE_SHARE, PROBE_SHARE_OF_LIMIT = 0.25, 0.1
+"""Share of the steps of a short training; of the longest training with `steps: auto`."""
 SMALLEST_SHARE = 0.01
 """Share of the largest block's product below which `targets: auto` drops a block."""
 _Value = TypeVar("_Value", int, float)
@@ -37,6 +39,24 @@ def limit_steps(settings: TrainSettings, epoch: int) -> TrainSettings:
     steps = min(max(EPOCHS * epoch, LEAST_STEPS), MOST_STEPS)
     choice = settings.best_checkpoint or BestCheckpoint()
     return settings.model_copy(update={"steps": steps, "best_checkpoint": choice})
+
+
+def describe_cost(settings: TrainSettings) -> str:
+    """Returns the work that automatic settings and a choice add to a training, for plans; empty for none."""
+    parts = []
+    if settings.is_auto("steps"):
+        parts.append(f"at most {EPOCHS} epochs")
+    elif settings.best_checkpoint is not None and settings.best_checkpoint.patience:
+        parts.append(f"at most {settings.steps} steps")
+    if settings.is_auto("learning_rate"):
+        share = PROBE_SHARE_OF_LIMIT if settings.is_auto("steps") else PROBE_SHARE
+        total = len(RATE_FACTORS) * share
+        parts.append(f"{len(RATE_FACTORS)} short trainings for learning_rate, together {total:g} times the steps")
+    if settings.is_auto("rank"):
+        parts.append(f"{len(PREFIXES)} ranks from the one training")
+    if settings.is_auto("targets"):
+        parts.append("one backward pass for targets")
+    return "; ".join(parts)
 
 
 def with_first_values(settings: TrainSettings, rate: float) -> TrainSettings:

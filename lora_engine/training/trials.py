@@ -26,7 +26,15 @@ from lora_engine.adapters.tree import as_tree, module_shapes
 from lora_engine.errors import NonFiniteError, SettingsError
 from lora_engine.files import atomic_write, canonical_json
 from lora_engine.seeds import generator
-from lora_engine.training.automatic import RATE_FACTORS, choose_blocks, choose_rate, prefixes_up_to, probe_of
+from lora_engine.training.automatic import (
+    PROBE_SHARE,
+    PROBE_SHARE_OF_LIMIT,
+    RATE_FACTORS,
+    choose_blocks,
+    choose_rate,
+    prefixes_up_to,
+    probe_of,
+)
 from lora_engine.training.denoising import predict
 from lora_engine.training.fit_options import FitOptions
 from lora_engine.training.loop import fit
@@ -39,8 +47,6 @@ from lora_engine.training.validation import validation_batch
 if TYPE_CHECKING:
     from lora_engine.training.job import TrainingJob
 
-_PROBE_SHARE, _PROBE_SHARE_OF_LIMIT = 0.25, 0.1
-"""Share of the steps of a short training; of the longest training with `steps: auto`."""
 _MAX_IMAGES = 16
 _RATE_SCALES = {"lion": 0.2, "came": 0.1}
 _log = logging.getLogger(__name__)
@@ -128,7 +134,7 @@ def choose_learning_rate(job: TrainingJob, prepared: Prepared, default: float) -
     if name == "sgd":
         raise SettingsError("learning_rate auto has no usual rates of sgd", where="learning_rate", remedy="set a rate")
     usual = default * _RATE_SCALES.get(name, 1.0)
-    share = _PROBE_SHARE_OF_LIMIT if "steps" in job.automatic else _PROBE_SHARE
+    share = PROBE_SHARE_OF_LIMIT if "steps" in job.automatic else PROBE_SHARE
     losses, steps = dict[float, list[float] | None](), 0
     for number, factor in enumerate(RATE_FACTORS, start=1):
         rate = float(f"{factor * usual:.3g}")
