@@ -12,9 +12,9 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.prior import TOKEN, one_caption_per_shape
@@ -126,6 +126,24 @@ def run(
     }
 
 
+def table(done: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the table of all rows: means over the seeds, the loss with its standard deviation."""
+    lines = [
+        "| row | seeds | score | new | known | loss on fresh images | steps | CPU s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for title in GRID | AUTOMATIC:
+        runs = [entry for entry in done if entry["row"] == title]
+        if runs:
+            score, new, known, loss, steps, seconds = (
+                mean(entry[key] for entry in runs) for key in ("score", "new", "known", "loss", "steps", "cpu_seconds")
+            )
+            spread = f" +- {stdev(entry['loss'] for entry in runs):.4f}" if len(runs) > 1 else ""
+            figures = f"{score:.3f} | {new:.3f} | {known:.3f} | {loss:.4f}{spread} | {steps:.0f} | {seconds:.0f}"
+            lines.append(f"| {title} | {len(runs)} | {figures} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
@@ -144,6 +162,7 @@ def main() -> None:
                     with chosen.results.open("a") as file:
                         file.write(json.dumps(done[-1]) + "\n")
                     print(done[-1], flush=True)
+    print(table(done))
 
 
 if __name__ == "__main__":

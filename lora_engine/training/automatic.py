@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.choosing import PREFIXES, BestCheckpoint
-from lora_engine.training.specs.schedules import Constant
+from lora_engine.training.specs.schedules import Cosine
 
-RATE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+RATE_FACTORS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Rates that `learning_rate: auto` tries, as factors on the default."""
 EPOCHS, LEAST_STEPS, MOST_STEPS = 200, 200, 20_000
 """Longest training of `steps: auto`."""
@@ -72,7 +72,7 @@ def with_first_values(settings: TrainSettings, rate: float) -> TrainSettings:
 
 
 def probe_of(settings: TrainSettings, rate: float, share: float) -> TrainSettings:
-    """Returns the settings of a short training at a constant rate, which saves, draws and chooses nothing.
+    """Returns the settings of a short training whose rate falls to 0, which saves, draws and chooses nothing.
 
     Args:
         settings: The settings, with all lengths in steps.
@@ -83,7 +83,7 @@ def probe_of(settings: TrainSettings, rate: float, share: float) -> TrainSetting
     warmup: int | str = settings.warmup
     if isinstance(warmup, int):
         warmup = min(warmup, steps // 2)
-    changes = {"learning_rate": rate, "steps": steps, "warmup": warmup, "schedule": Constant(), "then": ()}
+    changes = {"learning_rate": rate, "steps": steps, "warmup": warmup, "schedule": Cosine(), "then": ()}
     nothing = {"best_checkpoint": None, "samples": None, "save_every": 0, "validate_every": 0}
     return settings.model_copy(update={**changes, **nothing})
 
