@@ -79,6 +79,10 @@ class Chooser:
             PhaseRates(last.name, (replace(own, steps=steps, warmup=warmup), RateStage(falling, "linear"))),
         )
 
+    def would_make(self, checks: Sequence[Check], total: int) -> bool:
+        """Returns True if a run of so many steps has these candidates: not the end of a shorter run, for example."""
+        return all(check.step % self.every == 0 or check.step == total for check in checks[1:])
+
     def find_stop(self, checks: Sequence[Check]) -> int | None:
         """Returns the step of the first check after which the training has nothing to gain; None for none of them."""
         if not self.patience:

@@ -97,7 +97,11 @@ def _usable_steps(settings: TrainSettings, file: CheckpointFile) -> int:
     chooser = make_chooser(resolved, score["by"]) if score else None
     if chooser is not None and chooser.every != score["every"]:
         return 0
-    return common_steps(before, chooser.rates(planned, read_checks(file.facts)) if chooser else planned)
+    if chooser is None:
+        return common_steps(before, planned)
+    checks = read_checks(file.facts)
+    after = chooser.rates(planned, checks)
+    return common_steps(before, after) if chooser.would_make(checks, sum(phase.steps for phase in after)) else 0
 
 
 def _settings_of(file: CheckpointFile) -> Mapping[str, Any]:

@@ -302,7 +302,10 @@ class _Run:
 
     def _is_usable(self, file: CheckpointFile) -> bool:
         before = [PhaseRates.from_json(values) for values in file.facts["rates"]]
-        return file.step <= common_steps(before, self._rates_after(read_checks(file.facts)))
+        checks, chooser = read_checks(file.facts), self.options.chooser
+        after = self._rates_after(checks)
+        has_same_checks = chooser is None or chooser.would_make(checks, sum(phase.steps for phase in after))
+        return has_same_checks and file.step <= common_steps(before, after)
 
     def _rates_after(self, checks: Sequence[Check]) -> tuple[PhaseRates, ...]:
         chooser = self.options.chooser
