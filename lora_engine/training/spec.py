@@ -21,7 +21,7 @@ from lora_engine.training.specs.objective import Objective
 from lora_engine.training.specs.rates import Rates
 from lora_engine.training.specs.running import Precision, Running
 from lora_engine.training.specs.samples import Samples
-from lora_engine.training.specs.schedules import AnySchedule, Cosine
+from lora_engine.training.specs.schedules import AnySchedule, Constant, Cosine
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -144,6 +144,14 @@ class TrainSettings(BaseModel):
         return self.prior or (Prior() if self.method.uses_class_images else None)
 
     @model_validator(mode="after")
+    def _choice_sets_the_schedule(self) -> TrainSettings:
+        choice = self.best_checkpoint or (BestCheckpoint() if self.is_auto("steps") else None)
+        if choice is not None and choice.anneal and "schedule" not in self.model_fields_set:
+            # The default falls over all steps, whose number is not known here. Frozen models have no other way.
+            object.__setattr__(self, "schedule", Constant())
+        return self
+
+    @model_validator(mode="after")
     def _prior_fits_the_method(self) -> TrainSettings:
         if self.prior is not None and not self.method.takes_prior:
             raise ValueError(f"prior belongs to methods with class images, not to {self.method.name!r}; leave it out")
@@ -174,16 +182,6 @@ class TrainSettings(BaseModel):
         if self.batch % self.running.processes:
             raise ValueError(f"batch {self.batch} is not a multiple of running.processes {self.running.processes}")
         return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _choice_sets_the_schedule(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "schedule" not in data:
-            choice = data.get("best_checkpoint")
-            keeps = choice.get("anneal") == 0 if isinstance(choice, dict) else getattr(choice, "anneal", 1) == 0
-            if (choice is not None or data.get("steps") == AUTO) and not keeps:
-                return {**data, "schedule": "constant"}
-        return data
 
     @model_validator(mode="after")
     def _choice_fits(self) -> TrainSettings:
