@@ -93,7 +93,7 @@ def _usable_steps(settings: TrainSettings, file: CheckpointFile) -> int:
     if ("rank" in settings.automatic) != ("rank" in file.facts.get(AUTOMATIC, ())):
         return 0
     before, planned = [PhaseRates.from_json(values) for values in file.facts["rates"]], planned_rates(resolved)
-    score = file.facts.get(SCORE)
+    score: Mapping[str, Any] = file.facts.get(SCORE, {})
     chooser = make_chooser(resolved, score["by"]) if score else None
     if chooser is not None and chooser.every != score["every"]:
         return 0
