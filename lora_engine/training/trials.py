@@ -5,12 +5,12 @@ A finished short training is kept in the state of the run, so an interrupted run
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +23,9 @@ from lora_engine.adapters.adapted import innermost
 from lora_engine.adapters.layer import meta_weight
 from lora_engine.adapters.select import select_modules
 from lora_engine.adapters.tree import as_tree, module_shapes
-from lora_engine.errors import NonFiniteError, SettingsError
-from lora_engine.files import atomic_write, canonical_json
+from lora_engine.documents import read_json_object
+from lora_engine.errors import NonFiniteError, SettingsError, TrainingError
+from lora_engine.files import atomic_write, canonical_json, sha256_bytes
 from lora_engine.seeds import generator
 from lora_engine.training.automatic import (
     PROBE_SHARE,
@@ -36,7 +37,6 @@ from lora_engine.training.automatic import (
     probe_of,
 )
 from lora_engine.training.denoising import predict
-from lora_engine.training.fit_options import FitOptions
 from lora_engine.training.loop import fit
 from lora_engine.training.phases import Phase
 from lora_engine.training.prepared import Prepared
@@ -153,17 +153,17 @@ def choose_learning_rate(job: TrainingJob, prepared: Prepared, default: float) -
 def _probe(job: TrainingJob, prepared: Prepared, title: str, number: int) -> list[float] | None:
     """Returns the loss of each unit after a short training; None if it diverged."""
     digest = job.digest(prepared)
-    folder = job.state.folder / "trials" / f"{digest[:16]}-{job.settings.steps}"
+    trial = sha256_bytes(canonical_json([digest, job.settings.steps, job.settings.warmup]))
+    folder = job.state.folder / "trials" / trial[:16]
     losses = _read_losses(folder / "result.json")
     if losses != []:
         return losses
-    options: FitOptions = fit_options(job.settings, prepared.images)
     with job.attached(prepared) as attached:
         try:
             fit(
                 attached.phases,
                 prepared.base.modules.values(),
-                options,
+                fit_options(job.settings, prepared.images),
                 checkpoints=job.checkpoints_in(folder / "checkpoints", digest),
                 progress=lambda done, total, values: job.report_probe(number, done, total),
                 stop=lambda: job.group.any(job.stop()),
@@ -178,12 +178,12 @@ def _probe(job: TrainingJob, prepared: Prepared, title: str, number: int) -> lis
     return losses
 
 
-def _read_losses(path: Any) -> list[float] | None:
+def _read_losses(file: Path) -> list[float] | None:
     """Returns the losses of a finished trial, None of one that diverged; an empty list without a readable file."""
     try:
-        losses = json.loads(path.read_bytes())["losses"]
+        losses = read_json_object(file, TrainingError)["losses"]
         return None if losses is None else [float(loss) for loss in losses]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, TrainingError, LookupError, TypeError, ValueError):
         return []
 
 
