@@ -174,7 +174,8 @@ class _Planner:
             return step
         upstream = [source for sources in step.sources.values() for source in sources if isinstance(source, str)]
         if upstream:
-            return replace(step, reason=f"takes from {' and '.join(dict.fromkeys(upstream))}, which will run")
+            reason = f"takes from {' and '.join(dict.fromkeys(upstream))}, which will run"
+            return replace(step, reason=_with_cost(reason, step.job))
         job, inputs = step.job.with_input_kinds(step.inputs, self.lineage), step.inputs
         hit, reason = find_hit(job, inputs, self.home, self.store, self.lineage, self.verified)
         if reason != NO_RESULT:
@@ -192,7 +193,7 @@ class _Planner:
         changes = [] if last is None else [*find_changes(job, inputs, last)]
         reason = "never ran" if last is None else "; ".join(changes) or "no result has its cache key"
         progress = self._describe_progress(job, inputs)
-        return f"{reason}; {progress}" if progress else reason
+        return _with_cost(f"{reason}; {progress}" if progress else reason, job)
 
     def _describe_progress(self, job: Job, inputs: Inputs) -> str:
         if job.kind.describe_progress is None:
@@ -207,3 +208,9 @@ class _Planner:
         makers = [maker for maker in self.lineage.executions(output=hit.ref.sha256) if maker.status == "COMPLETED"]
         unmet = find_unmet(job, makers[0]) if makers else []
         return f"{reason}; made with {', '.join(unmet)}: --force {job.name} repeats it" if unmet else reason
+
+
+def _with_cost(reason: str, job: Job) -> str:
+    """Returns `reason`, and the work that a run adds by itself."""
+    cost = "" if job.kind.describe_cost is None else job.kind.describe_cost(job.spec)
+    return f"{reason}; {cost}" if cost else reason

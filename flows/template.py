@@ -13,6 +13,7 @@ from lora_engine.bases.defaults import training_defaults
 from lora_engine.bases.source import TINY, split_hub_id
 from lora_engine.families.training_defaults import TrainingDefaults
 from lora_engine.files import atomic_write
+from lora_engine.training.specs.choosing import AUTO
 from lora_engine.training.specs.lengths import Steps
 from registry.entities import check_name
 from tasks.errors import SpecError
@@ -50,7 +51,7 @@ $training
     running:
 $checkpointing
 $init    steps: $steps
-    schedule: cosine
+    schedule: $schedule
   report:                     # compares the adapter with the base, at the same seeds
     uses: evaluate
     adapter: adapter
@@ -71,6 +72,11 @@ $init    steps: $steps
 _STEPS = 300
 _INIT = Template("    init: $init           # continues this adapter; ranks may only grow\n")
 _TRAINING = ("rank", "targets", "batch", "learning_rate", "precision")
+_AUTOMATIC = {
+    "rank": "the smallest of 1 to 32 that is as good as the best",
+    "targets": "the blocks that change the loss",
+    "learning_rate": "by five short trainings",
+}
 _REASONS = {
     "precision": "bf16 on a GPU that computes in it, else fp32",
     "batch": "images per forward pass; more need more memory",
@@ -107,6 +113,7 @@ def write_pipeline(
     steps: int | str | None = None,
     init: str | None = None,
     output: Path | None = None,
+    auto: bool = False,
 ) -> Path:
     """Writes a pipeline file for a folder of images, with the training defaults of the base.
 
@@ -119,6 +126,7 @@ def write_pipeline(
         steps: Number of training steps, or epochs such as `10 epochs`; None means 300.
         init: The adapter to start from: `name@version`, `name@alias` or a file; None starts with no difference.
         output: The file to write; None means NAME.yaml beside the folder of images.
+        auto: True lets the training choose rank (without `init`), learning rate, layers, and steps that are not given.
 
     Raises:
         EngineError: There is no such base.
@@ -136,18 +144,20 @@ def write_pipeline(
     name = check_name(name or re.sub(r"[^a-z0-9._-]+", "-", trigger.lower()).strip("-._") or "adapter")
     path = output or images.resolve().parent / f"{name}.yaml"
     defaults = training_defaults(base)
+    automatic = {setting for setting in _AUTOMATIC if auto and not (setting == "rank" and init)}
     text = _PIPELINE.substitute(
         file=path.name,
         name=name,
         base=Path(base).expanduser().resolve() if split_hub_id(base) is None and base != TINY else base,
         images=_relative(images, path.parent),
-        heldout=0.2,
+        heldout=0.25 if auto else 0.2,
         resolution=_explain(defaults, "resolution"),
         trigger=trigger,
         class_word=class_word,
-        training="\n".join(_explain(defaults, name) for name in _TRAINING),
+        training="\n".join(_explain(defaults, name, auto=name in automatic) for name in _TRAINING),
         checkpointing=_explain(defaults, "gradient_checkpointing"),
-        steps=_STEPS if steps is None else steps,
+        steps=steps or (AUTO if auto else _STEPS),
+        schedule="constant" if auto and steps is None else "cosine",
         init=_INIT.substitute(init=_located(init)) if init else "",
     )
     if path.exists() and path.read_text() != text:
@@ -190,8 +200,22 @@ def _located(init: str) -> str:
     return json.dumps(str(Path(init).resolve()))
 
 
-def _explain(defaults: TrainingDefaults, name: str) -> str:
+def words_of(trigger: str | None, class_word: str | None, *, auto: bool) -> tuple[str, str]:
+    """Returns the trigger and the class, with `sks` and `thing` for missing ones if the settings are automatic.
+
+    Raises:
+        SpecError: One is missing, and the settings are not automatic.
+    """
+    for option, word in (("--trigger", trigger), ("--class", class_word)):
+        if word is None and not auto:
+            raise SpecError(f"{option} is missing", where=option, remedy=f"add {option} WORD, or --auto")
+    return trigger or "sks", class_word or "thing"
+
+
+def _explain(defaults: TrainingDefaults, name: str, *, auto: bool = False) -> str:
     """Returns the line of a default in the file, with its reason as a comment."""
+    if auto:
+        return f"    {name}: {AUTO}".ljust(29) + f" # {_AUTOMATIC[name]}"
     value = getattr(defaults, name)
     written = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
     indent = "      " if name == "gradient_checkpointing" else "    "  # within `running`

@@ -85,6 +85,7 @@ IsStillValid = Callable[[Home, bytes], bool]
 FindExcluded = Callable[[Any, Path, Mapping[str, PathDigest], Collection[str]], Collection[str]]
 Revisions = Callable[[Any, Mapping[str, PathDigest]], int]
 DescribeProgress = Callable[[Any, str, Home, str | None], str]
+DescribeCost = Callable[[Any], str]
 Imports = Callable[[Any, Path], Iterable[str]]
 Entries = Callable[[Any], Iterable[tuple[Registry[Any], str]]]
 FindModels = Callable[[Any, Path, BaseSource | None], Mapping[str, Mapping[str, str]]]
@@ -107,6 +108,7 @@ class StepKind:
         work: The function.
         describe_progress: Takes (spec, digest of everything else that it depends on, home, key of its last execution);
             returns what a run would continue or lose of earlier ones, for plans. None means nothing.
+        describe_cost: Takes the spec; returns work that a run adds by itself, for plans. None means nothing.
         revisions: Takes (spec, digests of the user's files); returns its revision, after a change that gives some of
             them alone another result. None means `revision` for all.
         summary: File of the artifact that plans and summaries show; read while the artifact is verified. None means
@@ -140,6 +142,7 @@ class StepKind:
     describe_progress: DescribeProgress | None = None
     revisions: Revisions | None = None
     models: FindModels | None = None
+    describe_cost: DescribeCost | None = None
 
     def revision_of(self, spec: StepSpec, files: Mapping[str, PathDigest]) -> int:
         """Returns the revision for a spec and the digests of the user's files."""
@@ -163,6 +166,7 @@ def step(
     describe_progress: DescribeProgress | None = None,
     revisions: Revisions | None = None,
     models: FindModels | None = None,
+    describe_cost: DescribeCost | None = None,
 ) -> Callable[[Work], StepKind]:
     """Returns a decorator that makes a function a step (arguments: see `StepKind`)."""
 
@@ -183,6 +187,7 @@ def step(
             describe_progress,
             revisions,
             models,
+            describe_cost,
         )
 
     return declare

@@ -90,13 +90,20 @@ def _init_from(folder: Path, source: Path, dataset: Path | None, base: str | Non
 
 def train(
     images: Annotated[Path, typer.Argument(metavar="IMAGES", help="Folder of images.")],
-    trigger: Annotated[str, typer.Option(help="Trigger word of the concept, such as sks.")],
-    class_word: Annotated[str, typer.Option("--class", help="Class of the concept, such as star.")],
+    trigger: Annotated[
+        str | None, typer.Option(help="Trigger word of the concept, such as sks. Default with --auto: sks.")
+    ] = None,
+    class_word: Annotated[
+        str | None, typer.Option("--class", help="Class of the concept, such as star. Default with --auto: thing.")
+    ] = None,
     base: Annotated[str, typer.Option(help=_BASE)] = "tiny",
     name: Annotated[str | None, typer.Option(help="Adapter name. Default: the trigger.")] = None,
     steps: Annotated[
         str | None, typer.Option(metavar="N", help="Number of training steps, or '10 epochs'. Default: 300.")
     ] = None,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Let the training choose rank, learning rate, steps and layers.")
+    ] = False,
     init: Annotated[
         str | None, typer.Option(metavar="ADAPTER", help="Adapter to start from: NAME@REF or a file.")
     ] = None,
@@ -105,10 +112,13 @@ def train(
     ] = None,
 ) -> None:
     """Write a pipeline file for a folder of images, and run it."""
-    from flows.template import read_steps, write_pipeline
+    from flows.template import read_steps, words_of, write_pipeline
 
+    trigger, class_word = words_of(trigger, class_word, auto=auto)
     length = read_steps(steps) if steps is not None else None
-    path = write_pipeline(images, trigger, class_word, base=base, name=name, steps=length, init=init, output=output)
+    path = write_pipeline(
+        images, trigger, class_word, base=base, name=name, steps=length, init=init, output=output, auto=auto
+    )
     print(f"Wrote {path}. To change anything, edit it and run: loraline run {path}")
     run(path)
 

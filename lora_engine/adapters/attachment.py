@@ -18,7 +18,7 @@ from lora_engine.adapters.adapted import AdaptedLayer, innermost
 from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.delta import Delta, kinds
 from lora_engine.adapters.layer import ADAPTABLE, bias_of, is_adaptable, meta_weight
-from lora_engine.adapters.regularization import draw_rank_mask, draw_skipped, limit_norms
+from lora_engine.adapters.regularization import draw_rank_mask, draw_skipped, limit_norms, mask_first_ranks
 from lora_engine.adapters.select import select_modules
 from lora_engine.adapters.shared_input import share_inputs
 from lora_engine.adapters.tree import Base, ModuleTree, as_tree, module_shapes, weight_shape
@@ -155,6 +155,22 @@ class Attachment:
             finally:
                 for layer in self._layers.values():
                     layer.dropout, layer.is_skipped, layer.rank_mask = 0.0, False, None
+
+    @contextmanager
+    def first_ranks(self, rank: int) -> Iterator[None]:
+        """Computes LoRA deltas with their first ranks only while the context is open; `cut_ranks` makes it permanent.
+
+        Args:
+            rank: Number of ranks; deltas of fewer ranks are whole.
+        """
+        before = {name: layer.rank_mask for name, layer in self._layers.items()}
+        for layer in self._layers.values():
+            layer.rank_mask = mask_first_ranks(layer.delta, rank)
+        try:
+            yield
+        finally:
+            for name, layer in self._layers.items():
+                layer.rank_mask = before[name]
 
     def limit_norms(self, limit: float) -> None:
         """Scales the factors of LoRA deltas so that none has a larger Frobenius norm; see `regularization`."""

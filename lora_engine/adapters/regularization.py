@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,6 +37,25 @@ def draw_rank_mask(delta: Delta, share: float, generator: torch.Generator) -> Te
         return None
     is_kept = torch.rand(delta.rank, generator=generator) >= share
     return (is_kept.to(torch.float32) / (1.0 - share)).to(delta.up.device)
+
+
+def mask_first_ranks(delta: Delta, rank: int) -> Tensor | None:
+    """Returns the mask [r] of a delta's first ranks: float32, 1 or 0; None where all of them count."""
+    if not isinstance(delta, LoraDelta) or delta.rank <= rank:
+        return None
+    return (torch.arange(delta.rank) < rank).to(delta.up.device, torch.float32)
+
+
+def cut_ranks(adapter: Adapter, rank: int) -> Adapter:
+    """Returns an adapter with the first ranks of its LoRA deltas, at the same scale; those of fewer ranks are whole."""
+    return replace(adapter, modules={name: _cut(delta, rank) for name, delta in adapter.modules.items()})
+
+
+def _cut(delta: Delta, rank: int) -> Delta:
+    if not isinstance(delta, LoraDelta) or delta.rank <= rank:
+        return delta
+    down, up = delta.down[:rank].clone(), delta.up[:, :rank].clone()
+    return replace(delta, down=down, up=up, alpha=delta.scale * rank)
 
 
 def mask_ranks(delta: Delta, mask: Tensor) -> Delta:

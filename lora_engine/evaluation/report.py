@@ -16,6 +16,7 @@ from lora_engine.data.manifest import Manifest
 from lora_engine.data.pages import embed_image, load_template
 from lora_engine.errors import DataError
 from lora_engine.evaluation.chart import draw_interval, draw_loss
+from lora_engine.evaluation.choices import describe_training_choices
 from lora_engine.evaluation.details import read_details
 from lora_engine.evaluation.evidence import CANDIDATE
 from lora_engine.evaluation.first_lines import MIN_GROUPS, states_coverage, write_headline, write_notices
@@ -89,6 +90,7 @@ def render_report(
         "gates": [_gate_row(gate) for gate in report.get("gates", [])],
         "chart": draw_loss(training.get("loss", []), training.get("validation_loss", [])) if training else None,
         "has_validation": bool(training and training.get("validation_loss")),
+        "choices": list(describe_training_choices(training or {})),
         "strips": _training_strips(adapter_folder) if adapter_folder is not None else [],
         "warnings": [(entry.get("step", ""), text) for entry in lineage for text in entry.get("warnings", ())],
         "dataset": _dataset(dataset_folder) if dataset_folder is not None else None,

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_engine.settings import without_later
+from lora_engine.training.automatic import limit_steps
 from lora_engine.training.checkpoint_files import CheckpointFile, list_checkpoints
+from lora_engine.training.choosing import make_chooser, read_checks
 from lora_engine.training.schedules import PhaseRates, RateStage, common_steps
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.continuing import SettingChange, restarting
@@ -19,6 +21,12 @@ EPOCH = "epoch"
 """Fact of a checkpoint: steps of an epoch."""
 ORIGIN = "origin"
 """Fact of a checkpoint: digest of what the run was made from beside its settings."""
+
+
+AUTOMATIC = "automatic"
+"""Fact of a checkpoint: names of the settings that the training chose."""
+SCORE = "score"
+"""Fact of a checkpoint: by what the training chooses its best step, and how often."""
 
 
 def later_stages(settings: TrainSettings) -> tuple[RateStage, ...]:
@@ -36,7 +44,7 @@ def later_stages(settings: TrainSettings) -> tuple[RateStage, ...]:
 
 
 def planned_rates(settings: TrainSettings) -> tuple[PhaseRates, ...]:
-    """Returns the rates of every phase; all lengths are in steps."""
+    """Returns the rates of every phase without an early stop; all lengths are in steps."""
     schedule, phases = settings.schedule, settings.method.phase_steps(settings.steps)
     return tuple(
         PhaseRates(
@@ -82,8 +90,18 @@ def _usable_steps(settings: TrainSettings, file: CheckpointFile) -> int:
     resolved = _resolved(settings, file)
     if any(restarting(_settings_of(file), _in_json(resolved))):
         return 0
-    before = [PhaseRates.from_json(values) for values in file.facts["rates"]]
-    return common_steps(before, planned_rates(resolved))
+    if ("rank" in settings.automatic) != ("rank" in file.facts.get(AUTOMATIC, ())):
+        return 0
+    before, planned = [PhaseRates.from_json(values) for values in file.facts["rates"]], planned_rates(resolved)
+    score: Mapping[str, Any] = file.facts.get(SCORE, {})
+    chooser = make_chooser(resolved, score["by"]) if score else None
+    if chooser is not None and chooser.every != score["every"]:
+        return 0
+    if chooser is None:
+        return common_steps(before, planned)
+    checks = read_checks(file.facts)
+    after = chooser.rates(planned, checks)
+    return common_steps(before, after) if chooser.would_make(checks, sum(phase.steps for phase in after)) else 0
 
 
 def _settings_of(file: CheckpointFile) -> Mapping[str, Any]:
@@ -95,7 +113,10 @@ def _resolved(settings: TrainSettings, file: CheckpointFile) -> TrainSettings:
     # `auto` was resolved to what the device computes in.
     precision = _settings_of(file).get("precision", settings.precision)
     changes = {"precision": precision} if settings.precision == "auto" else {}
-    return settings.in_steps(int(file.facts[EPOCH])).model_copy(update=changes)
+    chosen = [name for name in settings.automatic if name != "steps" and name in file.facts.get(AUTOMATIC, ())]
+    changes |= {name: _settings_of(file)[name] for name in chosen}
+    epoch = int(file.facts[EPOCH])
+    return limit_steps(settings, epoch).in_steps(epoch).model_copy(update=changes)
 
 
 def _in_json(settings: TrainSettings) -> dict[str, Any]:

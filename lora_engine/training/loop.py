@@ -9,8 +9,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +17,10 @@ from lora_engine.errors import InterruptedRun, NonFiniteError, TrainingError
 from lora_engine.progress import Progress, no_progress
 from lora_engine.training.checkpoint import Checkpoint, Checkpoints
 from lora_engine.training.checkpoint_files import CheckpointFile
+from lora_engine.training.choosing import Check, read_checks
 from lora_engine.training.determinism import deterministic, gradients_off
 from lora_engine.training.ema import EmaWeights
+from lora_engine.training.fit_options import FitOptions, History, rates_of
 from lora_engine.training.optimizer_state import (
     apply_average,
     averaged_weights,
@@ -30,51 +30,11 @@ from lora_engine.training.optimizer_state import (
 )
 from lora_engine.training.optimizers import build_optimizer
 from lora_engine.training.phases import Phase
-from lora_engine.training.schedules import PhaseRates, RateStage, common_steps
-from lora_engine.training.specs.rates import Ema
+from lora_engine.training.schedules import PhaseRates, common_steps
 
 SECONDS = "seconds"
 """The value of `progress` that is the duration of a step, without validation, samples and checkpoint."""
 _REMEDY = "lower learning_rate, raise warmup, or look for a broken image; the last checkpoint precedes this step"
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """Options of the loop; see `TrainSettings` for their meaning."""
-
-    schedule: str = "constant"
-    warmup: int | str = 0
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    accumulate: int = 1
-    checkpoint_every: int = 100
-    validate_every: int = 0
-    observe_every: int = 0
-    optimizer: str = "adamw"
-    schedule_options: Mapping[str, Any] = field(default_factory=dict)
-    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
-    ema: Ema | None = None
-    loss_scale: float = 1.0
-    then: tuple[RateStage, ...] = ()
-    """Stages after the last phase's own steps."""
-    save_every: int = 0
-    validated_on: str = ""
-    """Digest of the held-out images; validation losses on others are not continued."""
-
-
-@dataclass
-class History:
-    """Losses and rates of a run over all phases, one entry per step.
-
-    Attributes:
-        loss: Loss of each step.
-        rate: Learning rate of each step (of the phase's first group).
-        validation: (steps done, validation loss).
-    """
-
-    loss: list[float] = field(default_factory=list)
-    rate: list[float] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
 
 
 def fit(
@@ -91,6 +51,7 @@ def fit(
     save_weights: Callable[[int, float | None], None] = lambda done, loss: None,
     continue_from: Callable[[Checkpoint, int], None] = lambda checkpoint, done: None,
     begin: Callable[[torch.optim.Optimizer], None] = lambda optimizer: None,
+    score: Callable[[], Sequence[float]] = tuple,
 ) -> History:
     """Runs the phases, resuming from the newest usable checkpoint if there is one.
 
@@ -111,6 +72,7 @@ def fit(
             validation), while the parameters hold what would be written; must change nothing.
         continue_from: Called with the checkpoint that the run resumes from, and the steps done.
         begin: Takes the optimizer of the first phase of a run that starts at step 0.
+        score: Returns the losses of the chooser's units; a pure function of the weights, the same in all processes.
 
     Returns:
         The whole history, including the part before a resume.
@@ -119,7 +81,7 @@ def fit(
         InterruptedRun: `stop` returned True; the checkpoint is written.
         NonFiniteError: NaN or Inf in a loss, a gradient or a weight; the last checkpoint precedes it.
     """
-    run = _Run(phases, options, checkpoints, validate, average, observe, save_weights)
+    run = _Run(phases, options, checkpoints, validate, average, observe, save_weights, score)
     devices = {value.device.type for phase in phases for value in phase.parameters.values()}
     with deterministic(enabled=devices <= {"cpu"}), gradients_off(frozen) as frozen_parameters:
         run.restore(continue_from)
@@ -136,6 +98,7 @@ def fit(
                 run.close_step()
                 progress(run.done, run.total, values | run.validated())
             run.leave_phase()
+        run.keep_best()
     return run.history
 
 
@@ -149,10 +112,13 @@ class _Run:
         average: Callable[[Sequence[Tensor]], None],
         observe: Callable[[int], None],
         save_weights: Callable[[int, float | None], None],
+        score: Callable[[], Sequence[float]],
     ) -> None:
-        self._average, self._observe, self._save_weights = average, observe, save_weights
+        self._average, self._observe, self._save_weights, self._score = average, observe, save_weights, score
         self.phases, self.options, self.history = phases, options, History()
-        self.rates = tuple(rates_of(phases, options))
+        self._planned = tuple(rates_of(phases, options))
+        self.rates = self._rates_after([])
+        self._best: dict[str, Tensor] = {}
         self.position, self.step = 0, 0
         self._checkpoints, self._validate = checkpoints, validate if options.validate_every else None
         self._values = {name: value for phase in phases for name, value in phase.parameters.items()}
@@ -197,6 +163,8 @@ class _Run:
             begin(self._optimizer)
         if not self.history.validation:
             self._record_validation()
+        if options.chooser is not None and self._is_last_phase and not self.history.checks:
+            self._record_check()
 
     def take_step(self) -> dict[str, float]:
         """Takes one optimizer step over `accumulate` batches; returns the values to show."""
@@ -247,8 +215,13 @@ class _Run:
             yield
 
     def close_step(self) -> None:
-        """Counts the step; observes, validates and saves if due."""
+        """Counts the step; scores, observes, validates and saves if due."""
         self.step += 1
+        chooser = self.options.chooser
+        if chooser and self._is_last_phase:
+            is_end = self.step == self.rates[-1].steps
+            if is_end or _is_due(self.done, chooser.every):
+                self._record_check()
         last = self.done == self.total
         if _is_due(self.done, self.options.observe_every):
             with self.to_export():
@@ -261,10 +234,15 @@ class _Run:
         if last or self.done % self.options.checkpoint_every == 0:
             self.save()
 
+    def keep_best(self) -> None:
+        """Replaces the parameters by those of the chosen step, if there is a choice."""
+        _copy(self._best, self._values)
+
     def validated(self) -> dict[str, float]:
-        """Returns the validation loss of this step; empty if it was not computed."""
-        loss = self._current_loss()
-        return {} if loss is None else {"validation_loss": loss}
+        """Returns the validation loss and the score of this step; empty if they were not computed."""
+        loss, checks = self._current_loss(), self.history.checks
+        score = {"choice_loss": checks[-1].score} if checks and checks[-1].step == self.done else {}
+        return score if loss is None else {"validation_loss": loss, **score}
 
     def save(self) -> None:
         """Writes a checkpoint of the current state."""
@@ -273,6 +251,7 @@ class _Run:
         tensors = {f"value/{name}": value.detach() for name, value in self._values.items()}
         tensors["history/loss"] = torch.tensor(self.history.loss, dtype=torch.float64)
         tensors["history/rate"] = torch.tensor(self.history.rate, dtype=torch.float64)
+        tensors |= {f"best/{name}": value for name, value in self._best.items()}
         if self._ema is not None:
             tensors |= {f"mean/{name}": value for name, value in self._ema.export().items()}
         optimizer = self._current_optimizer()
@@ -286,6 +265,7 @@ class _Run:
             "validated_on": self.options.validated_on,
             "validation": [list(entry) for entry in self.history.validation],
             "optimiser": scalars,
+            **({"checks": [[c.step, *c.losses] for c in self.history.checks]} if self.history.checks else {}),
         }
         self._checkpoints.save(self.done, Checkpoint({**tensors, **state}, facts))
 
@@ -295,10 +275,10 @@ class _Run:
         self._require_agreement(-1 if checkpoint is None else int(checkpoint.tensors["history/loss"].numel()))
         if checkpoint is None:
             return
-        with torch.no_grad():
-            for name, value in self._values.items():
-                value.copy_(checkpoint.tensors[f"value/{name}"])
+        _copy(_under("value/", checkpoint.tensors), self._values)
+        self._best = _under("best/", checkpoint.tensors)
         self.position, self.step = int(checkpoint.facts["position"]), int(checkpoint.facts["step"])
+        self.rates = self._rates_after(read_checks(checkpoint.facts))
         same_images = checkpoint.facts.get("validated_on", "") == self.options.validated_on
         validation = [(int(step), float(value)) for step, value in checkpoint.facts["validation"] if same_images]
         self.history = History(
@@ -306,6 +286,7 @@ class _Run:
             checkpoint.tensors["history/rate"].tolist(),
             # Without the one at the end of a shorter run, which a longer one would not have made.
             [entry for entry in validation if self._is_validated(entry[0]) or entry[0] == self.total],
+            read_checks(checkpoint.facts),
         )
         self._restored = checkpoint
         continue_from(checkpoint, self.done)
@@ -321,7 +302,29 @@ class _Run:
 
     def _is_usable(self, file: CheckpointFile) -> bool:
         before = [PhaseRates.from_json(values) for values in file.facts["rates"]]
-        return file.step <= common_steps(before, self.rates)
+        checks, chooser = read_checks(file.facts), self.options.chooser
+        after = self._rates_after(checks)
+        has_same_checks = chooser is None or chooser.would_make(checks, sum(phase.steps for phase in after))
+        return has_same_checks and file.step <= common_steps(before, after)
+
+    def _rates_after(self, checks: Sequence[Check]) -> tuple[PhaseRates, ...]:
+        chooser = self.options.chooser
+        return self._planned if chooser is None else chooser.rates(self._planned, checks)
+
+    @property
+    def _is_last_phase(self) -> bool:
+        return self.position == len(self.phases) - 1
+
+    def _record_check(self) -> None:
+        with self.to_export():
+            check = Check(self.done, tuple(self._score()))
+            self._require_finite("the loss of a candidate", check.score)
+            is_start = not self.history.checks
+            self.history.checks.append(check)
+            chooser = self.options.chooser
+            if chooser is not None and not is_start and chooser.best(self.history.checks[1:]) is check:
+                self._best = {name: value.detach().clone() for name, value in self._values.items()}
+        self.rates = self._rates_after(self.history.checks)
 
     def _is_validated(self, done: int) -> bool:
         every, options = self.options.validate_every, self.options
@@ -363,15 +366,14 @@ class _Run:
             raise NonFiniteError(f"{what} is {value} at step {step} of {self.total}", where="training", remedy=_REMEDY)
 
 
-def rates_of(phases: Sequence[Phase], options: FitOptions) -> Iterator[PhaseRates]:
-    """Yields the rates of each phase: its own stage, and those that follow in the last one."""
-    for number, phase in enumerate(phases, start=1):
-        own = RateStage(phase.steps, options.schedule, dict(options.schedule_options), options.warmup)
-        yield PhaseRates(phase.name, (own, *(options.then if number == len(phases) else ())))
-
-
 def _is_due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
+
+
+@torch.no_grad()
+def _copy(values: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        into[name].copy_(value)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from lora_engine.bases.base import BaseModel
@@ -10,9 +11,10 @@ from lora_engine.data.manifest import Manifest
 from lora_engine.files import canonical_json, sha256_bytes
 from lora_engine.formats import Card
 from lora_engine.settings import names_without_effect, without_later
+from lora_engine.training.choosing import Check, Chooser
 from lora_engine.training.examples import Example
+from lora_engine.training.fit_options import History
 from lora_engine.training.initial import InitialAdapter
-from lora_engine.training.loop import History
 from lora_engine.training.prior import prior_prompts
 from lora_engine.training.spec import Prior, TrainSettings
 
@@ -83,11 +85,66 @@ def _describe_classes(
 
 def with_saved(card: Card, step: int, loss: float | None) -> Card:
     """Returns the card of an adapter that was saved during training, with its step and validation loss."""
-    return card.model_copy(update={"recipe": {**card.recipe, "saved": {"step": step, "validation_loss": loss}}})
+    return with_recipe(card, saved={"step": step, "validation_loss": loss})
+
+
+def with_recipe(card: Card, **values: Any) -> Card:
+    """Returns the card with other values in its recipe."""
+    return card.model_copy(update={"recipe": {**card.recipe, **values}})
+
+
+def describe_choices(
+    chooser: Chooser | None,
+    checks: Sequence[Check],
+    settings: TrainSettings,
+    automatic: Sequence[str],
+    evidence: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns what a training chose, as `training.json` holds it.
+
+    Args:
+        chooser: The rules by which it chose its best step.
+        checks: The scores of the candidates, after that before the first step.
+        settings: The settings, with the chosen values.
+        automatic: Names of the settings that it chose.
+        evidence: Name to value, figures and reason.
+
+    Returns:
+        `chosen` and `candidates` with a chooser, and `automatic` with automatic settings.
+    """
+    described = chooser.describe(checks[0], checks[1:], settings.steps) if chooser is not None and checks else {}
+    evidence = dict(evidence)
+    if "steps" in automatic and described:
+        steps = {"chosen": described["chosen"]["step"], "limit": settings.steps}
+        evidence["steps"] = {**steps, "why": described["candidates"]["why"]}
+    return {**described, **({"automatic": evidence} if automatic else {})}
+
+
+def with_choices(card: Card, choices: Mapping[str, Any]) -> Card:
+    """Returns the card with what the training chose, without long tables, under `done` in its recipe."""
+    if not choices:
+        return card
+    done = dict(card.recipe.get("done", {}))
+    if "chosen" in choices:
+        chosen = {name: choices["chosen"][name] for name in ("step", "by", "score", "leave_one_out")}
+        done["best_checkpoint"] = {
+            **chosen,
+            "among": len(choices["chosen"]["from"]),
+            "why": choices["candidates"]["why"],
+        }
+    if "automatic" in choices:
+        done["automatic"] = {
+            name: {key: value for key, value in entry.items() if key in ("chosen", "best", "losses", "limit", "why")}
+            for name, entry in choices["automatic"].items()
+        }
+    return with_recipe(card, done=done)
 
 
 def curves_of(
-    history: History, trained_on: Sequence[str], saved: Sequence[tuple[int, float | None]] = ()
+    history: History,
+    trained_on: Sequence[str],
+    saved: Sequence[tuple[int, float | None]] = (),
+    choices: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Returns the content of `training.json`.
 
@@ -95,6 +152,7 @@ def curves_of(
         history: Losses and rates.
         trained_on: Digests of the training images.
         saved: (step, validation loss) of each saved adapter.
+        choices: What the training chose; see `describe_choices`.
     """
     entries = [{"step": step, "file": saved_name(step), "validation_loss": loss} for step, loss in saved]
     return {
@@ -103,6 +161,7 @@ def curves_of(
         "validation_loss": [list(entry) for entry in history.validation],
         "trained_on": list(trained_on),
         **({"saved": entries} if entries else {}),
+        **choices,
     }
 
 

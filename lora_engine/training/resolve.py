@@ -10,10 +10,12 @@ from lora_engine.bases.options import BaseOptions
 from lora_engine.bases.vae import resolve_vae
 from lora_engine.errors import SettingsError
 from lora_engine.files import canonical_json, sha256_bytes
+from lora_engine.training.automatic import limit_steps
+from lora_engine.training.choosing import Chooser
 from lora_engine.training.continuing import later_stages
 from lora_engine.training.examples import Example
+from lora_engine.training.fit_options import FitOptions
 from lora_engine.training.images import TrainingImages
-from lora_engine.training.loop import FitOptions
 from lora_engine.training.spec import TrainSettings
 
 # A mean over pixels makes gradients underflow float16. A power of two is exact.
@@ -43,18 +45,18 @@ def base_options(settings: TrainSettings, vae: str | None) -> BaseOptions:
 
 
 def in_steps(settings: TrainSettings, epoch: int) -> TrainSettings:
-    """Returns the settings with all lengths in steps.
+    """Returns the settings with all lengths in steps; `steps: auto` becomes the longest training.
 
     Raises:
         SettingsError: A warmup does not fit the steps.
     """
     try:
-        return settings.in_steps(epoch)
+        return limit_steps(settings, epoch).in_steps(epoch)
     except ValueError as error:
         raise SettingsError(str(error), where="warmup") from error
 
 
-def fit_options(settings: TrainSettings, images: TrainingImages) -> FitOptions:
+def fit_options(settings: TrainSettings, images: TrainingImages, chooser: Chooser | None = None) -> FitOptions:
     """Returns the options of the loop; all lengths are in steps."""
     heldout: list[Any] = [example.identity() for example in images.heldout]
     if settings.method.mask is not None and any(example.mask for example in images.heldout):
@@ -75,5 +77,6 @@ def fit_options(settings: TrainSettings, images: TrainingImages) -> FitOptions:
         optimizer_options=settings.rates.optimiser.options(),
         ema=settings.rates.ema,
         loss_scale=_FP16_LOSS_SCALE if settings.precision == "fp16" else 1.0,
+        chooser=chooser,
         validated_on=sha256_bytes(canonical_json(heldout)) if heldout else "",
     )

@@ -113,7 +113,9 @@ def train(
     if not group.is_main_process:
         return
     bundle = result.bundle
-    atomic_write(out / CURVES, canonical_json(curves_of(result.history, result.trained_on, result.saved)))
+    atomic_write(
+        out / CURVES, canonical_json(curves_of(result.history, result.trained_on, result.saved, result.choices))
+    )
     write_adapter(out / ADAPTER, bundle.adapter, card=bundle.card, embeddings=bundle.embeddings)
     states.mark_finished(out / ADAPTER)
 

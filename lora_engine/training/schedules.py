@@ -116,15 +116,22 @@ class RateStage:
 
 @dataclass(frozen=True)
 class PhaseRates:
-    """The rates of a phase: its name and its stages in order."""
+    """The rates of a phase.
+
+    Attributes:
+        name: The phase.
+        stages: Its stages in order.
+        end: Steps after which the phase ends within its stages; None is at their end.
+    """
 
     name: str
     stages: tuple[RateStage, ...]
+    end: int | None = None
 
     @property
     def steps(self) -> int:
         """Number of steps of the phase."""
-        return sum(stage.steps for stage in self.stages)
+        return sum(stage.steps for stage in self.stages) if self.end is None else self.end
 
     def factor(self, step: int) -> float:
         """Returns the factor on the highest rates in a step of the phase, counted from 0."""
@@ -136,12 +143,12 @@ class PhaseRates:
 
     def to_json(self) -> dict[str, Any]:
         """Returns JSON values, for checkpoints."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "end" or value is not None}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> PhaseRates:
         """Returns the rates of `to_json`."""
-        return cls(values["name"], tuple(RateStage(**stage) for stage in values["stages"]))
+        return cls(values["name"], tuple(RateStage(**stage) for stage in values["stages"]), values.get("end"))
 
 
 def common_steps(before: Sequence[PhaseRates], after: Sequence[PhaseRates]) -> int:

@@ -14,6 +14,7 @@ from lora_engine.settings import AddedLater, NoEffect
 from lora_engine.training.methods import methods
 from lora_engine.training.methods.dreambooth import Dreambooth
 from lora_engine.training.specs.captions import Captions
+from lora_engine.training.specs.choosing import AUTO, BestCheckpoint, OrAuto, check_choice
 from lora_engine.training.specs.continuing import Stage
 from lora_engine.training.specs.lengths import Interval, Steps, Warmup, to_steps
 from lora_engine.training.specs.methods import MethodSpec, Prior, TokenSettings
@@ -21,7 +22,7 @@ from lora_engine.training.specs.objective import Objective
 from lora_engine.training.specs.rates import Rates
 from lora_engine.training.specs.running import Precision, Running
 from lora_engine.training.specs.samples import Samples
-from lora_engine.training.specs.schedules import AnySchedule, Cosine
+from lora_engine.training.specs.schedules import AnySchedule, Constant, Cosine
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -56,7 +57,8 @@ class TrainSettings(BaseModel):
     Attributes:
         method: Method by name, or by name and options (`{name: pivotal, inversion: 0.3}`); see `training.methods`.
         kind: Adapter kind by name, or by name and options (`{name: lokr, factor: 8}`).
-        rank: Rank of every adapted layer.
+        rank: Rank of every adapted layer. `auto` trains prefixes of 32 ranks, and keeps the smallest of 1 to 32 whose
+            loss is within one standard error of the best.
         alpha: The factors act with alpha / rank; None is the rank.
         targets: A preset (`attention`, `attention+ff`, `linear`, `all`, `norms`, `text`), a pattern, or a list of both.
         overrides: Preset or pattern to settings of the targets that it matches; the last match wins.
@@ -67,8 +69,10 @@ class TrainSettings(BaseModel):
             larger one are scaled down (sd-scripts' `scale_weight_norms`). For the kinds of `rank_dropout`. None
             disables it.
         steps: Optimizer steps, or epochs such as `10 epochs`. An epoch shows every image once, repeats included.
+            `auto` stops by `best_checkpoint`, at the latest after 200 epochs.
         batch: Images per forward pass; joint prior preservation adds as many class images.
-        learning_rate: Highest learning rate of the schedule.
+        learning_rate: Highest learning rate of the schedule. `auto` tries five rates for a quarter of the steps, and
+            takes the one below the best.
         schedule: Schedule after the warmup by name, or by name and options (`{name: polynomial, power: 3}`).
         warmup: Steps of linear warmup, epochs, or a share of each phase such as `10%`.
         weight_decay: The optimizer's weight decay.
@@ -96,20 +100,22 @@ class TrainSettings(BaseModel):
         zero_terminal_snr: Rescales the noise schedule so that the last timestep has no signal (Lin et al. 2023); for
             bases that predict v.
         optimizer_state: True starts with the state of the optimizer that trained `init`.
+        best_checkpoint: Keeps the best of several steps, and stops early; None keeps the last step. With
+            `steps: auto` it has its defaults.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Method = Dreambooth()
     kind: Kind = Lora()
-    rank: int = Field(default=8, ge=1, le=4096)
+    rank: Annotated[int, Field(ge=1, le=4096), OrAuto()] = 8
     alpha: _Finite | None = Field(default=None, gt=0.0)
     targets: str | list[str] = "attention"
     overrides: dict[str, Override] = {}
     dropout: _Finite = Field(default=0.0, ge=0.0, lt=1.0)
-    steps: Steps
+    steps: Annotated[Steps, OrAuto()]
     batch: int = Field(default=4, ge=1, le=4096)
-    learning_rate: _Finite = Field(default=1e-3, gt=0.0)
+    learning_rate: Annotated[_Finite, Field(gt=0.0), OrAuto()] = 1e-3
     schedule: AnySchedule = Cosine()
     warmup: Warmup = 0
     weight_decay: _Finite = Field(default=0.0, ge=0.0)
@@ -135,6 +141,7 @@ class TrainSettings(BaseModel):
     clip_skip: Annotated[int | None, AddedLater()] = Field(default=None, ge=1, le=100)
     prediction: Annotated[Prediction | None, AddedLater()] = None
     zero_terminal_snr: Annotated[bool, AddedLater()] = False
+    best_checkpoint: Annotated[BestCheckpoint | None, AddedLater()] = None
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """Yields the settings that were set; the others have their defaults."""
@@ -144,6 +151,14 @@ class TrainSettings(BaseModel):
     def class_images(self) -> Prior | None:
         """Prior preservation with class images; None if disabled."""
         return self.prior or (Prior() if self.method.uses_class_images else None)
+
+    @model_validator(mode="after")
+    def _choice_sets_the_schedule(self) -> TrainSettings:
+        choice = self.best_checkpoint or (BestCheckpoint() if self.is_auto("steps") else None)
+        if choice is not None and choice.anneal and "schedule" not in self.model_fields_set:
+            # The default falls over all steps, whose number is not known here. Frozen models have no other way.
+            object.__setattr__(self, "schedule", Constant())
+        return self
 
     @model_validator(mode="after")
     def _prior_fits_the_method(self) -> TrainSettings:
@@ -158,9 +173,11 @@ class TrainSettings(BaseModel):
 
     @model_validator(mode="after")
     def _optimizer_fits(self) -> TrainSettings:
-        self.rates.check(self.schedule, self.learning_rate)
+        usual = 1.0 if self.rates.optimiser.finds_rate else 1e-3
+        rate = usual if self.is_auto("learning_rate") else self.learning_rate
+        self.rates.check(self.schedule, rate)
         for stage in self.then:
-            self.rates.check(stage.schedule, stage.learning_rate or self.learning_rate)
+            self.rates.check(stage.schedule, stage.learning_rate or rate)
         optimizer = self.rates.optimiser
         if optimizer.finds_rate and isinstance(self.method, TokenSettings):
             raise ValueError(
@@ -173,6 +190,11 @@ class TrainSettings(BaseModel):
     def _processes_share_a_batch(self) -> TrainSettings:
         if self.batch % self.running.processes:
             raise ValueError(f"batch {self.batch} is not a multiple of running.processes {self.running.processes}")
+        return self
+
+    @model_validator(mode="after")
+    def _choice_fits(self) -> TrainSettings:
+        check_choice(self)
         return self
 
     @model_validator(mode="after")
@@ -196,6 +218,15 @@ class TrainSettings(BaseModel):
                     "scales with the steps"
                 )
 
+    def is_auto(self, setting: str) -> bool:
+        """Returns True if the training chooses the value of a setting."""
+        return bool(getattr(self, setting) == AUTO)
+
+    @property
+    def automatic(self) -> tuple[str, ...]:
+        """Names of the settings that the training chooses."""
+        return tuple(name for name in ("targets", "steps", "learning_rate", "rank") if self.is_auto(name))
+
     @property
     def total_steps(self) -> int:
         """Optimizer steps of all phases and stages; all lengths must be in steps."""
@@ -215,6 +246,9 @@ class TrainSettings(BaseModel):
             stage.model_copy(update={name: to_steps(getattr(stage, name), epoch) for name in ("steps", "warmup")})
             for stage in self.then
         )
+        if self.best_checkpoint is not None and self.best_checkpoint.every is not None:
+            every = to_steps(self.best_checkpoint.every, epoch)
+            changes["best_checkpoint"] = self.best_checkpoint.model_copy(update={"every": every})
         if self.samples is not None:
             every = to_steps(self.samples.every, epoch)
             changes["samples"] = self.samples.model_copy(update={"every": every})

@@ -47,19 +47,9 @@ def image_losses(
         mask: Weights the errors by the images' masks and divides by the sum of the weights, so that losses with and
             without masks are comparable; an image without a mask counts in full, and one with a black mask has loss 0.
     """
-    grid = timestep_grid(base.noise, timesteps)
     losses: list[float] = []
     for example in examples:
-        clean = latents(example)
-        noise = torch.randn(timesteps, *clean.shape, generator=generator(seed, "validation", example.digest))
-        batch = Batch(
-            latents=clean.expand(timesteps, *clean.shape).to(base.device),
-            noise=noise.to(base.device),
-            timesteps=grid.to(base.device),
-            conditioning=encode_captions(base, conditioner, [example.caption], [example]).index([0] * timesteps),
-            instances=timesteps,
-            examples=(example,) * timesteps,
-        )
+        batch = validation_batch(base, latents(example), example, conditioner, seed, timesteps)
         if transform is not None:
             batch = transform(batch, int(example.digest[:8], 16))
         predicted, target = predict(base, batch)
@@ -74,3 +64,27 @@ def _loss(predicted: Tensor, target: Tensor, example: Example, mask: Mask | None
     weights = mask_weights(pixels[None], (target.shape[-2], target.shape[-1]), mask).to(target.device)
     errors = (predicted.float() - target.float()).square().mean(dim=(0, 1))
     return ((errors * weights[0, 0]).sum() / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)).item()
+
+
+def validation_batch(
+    base: BaseModel, clean: Tensor, example: Example, conditioner: Conditioner, seed: int, timesteps: int = TIMESTEPS
+) -> Batch:
+    """Returns an image at a fixed grid of timesteps, with noise from its digest.
+
+    Args:
+        base: The base.
+        clean: The latents of the image.
+        example: The image.
+        conditioner: Encodes its caption.
+        seed: Noise seed.
+        timesteps: Number of timesteps, and of rows.
+    """
+    noise = torch.randn(timesteps, *clean.shape, generator=generator(seed, "validation", example.digest))
+    return Batch(
+        latents=clean.expand(timesteps, *clean.shape).to(base.device),
+        noise=noise.to(base.device),
+        timesteps=timestep_grid(base.noise, timesteps).to(base.device),
+        conditioning=encode_captions(base, conditioner, [example.caption], [example]).index([0] * timesteps),
+        instances=timesteps,
+        examples=(example,) * timesteps,
+    )

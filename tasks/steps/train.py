@@ -54,6 +54,12 @@ class Train(StepSpec, TrainSettings):
             raise ValueError("optimizer_state is that of the training of init; set init, or leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _automatic_rank_starts_from_zero(self) -> Train:
+        if self.init is not None and self.is_auto("rank"):
+            raise ValueError("rank auto cannot start from an adapter; set a rank, or leave init out")
+        return self
+
 
 def find_entries(spec: Train) -> Iterator[tuple[Registry[Any], str]]:
     """Yields the method and the adapter kinds of a training."""
@@ -92,6 +98,13 @@ def describe_progress(spec: Train, origin: str, home: Home, last_key: str | None
     return f"begins at step 0, not at step {file.step} of the last run ({reasons or RATES_OR_INPUTS})"
 
 
+def describe_cost(spec: Train) -> str:
+    """Returns what the automatic settings of a training add to its steps; empty without any."""
+    from lora_engine.training.automatic import describe_cost as describe
+
+    return describe(spec)
+
+
 @step(
     Train,
     produces="adapter",
@@ -100,6 +113,7 @@ def describe_progress(spec: Train, origin: str, home: Home, last_key: str | None
     entries=find_entries,
     stops=True,
     describe_progress=describe_progress,
+    describe_cost=describe_cost,
 )
 def train(spec: Train, context: Context) -> None:
     """Writes the adapter and `training.json`."""

@@ -14,6 +14,7 @@ import tasks.digests
 from flows.pipeline import run_pipeline
 from flows.spec import load_spec
 from flows.summary import summarize
+from flows.template import write_pipeline
 from lora_engine.errors import DataError
 from lora_engine.files import sha256_file
 from registry.home import Home
@@ -219,3 +220,14 @@ def test_digests_notice_every_change_of_a_folder_without_reading_it(tmp_path: Pa
     (folder / "link").unlink()
     assert changes(lambda: (folder / "link").symlink_to("elsewhere"))
     assert not digest.is_current(tmp_path / "absent")
+
+
+def test_plans_state_the_cost_of_automatic_settings(tmp_path: Path, home: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes(b"no image, and not read by a plan")
+    path = write_pipeline(tmp_path / "images", "sks", "thing", auto=True)
+    done = say("plan", path, "--json", home=home)
+    for cost in ("at most 200 epochs", "5 short trainings", "0.5 times the steps", "6 ranks", "one backward pass"):
+        assert cost in done, cost
+    plain = write_pipeline(tmp_path / "images", "sks", "thing", name="plain")
+    assert "short trainings" not in say("plan", plain, "--json", home=home)

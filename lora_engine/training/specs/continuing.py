@@ -68,6 +68,7 @@ CHANGES: Mapping[str, SettingChange] = {
     "clip_skip": SettingChange("restarts", "every step reads other text embeddings"),
     "prediction": SettingChange("restarts", "every step has another target"),
     "zero_terminal_snr": SettingChange("restarts", "every step has another noise"),
+    "best_checkpoint": SettingChange("restarts", "it decides which steps are compared, and where they end"),
     "optimizer_state": SettingChange("restarts", "it changes the first step"),
 }
 """What a change of each setting does; one that is not listed restarts."""

@@ -244,3 +244,21 @@ def test_warnings_of_the_steps_are_listed_as_text(report: dict[str, Any], tmp_pa
     assert page.count("alert(1)") == 1
     assert "<script>" not in page
     assert 'id="warnings"' not in render_report("zorb", report, tmp_path / "report", lineage=lineage[1:])
+
+
+def test_what_the_training_chose_is_listed_with_the_reason(report: dict[str, Any], tmp_path: Path) -> None:
+    chosen = {"from": [20, 40, 60], "step": 40, "by": "validation_loss", "on": [], "score": 0.1, "leave_one_out": 0.2}
+    training = {
+        "chosen": chosen,
+        "candidates": {"why": HOSTILE},
+        "automatic": {
+            "learning_rate": {"chosen": 0.002, "losses": [[0.002, 0.25], [0.004, None]], "why": "the one below"},
+            "targets": {"chosen": "all", "blocks": [["unet.mid", 0.5, True]]},
+        },
+    }
+    page = render_report("zorb", report, tmp_path / "report", training=training)
+    assert "step 40, chosen among 3 by validation_loss 0.1; corrected for the choice: 0.2 (leave-one-out)" in page
+    assert "0.002 (0.002: 0.25, 0.004: diverged)" in page
+    assert "all (unet.mid: 50.0%)" in page
+    assert "<script>" not in page
+    assert 'id="choices"' not in render_report("zorb", report, tmp_path / "report", training={})

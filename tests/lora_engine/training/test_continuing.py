@@ -66,6 +66,36 @@ def test_half_a_run_and_then_the_rest_gives_the_bytes_of_the_whole(trained: Trai
     assert digests(out) == digests(straight)
 
 
+CHOICE: dict[str, Any] = {"by": "validation_loss", "every": 2, "patience": 0, "anneal": 0}
+
+
+@pytest.mark.parametrize(("half", "first"), [(4, 5), (3, 3)])
+def test_a_longer_run_continues_with_the_candidates_of_a_shorter_one(
+    trained: Trained, settings: Callable[..., TrainSettings], tmp_path: Path, half: int, first: int
+) -> None:
+    choice = {**CONSTANT, "best_checkpoint": CHOICE}
+    straight, _ = trained("straight", "alone", steps=6, **choice)
+    trained("half", steps=half, **choice)
+    state = find_state(settings(steps=6, **choice), "photos", [tmp_path / "states" / "half" / "checkpoints"])
+    assert state is not None
+    out, steps = trained("whole", steps=6, **choice)
+    # The end of three steps is a candidate that the longer run does not have.
+    assert steps == list(range(first, 7))
+    assert state.step == first - 1
+    assert digests(out) == digests(straight)
+
+
+def test_automatic_settings_continue_from_a_state_of_the_same_ones(
+    trained: Trained, settings: Callable[..., TrainSettings], tmp_path: Path
+) -> None:
+    trained("half", steps=3, rank="auto", **CONSTANT)
+    folders = [tmp_path / "states" / "half" / "checkpoints"]
+    state = find_state(settings(steps=6, rank="auto", **CONSTANT), "photos", folders)
+    assert state is not None
+    assert state.step == 3
+    assert find_state(settings(steps=6, rank=8, **CONSTANT), "photos", folders) is None
+
+
 def test_a_falling_rate_begins_at_step_0_again(trained: Trained) -> None:
     settings = {**CONSTANT, "schedule": "cosine"}
     straight, _ = trained("straight", "alone", steps=6, **settings)

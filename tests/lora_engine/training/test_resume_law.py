@@ -240,6 +240,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "then": [{"steps": 2, "learning_rate": 3e-4, "schedule": "linear"}],
         "save_every": 1,
     },
+    "the best of several steps": {
+        "method": {"name": "pivotal", **TOKEN},
+        "best_checkpoint": {"by": "validation_loss", "every": 1, "patience": 0, "anneal": 0.5},
+        "schedule": "constant",
+        "rates": {"ema": {"decay": 0.8}},
+    },
+    "the end of a training that stops early": {
+        "best_checkpoint": {"by": "validation_loss", "every": 1, "patience": 1, "min_delta": 10.0, "anneal": 0.5},
+        "schedule": "constant",
+        "steps": 40,
+    },
+    "prefixes of the ranks": {"rank": "auto", "targets": TEXT, "save_every": 2},
     "dropout of ranks and modules, and a norm limit": {
         "rank_dropout": 0.5,
         "module_dropout": 0.5,

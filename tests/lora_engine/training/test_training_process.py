@@ -128,6 +128,28 @@ def test_a_killed_process_and_one_whose_caller_died_resume_to_the_bytes_of_an_un
     assert digest(job) == digest(fresh)
 
 
+@pytest.mark.nightly
+def test_a_killed_training_that_chooses_its_settings_and_its_step_resumes_to_the_same_bytes(
+    job: dict[str, Any], tmp_path: Path
+) -> None:
+    choice = {"by": "validation_loss", "every": 2, "patience": 3, "min_delta": 10.0}
+    job["settings"] |= {"learning_rate": "auto", "rank": "auto", "schedule": "constant", "best_checkpoint": choice}
+    thread = when_checkpointed(job, 3, lambda: os.kill(child_of(job), signal.SIGKILL))
+    with pytest.raises(TrainingError, match="SIGKILL"):
+        train_in_child(job)
+    thread.join()
+    probes = {path: path.stat().st_mtime_ns for path in (Path(job["work"]) / "trials").glob("*/result.json")}
+    assert len(probes) == 5
+    resume_here(job)
+    assert probes == {path: path.stat().st_mtime_ns for path in probes}
+    fresh = {**job, "out": str(tmp_path / "fresh"), "work": str(tmp_path / "fresh-work")}
+    resume_here(fresh)
+    assert digest(job) == digest(fresh)
+    records = [(Path(done["out"]) / "training.json").read_bytes() for done in (job, fresh)]
+    assert records[0] == records[1]
+    assert json.loads(records[0])["candidates"]["stopped"] == 8
+
+
 def test_errors_of_the_child_keep_their_class_and_fields(job: dict[str, Any]) -> None:
     with pytest.raises(BaseModelError) as raised:
         train_in_child({**job, "base": "./nowhere"})

@@ -155,6 +155,17 @@ def test_two_processes_match_a_single_one(job: Callable[..., dict[str, Any]]) ->
     torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_two_processes_choose_the_same_rate_rank_and_step(job: Callable[..., dict[str, Any]]) -> None:
+    choice = {"best_checkpoint": {"by": "validation_loss", "every": 2}, "schedule": "constant"}
+    automatic = {"rank": "auto", "learning_rate": "auto", **choice}
+    one, two = (job(name, **automatic, **how) for name, how in (("one", ONE), ("two", TWO)))
+    train_here(one)
+    train_forked(two)
+    require_same_training(one, two)
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_no_process_disconnects_before_all_have_ended(tmp_path: Path) -> None:
     disconnected = tmp_path / "disconnected"

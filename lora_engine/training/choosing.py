@@ -1,0 +1,178 @@
+"""Decides from the scores of candidates where a training stops, and which step is the best. Pure; imports no torch.
+
+Every decision is a function of the checks so far, so an interrupted run decides the same.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lora_engine.training.schedules import PhaseRates, RateStage
+from lora_engine.training.spec import TrainSettings
+from lora_engine.training.specs.choosing import ChoiceScore
+from lora_engine.training.specs.lengths import warmup_steps
+
+_VARIANCE_LEFT = 0.15
+"""Share of the variance of all losses below which the last ones no longer vary (Voronov et al. 2023, section 4)."""
+_WINDOW = 3
+_CANDIDATES = 20
+
+
+@dataclass(frozen=True)
+class Check:
+    """A candidate: the steps done, and the loss of each unit (a group of images that show the same)."""
+
+    step: int
+    losses: tuple[float, ...]
+
+    @property
+    def score(self) -> float:
+        """Mean loss of the units."""
+        return statistics.fmean(self.losses)
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """The rules of a run; see `BestCheckpoint`.
+
+    Attributes:
+        by: Score of a step.
+        every: Steps between candidates.
+        patience: Candidates without an improvement that end the run; 0 never ends it early.
+        min_delta: Smallest decrease that is an improvement.
+        anneal: Share of all steps in which the rate falls to 0.
+        images: Digests of the images that are scored, as in the manifest.
+    """
+
+    by: ChoiceScore
+    every: int
+    patience: int
+    min_delta: float
+    anneal: float
+    images: tuple[str, ...] = ()
+
+    def rates(self, planned: Sequence[PhaseRates], checks: Sequence[Check]) -> tuple[PhaseRates, ...]:
+        """Returns the rates of all phases as the checks so far determine them: the last phase may end early.
+
+        Args:
+            planned: The rates without an early stop.
+            checks: All candidates so far.
+        """
+        *before, last = planned
+        first, total = sum(phase.steps for phase in before), last.steps
+        falling = round(self.anneal * total)
+        stop = self.find_stop([check for check in checks if first < check.step <= first + total - falling])
+        if stop is None and not falling:
+            return tuple(planned)
+        steps = total - falling if stop is None else stop - first
+        if not self.anneal:
+            return (*before, replace(last, end=steps))
+        if stop is not None:
+            falling = max(1, round(steps * self.anneal / (1.0 - self.anneal)))
+        own = last.stages[0]
+        warmup = warmup_steps(own.warmup, total)
+        return (
+            *before,
+            PhaseRates(last.name, (replace(own, steps=steps, warmup=warmup), RateStage(falling, "linear"))),
+        )
+
+    def would_make(self, checks: Sequence[Check], total: int) -> bool:
+        """Returns True if a run of so many steps has these candidates: not the end of a shorter run, for example."""
+        return all(check.step % self.every == 0 or check.step == total for check in checks[1:])
+
+    def find_stop(self, checks: Sequence[Check]) -> int | None:
+        """Returns the step of the first check after which the training has nothing to gain; None for none of them."""
+        if not self.patience:
+            return None
+        stops = self._without_variance(checks) if self.by == "dvar" else self._without_improvement(checks)
+        return next(stops, None)
+
+    def _without_improvement(self, checks: Sequence[Check]) -> Iterator[int]:
+        best, misses = float("inf"), 0
+        for check in checks:
+            improves = check.score < best - self.min_delta
+            best, misses = (check.score, 0) if improves else (best, misses + 1)
+            if misses >= self.patience:
+                yield check.step
+
+    def _without_variance(self, checks: Sequence[Check]) -> Iterator[int]:
+        window = max(_WINDOW, self.patience)
+        for count in range(window + 1, len(checks) + 1):
+            scores = [check.score for check in checks[:count]]
+            if statistics.pvariance(scores[-window:]) <= _VARIANCE_LEFT * statistics.pvariance(scores):
+                yield checks[count - 1].step
+
+    def best(self, checks: Sequence[Check]) -> Check:
+        """Returns the chosen candidate: that of the lowest score, or by `dvar` the last one."""
+        return checks[-1] if self.by == "dvar" else min(checks, key=lambda check: check.score)
+
+    def leave_one_out(self, checks: Sequence[Check]) -> float | None:
+        """Returns the score of a choice on all units but one, measured on that one, as a mean over the units.
+
+        The winner's own score is too good, because it was chosen for it; this figure is not. None for fewer than two
+        units, and where the score chooses nothing.
+        """
+        units = len(checks[0].losses)
+        if units < 2 or self.by == "dvar":
+            return None
+        left_out = []
+        for unit in range(units):
+            winner = min(checks, key=lambda check: sum(check.losses) - check.losses[unit])
+            left_out.append(winner.losses[unit])
+        return statistics.fmean(left_out)
+
+    def describe(self, start: Check, checks: Sequence[Check], planned: int) -> dict[str, Any]:
+        """Returns what was chosen and why, for `training.json`: the entries `chosen` and `candidates`.
+
+        Args:
+            start: The check before the first step.
+            checks: All candidates.
+            planned: Steps without an early stop.
+        """
+        best, last = self.best(checks), checks[-1]
+        stop = self.find_stop(checks) if last.step < planned else None
+        chosen = {
+            "from": [check.step for check in checks],
+            "step": best.step,
+            "by": self.by,
+            "on": list(self.images),
+            "score": best.score,
+            "leave_one_out": self.leave_one_out(checks),
+        }
+        scores = [[check.step, check.score] for check in (start, *checks)]
+        return {
+            "chosen": chosen,
+            "candidates": {"scores": scores, "stopped": stop, "why": self._reason(start, checks, stop)},
+        }
+
+    def _reason(self, start: Check, checks: Sequence[Check], stop: int | None) -> str:
+        best = self.best(checks)
+        if self.by == "dvar":
+            end = f"the loss on the training images no longer varied at step {stop}" if stop else "no early stop"
+            return f"{end}; the last step is kept"
+        end = f"no improvement for {self.patience} candidates at step {stop}" if stop else "no early stop"
+        worse = "" if best.score < start.score else "; NO candidate is better than the base"
+        return f"{end}; step {best.step} has the lowest validation loss of {len(checks)} candidates{worse}"
+
+
+def make_chooser(settings: TrainSettings, by: ChoiceScore, images: Sequence[str] = ()) -> Chooser | None:
+    """Returns the rules by which a training chooses its best step; None for one that keeps the last.
+
+    Args:
+        settings: The settings, with all lengths in steps.
+        by: Score of a step.
+        images: Digests of the held-out images that are scored.
+    """
+    wanted = settings.best_checkpoint
+    if wanted is None:
+        return None
+    every = wanted.every or max(1, round(settings.steps / _CANDIDATES))
+    return Chooser(by, every, wanted.patience, wanted.min_delta, wanted.anneal, tuple(images))
+
+
+def read_checks(facts: Mapping[str, Any]) -> list[Check]:
+    """Returns the checks in the facts of a checkpoint; empty without a chooser."""
+    return [Check(int(step), tuple(map(float, losses))) for step, *losses in facts.get("checks", ())]
