@@ -346,7 +346,7 @@ class TrainingJob:
             **({"every": chooser.every} if chooser else {}),
             **({"prefixes": prefixes_up_to(self.settings.rank)} if "rank" in self.automatic else {}),
         }
-        vae = base.options.vae
+        vae = prepared.base.options.vae
         job |= {"vae": vae.fingerprint()} if vae else {}
         return sha256_bytes(canonical_json(job))
 
