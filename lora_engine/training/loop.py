@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lora_engine.errors import InterruptedRun, NonFiniteError, TrainingError
 from lora_engine.progress import Progress, no_progress
+from lora_engine.training.candidates import Candidates
 from lora_engine.training.checkpoint import Checkpoint, Checkpoints
-from lora_engine.training.checkpoint_files import CheckpointFile
-from lora_engine.training.choosing import Check, read_checks
+from lora_engine.training.choosing import Check
 from lora_engine.training.determinism import deterministic, gradients_off
 from lora_engine.training.ema import EmaWeights
 from lora_engine.training.fit_options import FitOptions, History, rates_of
@@ -30,7 +30,7 @@ from lora_engine.training.optimizer_state import (
 )
 from lora_engine.training.optimizers import build_optimizer
 from lora_engine.training.phases import Phase
-from lora_engine.training.schedules import PhaseRates, common_steps
+from lora_engine.training.schedules import PhaseRates
 
 SECONDS = "seconds"
 """The value of `progress` that is the duration of a step, without validation, samples and checkpoint."""
@@ -98,7 +98,7 @@ def fit(
                 run.close_step()
                 progress(run.done, run.total, values | run.validated())
             run.leave_phase()
-        run.keep_best()
+        run.candidates.keep_best(run.values)
     return run.history
 
 
@@ -115,16 +115,19 @@ class _Run:
         score: Callable[[], Sequence[float]],
     ) -> None:
         self._average, self._observe, self._save_weights, self._score = average, observe, save_weights, score
-        self.phases, self.options, self.history = phases, options, History()
-        self._planned = tuple(rates_of(phases, options))
-        self.rates = self._rates_after([])
-        self._best: dict[str, Tensor] = {}
+        self.phases, self.options = phases, options
+        self.candidates = Candidates(options.chooser, tuple(rates_of(phases, options)))
+        self.history = History(checks=self.candidates.checks)
         self.position, self.step = 0, 0
         self._checkpoints, self._validate = checkpoints, validate if options.validate_every else None
-        self._values = {name: value for phase in phases for name, value in phase.parameters.items()}
+        self.values = {name: value for phase in phases for name, value in phase.parameters.items()}
         self._optimizer: torch.optim.Optimizer | None = None
         self._ema: EmaWeights | None = None
         self._restored: Checkpoint | None = None
+
+    @property
+    def rates(self) -> tuple[PhaseRates, ...]:
+        return self.candidates.rates
 
     @property
     def total(self) -> int:
@@ -144,7 +147,7 @@ class _Run:
         if position != self.position:
             self.position, self.step = position, 0
         phase = self.phases[position]
-        for value in (*frozen_parameters, *self._values.values()):
+        for value in (*frozen_parameters, *self.values.values()):
             value.requires_grad_(False)
             value.grad = None
         for value in phase.parameters.values():
@@ -163,8 +166,7 @@ class _Run:
             begin(self._optimizer)
         if not self.history.validation:
             self._record_validation()
-        if options.chooser is not None and self._is_last_phase and not self.history.checks:
-            self._record_check()
+        self._record_check()
 
     def take_step(self) -> dict[str, float]:
         """Takes one optimizer step over `accumulate` batches; returns the values to show."""
@@ -217,11 +219,7 @@ class _Run:
     def close_step(self) -> None:
         """Counts the step; scores, observes, validates and saves if due."""
         self.step += 1
-        chooser = self.options.chooser
-        if chooser and self._is_last_phase:
-            is_end = self.step == self.rates[-1].steps
-            if is_end or _is_due(self.done, chooser.every):
-                self._record_check()
+        self._record_check()
         last = self.done == self.total
         if _is_due(self.done, self.options.observe_every):
             with self.to_export():
@@ -234,24 +232,20 @@ class _Run:
         if last or self.done % self.options.checkpoint_every == 0:
             self.save()
 
-    def keep_best(self) -> None:
-        """Replaces the parameters by those of the chosen step, if there is a choice."""
-        _copy(self._best, self._values)
-
     def validated(self) -> dict[str, float]:
         """Returns the validation loss and the score of this step; empty if they were not computed."""
-        loss, checks = self._current_loss(), self.history.checks
-        score = {"choice_loss": checks[-1].score} if checks and checks[-1].step == self.done else {}
+        loss, score = self._current_loss(), self.candidates.score_of(self.done)
         return score if loss is None else {"validation_loss": loss, **score}
 
     def save(self) -> None:
         """Writes a checkpoint of the current state."""
         if self._checkpoints is None:
             return
-        tensors = {f"value/{name}": value.detach() for name, value in self._values.items()}
+        tensors = {f"value/{name}": value.detach() for name, value in self.values.items()}
         tensors["history/loss"] = torch.tensor(self.history.loss, dtype=torch.float64)
         tensors["history/rate"] = torch.tensor(self.history.rate, dtype=torch.float64)
-        tensors |= {f"best/{name}": value for name, value in self._best.items()}
+        best, checks = self.candidates.export()
+        tensors |= best
         if self._ema is not None:
             tensors |= {f"mean/{name}": value for name, value in self._ema.export().items()}
         optimizer = self._current_optimizer()
@@ -265,20 +259,21 @@ class _Run:
             "validated_on": self.options.validated_on,
             "validation": [list(entry) for entry in self.history.validation],
             "optimiser": scalars,
-            **({"checks": [[c.step, *c.losses] for c in self.history.checks]} if self.history.checks else {}),
+            **checks,
         }
         self._checkpoints.save(self.done, Checkpoint({**tensors, **state}, facts))
 
     def restore(self, continue_from: Callable[[Checkpoint, int], None]) -> None:
         """Restores the newest usable checkpoint, if there is one."""
-        checkpoint = self._checkpoints.load(self._is_usable) if self._checkpoints is not None else None
+        checkpoint = self._checkpoints.load(self.candidates.can_continue) if self._checkpoints is not None else None
         self._require_agreement(-1 if checkpoint is None else int(checkpoint.tensors["history/loss"].numel()))
         if checkpoint is None:
             return
-        _copy(_under("value/", checkpoint.tensors), self._values)
-        self._best = _under("best/", checkpoint.tensors)
+        with torch.no_grad():
+            for name, value in self.values.items():
+                value.copy_(checkpoint.tensors[f"value/{name}"])
+        self.candidates.restore(checkpoint)
         self.position, self.step = int(checkpoint.facts["position"]), int(checkpoint.facts["step"])
-        self.rates = self._rates_after(read_checks(checkpoint.facts))
         same_images = checkpoint.facts.get("validated_on", "") == self.options.validated_on
         validation = [(int(step), float(value)) for step, value in checkpoint.facts["validation"] if same_images]
         self.history = History(
@@ -286,45 +281,26 @@ class _Run:
             checkpoint.tensors["history/rate"].tolist(),
             # Without the one at the end of a shorter run, which a longer one would not have made.
             [entry for entry in validation if self._is_validated(entry[0]) or entry[0] == self.total],
-            read_checks(checkpoint.facts),
+            self.candidates.checks,
         )
         self._restored = checkpoint
         continue_from(checkpoint, self.done)
 
     def _require_agreement(self, done: int) -> None:
         # Another run may write checkpoints while the processes of this one choose theirs.
-        agreed = torch.tensor([float(done)], device=next(iter(self._values.values())).device)
+        agreed = torch.tensor([float(done)], device=next(iter(self.values.values())).device)
         self._average([agreed])
         if agreed.item() != done:
             raise TrainingError(
                 f"a process resumes after {done} steps, others after another number", remedy="run it again"
             )
 
-    def _is_usable(self, file: CheckpointFile) -> bool:
-        before = [PhaseRates.from_json(values) for values in file.facts["rates"]]
-        checks, chooser = read_checks(file.facts), self.options.chooser
-        after = self._rates_after(checks)
-        has_same_checks = chooser is None or chooser.would_make(checks, sum(phase.steps for phase in after))
-        return has_same_checks and file.step <= common_steps(before, after)
-
-    def _rates_after(self, checks: Sequence[Check]) -> tuple[PhaseRates, ...]:
-        chooser = self.options.chooser
-        return self._planned if chooser is None else chooser.rates(self._planned, checks)
-
-    @property
-    def _is_last_phase(self) -> bool:
-        return self.position == len(self.phases) - 1
-
     def _record_check(self) -> None:
-        with self.to_export():
-            check = Check(self.done, tuple(self._score()))
-            self._require_finite("the loss of a candidate", check.score)
-            is_start = not self.history.checks
-            self.history.checks.append(check)
-            chooser = self.options.chooser
-            if chooser is not None and not is_start and chooser.best(self.history.checks[1:]) is check:
-                self._best = {name: value.detach().clone() for name, value in self._values.items()}
-        self.rates = self._rates_after(self.history.checks)
+        if self.candidates.is_due(self.done):
+            with self.to_export():
+                check = Check(self.done, tuple(self._score()))
+                self._require_finite("the loss of a candidate", check.score)
+                self.candidates.add(check, self.values)
 
     def _is_validated(self, done: int) -> bool:
         every, options = self.options.validate_every, self.options
@@ -368,12 +344,6 @@ class _Run:
 
 def _is_due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
-
-
-@torch.no_grad()
-def _copy(values: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        into[name].copy_(value)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

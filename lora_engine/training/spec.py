@@ -61,6 +61,7 @@ class TrainSettings(BaseModel):
             loss is within one standard error of the best.
         alpha: The factors act with alpha / rank; None is the rank.
         targets: A preset (`attention`, `attention+ff`, `linear`, `all`, `norms`, `text`), a pattern, or a list of both.
+            `auto` is `all` without the blocks that hardly change the loss.
         overrides: Preset or pattern to settings of the targets that it matches; the last match wins.
         dropout: Share of each layer's input that is hidden from the adapter during training.
         rank_dropout: Share of the ranks of each layer that a batch drops; for kinds lora, rslora and lora-fa.

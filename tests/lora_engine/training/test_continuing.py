@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from lora_engine.errors import InterruptedRun, SettingsError, TrainingError
 from lora_engine.formats import read_bundle
-from lora_engine.training import loop
+from lora_engine.training import candidates, loop
 from lora_engine.training.continuing import find_loss, find_state, planned_rates
 from lora_engine.training.methods import methods
 from lora_engine.training.phases import ParameterGroup, Phase
@@ -111,7 +111,7 @@ def test_a_state_whose_rates_are_not_compared_gives_other_bytes(
     settings = {**CONSTANT, "schedule": "cosine"}
     straight, _ = trained("straight", "alone", steps=6, **settings)
     trained("half", steps=3, **settings)
-    monkeypatch.setattr(loop, "common_steps", lambda before, after: 10**9)
+    monkeypatch.setattr(candidates, "common_steps", lambda before, after: 10**9)
     out, steps = trained("whole", steps=6, **settings)
     assert steps == [4, 5, 6]
     assert digests(out) != digests(straight)
