@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable
-from pathlib import Path
 
+from lora_engine.data.manifest import Manifest
 from registry.entities import ArtifactRef, now
 from registry.errors import RightsError
 from registry.home import Home
@@ -21,12 +20,12 @@ _log = logging.getLogger(__name__)
 _SHOWN = 20
 
 
-def check_new_dataset(home: Home, folder: Path, policy: ConsentPolicy | None, where: str) -> None:
+def check_new_dataset(home: Home, manifest: Manifest, policy: ConsentPolicy | None, where: str) -> None:
     """Warns of broken and missing statements about the images of a dataset that ingest made, or refuses it.
 
     Args:
         home: The home, whose policy holds if it is stricter.
-        folder: The dataset.
+        manifest: The dataset.
         policy: The policy of the ingest step; None leaves it to the home.
         where: The step, for errors.
 
@@ -34,7 +33,7 @@ def check_new_dataset(home: Home, folder: Path, policy: ConsentPolicy | None, wh
         RightsError: The policy is `strict`, and a statement is broken or missing; has all of them.
         PolicyError: The home's policy cannot be used.
     """
-    entries = tuple(json.loads((folder / "manifest.json").read_bytes())["pictures"])
+    entries = tuple(entry.model_dump(mode="json") for entry in manifest.pictures)
     findings = find_consent({ArtifactRef("manifest", "0" * 64, 0): entries}, now().date())
     _apply(strictest({read_policies(home.path).consent, policy}), findings, where)
 

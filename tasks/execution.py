@@ -26,7 +26,7 @@ from registry.store.artifacts import Store, open_store
 from registry.store.redaction import redact, redact_error
 from tasks.consent import check_datasets
 from tasks.environment import describe_environment
-from tasks.exclusion import refuse_revoked
+from tasks.exclusion import refuse_revoked, refuse_revoked_base
 from tasks.job import Job, Outcome
 from tasks.progress import StepEvent, publish, stop_requested
 from tasks.step import Context, Inputs
@@ -93,6 +93,7 @@ def execute(job: Job, inputs: Inputs, home: Home, run_id: str, *, force: bool = 
             try:
                 _refuse_if_stopped(job.name)
                 refuse_revoked(inputs, lineage, f"step {job.name!r}")
+                refuse_revoked_base(job.base, lineage, f"step {job.name!r}")
                 if job.kind.produces == "adapter":
                     datasets = [ref for refs in inputs.values() for ref in refs if ref.kind == "manifest"]
                     check_datasets(home, store, lineage, datasets, f"step {job.name!r}")

@@ -229,7 +229,8 @@ class FolderLayout:
         _warn("%d entries of metadata files name no image, first %s", captions.unknown)
         faults = [Quarantined(source=printable(file), reason=printable(why)) for file, why in captions.faults.items()]
         for fault in faults:
-            _log.warning("the caption %s is not used: %s", fault.source, fault.reason)
+            # The manifest lists it, and so does the summary of a run.
+            _log.warning("the caption %s is not used: %s", fault.source, fault.reason, extra={"in_artifact": True})
         return faults
 
     def _subset(self, name: str) -> Subset | None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from registry.refs import can_exist, split_ref, version_number
 from registry.store.database import batched
 from registry.store.tables import ContentRow, ExecutionRow, InputRow, ParentRow, SubjectRow, VersionRow
 
+RESULT_PARENT = re.compile(r"result of [\w-]+ artifact:([0-9a-f]{64})")
+"""Parent of a version that is an artifact itself, which an import found by its bytes or content."""
 NodeKind = Literal["subject", "file", "artifact", "execution", "run", "version", "origin"]
 
 
@@ -143,7 +146,9 @@ def _version_sources(session: Session, refs: Sequence[str]) -> Iterator[Edge]:
     yield from (Edge(NodeId("artifact", row[1]), NodeId("version", row[2]), "report") for row in rows if row[1])
     parents = select(ParentRow.parent, ParentRow.text, version_ref()).join(VersionRow, VersionRow.id == ParentRow.child)
     for parent, text, child in batched(session, parents.order_by(ParentRow.position), ParentRow.child, ids):
-        yield Edge(NodeId("origin" if parent is None else "version", text), NodeId("version", child), "parent")
+        result = RESULT_PARENT.fullmatch(text) if parent is None else None
+        source = NodeId("artifact", result[1]) if result else NodeId("origin" if parent is None else "version", text)
+        yield Edge(source, NodeId("version", child), "parent")
 
 
 def _version_children(session: Session, refs: Sequence[str]) -> Iterator[Edge]:

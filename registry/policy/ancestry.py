@@ -15,6 +15,7 @@ from registry import queries
 from registry.entities import ADAPTER_KINDS, AdapterVersion, ArtifactRef
 from registry.lineage.graph import (
     DOWNSTREAM,
+    RESULT_PARENT,
     Edge,
     NodeId,
     Relation,
@@ -33,8 +34,6 @@ _REWRITES = {"merge", "convert", "resize", "export", "extract", "fuse"}
 """Steps that use no base, except a merge that learns its weights from a dataset."""
 _BASE = "base:"
 _FILE = re.compile(r"sha256:([0-9a-f]{64})")
-_RESULT = re.compile(r"result of [\w-]+ artifact:([0-9a-f]{64})")
-"""Parent that is an artifact itself, which an import found by its bytes or content."""
 _HOLDERS: Select[Any] = (
     select(ContentRow.sha256, ContentRow.artifact)
     .join(ArtifactRow, ArtifactRow.sha256 == ContentRow.artifact)
@@ -172,7 +171,7 @@ def _declared_parents(session: Session, artifacts: Sequence[str]) -> Iterator[Ed
         for digest, artifact in batched(session, query, ContentRow.sha256, files):
             by_file[digest].add(artifact)
     for artifact, parent, text in declared:
-        match, result = _FILE.search(text), _RESULT.fullmatch(text)
+        match, result = _FILE.search(text), RESULT_PARENT.fullmatch(text)
         if parent is not None:
             sources = {by_id[parent]}
         else:
@@ -189,7 +188,7 @@ def _declared_children(session: Session) -> list[Relation]:
     by_file: dict[str, list[str]] = defaultdict(list)
     by_artifact: dict[str, list[str]] = defaultdict(list)
     for text, child in session.execute(query.where(ParentRow.parent.is_(None), ParentRow.text.contains(":"))):
-        if result := _RESULT.fullmatch(text):
+        if result := RESULT_PARENT.fullmatch(text):
             by_artifact[result[1]].append(child)
         elif match := _FILE.search(text):
             by_file[match[1]].append(child)

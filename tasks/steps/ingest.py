@@ -88,7 +88,7 @@ def ingest(spec: Ingest, context: Context) -> None:
     from lora_engine.data.ingest import ingest as ingest_folder
     from tasks.consent import check_new_dataset
 
-    ingest_folder(
+    manifest = ingest_folder(
         context.files["images"],
         context.out,
         spec.narrow(IngestSettings),
@@ -97,4 +97,4 @@ def ingest(spec: Ingest, context: Context) -> None:
         revoked=context.excluded,
         progress=context.progress,
     )
-    check_new_dataset(context.home, context.out, spec.consent_policy, f"step {context.name!r}")
+    check_new_dataset(context.home, manifest, spec.consent_policy, f"step {context.name!r}")

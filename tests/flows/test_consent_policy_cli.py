@@ -122,6 +122,19 @@ def test_an_owner_who_opts_out_later_takes_the_versions_back(write: Write, home:
 
 
 @pytest.mark.usefixtures("prefect_server")
+def test_a_revoked_base_is_refused_before_training_with_the_reason(write: Write, home: Path) -> None:
+    path = write()
+    say("run", path, home=home)
+    say("revoke", "tiny", "--reason", "scraped without consent", home=home)
+    write(steps=2)
+    run = loraline_here("run", path, home=home)
+    assert run.returncode == 1
+    assert "step 'adapter'" in run.stderr
+    assert "its base 'tiny' was revoked by" in run.stderr
+    assert "scraped without consent" in run.stderr
+
+
+@pytest.mark.usefixtures("prefect_server")
 def test_a_renewed_consent_recalls_nothing(write: Write, home: Path, tmp_path: Path) -> None:
     path = write("off", _1=EXPIRED)
     say("run", path, home=home)

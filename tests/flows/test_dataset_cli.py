@@ -255,6 +255,10 @@ def test_a_run_keeps_trigger_and_template_from_class_images(kohya: Path, tmp_pat
         "1_dog/c.png": "dog",
         "1_dog/d.png": "dog",
     }
+    (kohya / "10_sks dog" / "b.txt").write_bytes(bytes(range(256)))
+    shown = loraline_here("run", spec, home=tmp_path / "home").stdout
+    assert shown.count("b.txt") == 1, "an unusable caption is shown once"
+    (kohya / "10_sks dog" / "b.txt").unlink()
     assert "photos: 2 images, captions: 1 .caption, 1 folder name; 2 class images" in say(
         "run", spec, home=tmp_path / "home"
     )

@@ -107,6 +107,18 @@ def test_what_verbs_made_of_a_version_or_a_file_is_found_again(opened: Home, tmp
     assert (revoked.returncode, "version nc@1" in revoked.stderr) == (1, True)
 
 
+def test_lineage_follows_a_parent_that_a_verb_made(opened: Home, tmp_path: Path) -> None:
+    say("merge", "nc@1", "free@1:0.5", "-o", tmp_path / "merged.safetensors", home=opened.path)
+    assert imported(opened, tmp_path / "merged.safetensors", license_id="CC-BY-NC-4.0").returncode == 0
+    parents = facts_of(opened, "back@1")["parents"]
+    (parent,) = [text for text in parents if text.startswith("result of merge artifact:")]
+    nodes = json.loads(say("lineage", "back@1", "--json", home=opened.path))["nodes"]
+    kinds = {node["id"]: node["kind"] for node in nodes}
+    assert kinds[parent.partition("artifact:")[2]] == "artifact"
+    assert "origin" not in {kind for node, kind in kinds.items() if node == parent}
+    assert [node["label"] for node in nodes if node["kind"] == "execution" and "merge" in node["label"]]
+
+
 def test_a_model_with_a_fused_adapter_and_what_is_extracted_from_it_are_made_from_it(
     opened: Home, tmp_path: Path
 ) -> None:

@@ -248,8 +248,6 @@ OWN = {
     "registry/versions/mlflow_sync.py": "a cell of the database that the registry wrote",
     "registry/versions/mlflow_writer.py": "files of an artifact, after their digests were verified",
     "registry/documents/signing.py": "a signature, whose form is checked field by field",
-    "registry/documents/bundle.py": "a signature, whose form is checked field by field",
-    "registry/documents/storage.py": "documents, after their digests were verified",
     "registry/store/migrations/revision_4.py": "a cell of the database that the registry wrote",
     "registry/store/cells.py": "a cell of the database that the registry wrote",
     "registry/store/database.py": "a cell of the database that the registry wrote",

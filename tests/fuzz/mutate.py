@@ -8,7 +8,7 @@ from random import Random
 
 from tests.fuzz.files import TEXT, Files
 from tests.fuzz.mutate_bytes import MAX_SIZE, mutate_bytes, mutate_text
-from tests.fuzz.mutate_containers import mutate_database, mutate_png, mutate_tar
+from tests.fuzz.mutate_containers import mutate_database, mutate_png, mutate_tar, mutate_zip
 from tests.fuzz.mutate_tree import mutate_json, mutate_yaml
 from tests.fuzz.mutate_weights import mutate_weights
 
@@ -20,6 +20,7 @@ MUTATORS: Mapping[str, Sequence[Mutator]] = {
     ".csv": (mutate_text, mutate_text, mutate_bytes),
     ".txt": (mutate_text, mutate_text, mutate_bytes),
     ".png": (mutate_png, mutate_png, mutate_bytes),
+    ".pt": (mutate_zip, mutate_zip, mutate_bytes),
     ".tar": (mutate_tar, mutate_tar, mutate_bytes),
     ".db": (mutate_database,),
     "": (mutate_text, mutate_text, mutate_text, mutate_bytes),

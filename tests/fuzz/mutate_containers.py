@@ -1,4 +1,4 @@
-"""Mutators of formats with checksums or an inner structure: PNG, tar and SQLite."""
+"""Mutators of formats with checksums or an inner structure: PNG, tar, zip and SQLite."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import sqlite3
 import struct
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -107,6 +108,25 @@ def _change_member(pairs: list[tuple[tarfile.TarInfo, bytes]], random: Random) -
             changed = mutate_bytes(data, (), random)
             member.size = len(changed)
             pairs[place] = (member, changed)
+
+
+def mutate_zip(content: bytes, others: Sequence[bytes], random: Random) -> bytes:
+    """Changes a member of a zip archive, which keeps valid checksums, or all bytes if it is no archive."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError, ValueError, zlib.error):
+        return mutate_bytes(content, others, random)
+    if not members:
+        return mutate_bytes(content, others, random)
+    # The pickle itself is most of what a reader interprets.
+    name = random.choice([*members, *([entry for entry in members if entry.endswith(".pkl")] * 4)])
+    members[name] = mutate_bytes(members[name], [], random)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for entry, data in members.items():
+            archive.writestr(zipfile.ZipInfo(entry), data)
+    return buffer.getvalue()
 
 
 def _with_checksums(content: bytes) -> bytes:

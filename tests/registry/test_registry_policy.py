@@ -328,3 +328,15 @@ def test_the_consent_policy_holds_for_every_alias(policy, allowed, warned):
     assert (decision.allowed, len(decision.warnings)) == (allowed, warned)
     silent = dataclasses.replace(facts, consent=ConsentFindings(1, (), ("no basis",), is_stated=False))
     assert len(decide(VERSION, AliasPolicy(), silent).warnings) == 0
+
+
+@pytest.mark.parametrize(("length", "accepted"), [(1_000, True), (1_001, False)])
+def test_a_pattern_of_movers_has_a_bounded_length(tmp_path, length, accepted):
+    (tmp_path / "policy.yaml").write_text(
+        f"aliases: {{production: {{movers: ['{'*a' * (length // 2)}{'b' * (length % 2)}']}}}}"
+    )
+    if accepted:
+        assert len(read_policies(tmp_path).of("production").movers[0]) == length
+    else:
+        with pytest.raises(PolicyError, match="at most 1000 characters"):
+            read_policies(tmp_path)

@@ -113,9 +113,14 @@ def shared_server() -> Server:
 @pytest.fixture
 def forked_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes forked processes read pickled files during a test."""
+    monkeypatch.setattr(pickles, "subprocess", forking())
+
+
+def forking() -> types.SimpleNamespace:
+    """Returns the part of `subprocess` that `pickles` uses, with forks of the shared interpreter."""
 
     def start(command: list[str], **options: Any) -> ForkedReader:
         return ForkedReader(shared_server(), command, **options)
 
     names = {"Popen": start, "DEVNULL": subprocess.DEVNULL, "TimeoutExpired": subprocess.TimeoutExpired}
-    monkeypatch.setattr(pickles, "subprocess", types.SimpleNamespace(**names))
+    return types.SimpleNamespace(**names)
