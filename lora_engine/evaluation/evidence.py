@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 BASE, CANDIDATE, PRODUCTION = "base", "candidate", "production"
 """Roles of the compared models. Other versions have their reference as role, such as `zorb@3`."""
 
+MIN_GROUPS = 6
+"""Least number of groups for an interval and a verdict: below, no exact test can reach 5 %."""
+COVERAGE_GROUPS = 16
+"""Least number of groups from which the interval covers at least 94 %, so that reports may state its coverage."""
+
 RequestSet = Literal["reference", "with_trigger", "without_trigger"]
 """Captions of real images; the prompts; the prompts without the trigger."""
 
