@@ -131,6 +131,16 @@ def test_a_pipeline_captions_with_a_hub_model_and_records_revision_and_digest(
     assert "captions: 3 images, captions: 1 .txt, 2 org/smol@cccccccccccc" in shown
 
 
+def test_a_cached_model_with_code_is_refused_with_that_reason(images: Path, hub: Path, tmp_path: Path) -> None:
+    (hub / "modeling_x.py").write_text("")
+    for name in ("org/smol", f"org/smol@{COMMIT}"):
+        failed = loraline_here("caption", images, "--captioner", name, home=tmp_path / "home")
+        assert failed.returncode == 1
+        assert "the model brings code of its own (modeling_x.py), which is not run" in failed.stderr
+    (hub / "modeling_x.py").unlink()
+    assert loraline_here("caption", images, "--captioner", f"org/smol@{COMMIT}", home=tmp_path / "home").returncode == 0
+
+
 @pytest.mark.usefixtures("prefect_server")
 def test_another_model_under_the_same_name_captions_again(tmp_path: Path, images: Path, qwen: Path) -> None:
     folder = tmp_path / "model"
