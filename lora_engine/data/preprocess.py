@@ -134,7 +134,7 @@ class _Preparer:
             window = CROPS[keep](image, _window(fit))
             image, mask = image.crop(window), mask.crop(window) if mask is not None else None
             fit = fit_into(image.size, fit.size)
-        resized = self._enlarge(image, fit) if fit.scale > 1 else resize(image, fit)
+        resized = self._enlarge(image, fit) if fit.scale > 1 else _resize_image(image, fit)
         box = CROPS[keep](resized, fit.size)
         return resized.crop(box), _resize_mask(mask, fit).crop(box) if mask is not None else None
 
@@ -143,7 +143,7 @@ class _Preparer:
             while image.width < fit.resized[0] or image.height < fit.resized[1]:
                 image = self.upscaler(image)
         elif self.settings.upscale == "bicubic":
-            return resize(image, fit)
+            return _resize_image(image, fit)
         return image.resize(fit.resized, Image.Resampling.LANCZOS)
 
     def _record(self, preparation: Preparation, fit: Fit) -> Preparation | None:
@@ -226,11 +226,11 @@ def _report_enlarged(scales: Mapping[str, float]) -> None:
 
 def to_square(image: Image.Image, size: int, crop: str) -> Image.Image:
     """Returns the image resized and cropped to size x size pixels."""
-    resized = resize(image, fit_into(image.size, (size, size)))
+    resized = _resize_image(image, fit_into(image.size, (size, size)))
     return resized.crop(CROPS[crop](resized, (size, size)))
 
 
-def resize(image: Image.Image, fit: Fit) -> Image.Image:
+def _resize_image(image: Image.Image, fit: Fit) -> Image.Image:
     """Returns the image in the size before the crop."""
     if fit.resized == image.size:
         return image

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_engine.data.captioners import CAPTIONERS
-from lora_engine.data.folder import list_folder
+from lora_engine.data.folder import Tree, list_tree
 from lora_engine.data.manifest import ImageEntry
 from lora_engine.data.spec import CaptionSettings, IngestSettings
 from lora_engine.data.text_files import printable
@@ -98,7 +98,7 @@ def caption_folder(
 
 def _find_targets(root: Path, entries: list[ImageEntry]) -> dict[str, Path]:
     """Returns image -> its caption file: `name.txt`, or `name.png.txt` where images share a name."""
-    paths = {printable(path.relative_to(root).as_posix()): path for path in list_folder(root).images}
+    paths = {printable(name): root / name for name in list_tree(Tree(root)).images}
     stems = Counter(path.with_suffix("") for path in paths.values())
     return {
         entry.source: path.with_suffix(_ENDING)
