@@ -14,7 +14,7 @@ from lora_engine.data.captioner_options import MAX_DESCRIPTION, TaggerOptions, V
 from lora_engine.data.captioners import DescribeJob
 from lora_engine.data.images import open_image
 from lora_engine.documents import read_json_object
-from lora_engine.errors import BaseModelError, EngineError
+from lora_engine.errors import BaseModelError, EngineError, SettingsError
 from lora_engine.files import atomic_write, canonical_json, sha256_bytes, sha256_file
 from lora_engine.progress import Progress
 
@@ -30,35 +30,49 @@ def describe_with_vlm(job: DescribeJob) -> list[str]:
 
     Raises:
         BaseModelError: A model cannot be found, loaded or run.
-        SettingsError: This machine lacks the requested device or package.
+        SettingsError: This machine lacks the requested device or package, or the model cannot use the tags.
     """
     options = VlmOptions.model_validate(job.options)
     source = resolve_vlm(options.model)
+    prompt = _prompt_of(source, options)
     tags: Sequence[str] = [""] * len(job.images)
+    progress = job.progress
     if options.tagger is not None:
         tags = _tag(job, options.tagger, _part_of(job.progress, 0))
-    family = find_vlm_family(read_json_object(source.folder / "config.json", BaseModelError), str(source.folder))
-    prompt = options.prompt or family.prompt_for(options.style, with_tags=options.tagger is not None)
-    if options.tagger is not None and "{tags}" not in prompt:
-        prompt += family.hint
+        progress = _part_of(job.progress, 1)
     words = [
         {**job.words, "tags": hint[:_HINTED], "caption": text[:_HINTED]}
         for hint, text in zip(tags, job.texts, strict=True)
     ]
     settings = options.model_dump(mode="json", exclude=_WITHOUT_EFFECT) | {"prompt": prompt}
-    progress = _part_of(job.progress, 1) if options.tagger is not None else job.progress
     captions = _Cache(job.cache, source, settings, words, job.images)
-    # Loads the model for what is left only, and hands each batch to the cache at once.
     missing = captions.missing
     progress(len(job.images) - len(missing), len(job.images), {})
-    if not missing:
+    if not missing:  # the model is not loaded
         return captions.texts
     vlm = load_vlm(source, options)
-    for batch in _batches(missing, vlm.batch_size):
-        prompts = [fill_prompt(prompt, {name: vlm.plain(text) for name, text in words[i].items()}) for i in batch]
-        captions.add(batch, vlm.describe([open_image(job.images[index]) for index in batch], prompts))
-        progress(len(job.images) - len(captions.missing), len(job.images), {})
+    try:
+        for batch in _batches(missing, vlm.batch_size):
+            prompts = [fill_prompt(prompt, {name: vlm.plain(text) for name, text in words[i].items()}) for i in batch]
+            captions.add(batch, vlm.describe([open_image(job.images[index]) for index in batch], prompts))
+            progress(len(job.images) - len(captions.missing), len(job.images), {})
+    finally:
+        vlm.close()
     return captions.texts
+
+
+def _prompt_of(source: CaptionerModel, options: VlmOptions) -> str:
+    """Returns the prompt with its placeholders; raises `SettingsError` if it could not use the tags of a tagger."""
+    family = find_vlm_family(read_json_object(source.folder / "config.json", BaseModelError), str(source.folder))
+    prompt = options.prompt or family.prompts[options.style]
+    if options.tagger is None or "{tags}" in prompt:
+        return prompt
+    if not family.hint:
+        raise SettingsError(
+            f"{family.title} follows no instruction, so the tags of the tagger would have no effect",
+            remedy="leave the tagger out, use it alone (captioner tagger), or write a prompt with {tags}",
+        )
+    return prompt + family.hint
 
 
 def describe_with_tagger(job: DescribeJob) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_engine.bases.hub import fetch_files
 from lora_engine.bases.source import digest_files, split_hub_id
+from lora_engine.data.text_files import printable
 from lora_engine.documents import read_json_object
 from lora_engine.errors import BaseModelError
 from lora_engine.families.layout import find_weights
@@ -15,6 +16,7 @@ from lora_engine.files import FilePath
 
 _TEXTS = ("*.json", "*.jinja", "*.txt", "*.model")
 _WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
+_ADAPTER = "adapter_config.json"
 TAGGER_FILES = ("model.onnx", "selected_tags.csv")
 """The files of a tagger."""
 
@@ -38,7 +40,7 @@ class CaptionerModel:
     @property
     def label(self) -> str:
         """The name for captions and records: without paths, the same on every machine."""
-        return f"{self.name}@{self.revision[:12]}" if self.revision else self.folder.name
+        return f"{self.name}@{self.revision[:12]}" if self.revision else printable(self.folder.name)
 
     def fingerprint(self) -> str:
         """Returns the SHA-256 over the names and digests of its files: weights and configuration."""
@@ -78,7 +80,7 @@ def list_vlm_files(folder: Path) -> tuple[str, ...]:
     """Returns the names of the files that a vision-language model is loaded from.
 
     Raises:
-        BaseModelError: The folder has no configuration, code of its own, or no safetensors.
+        BaseModelError: The folder has no configuration, an adapter, code of its own, or no safetensors.
     """
     if not (folder / "config.json").is_file():
         raise BaseModelError(
@@ -86,6 +88,13 @@ def list_vlm_files(folder: Path) -> tuple[str, ...]:
             where=str(folder),
             allowed="a folder that `save_pretrained` of transformers wrote",
             remedy="download or save the model again",
+        )
+    if (folder / _ADAPTER).is_file():
+        raise BaseModelError(
+            f"the folder has an {_ADAPTER}, which names another model to load",
+            where=str(folder),
+            allowed="whole models",
+            remedy="merge the adapter into its model with PEFT, and save that",
         )
     texts = sorted({path.name for pattern in _TEXTS for path in folder.glob(pattern) if path.is_file()})
     code = sorted(path.name for path in folder.glob("*.py"))

@@ -53,6 +53,12 @@ class Vlm:
                 text = text.replace(token, " ")
         return " ".join(text.split())
 
+    def close(self) -> None:
+        """Frees the memory of the model; on a GPU for other processes too, such as that of a training."""
+        device, self._model = self._model.device.type, None
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
     @torch.inference_mode()
     def describe(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
         """Returns one line per image, of at most `MAX_DESCRIPTION` characters; greedy or by beams, so without chance.

@@ -66,10 +66,6 @@ class VlmFamily:
     has_processor: bool = True
     padding: Literal["left", "right"] | None = "left"
 
-    def prompt_for(self, style: str, *, with_tags: bool) -> str:
-        """Returns the prompt for a style, and with a hint if there are tags."""
-        return self.prompts[style] + (self.hint if with_tags else "")
-
 
 def find_vlm_family(config: Mapping[str, Any], where: str) -> VlmFamily:
     """Returns the family of a model.

@@ -22,6 +22,7 @@ from lora_engine.registries import import_target
 
 TEMPLATE_ORIGIN = "template"
 """The origin of captions that are the filled template."""
+_MAX_ORIGIN = 300
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def caption(
 def _origin_of(image: ImageEntry, text: str, origin: str | None, settings: CaptionSettings) -> str | None:
     if not settings.is_reported:
         return image.caption_origin
-    return origin if text else TEMPLATE_ORIGIN
+    return origin if text or not (settings.trigger or settings.class_word) else TEMPLATE_ORIGIN
 
 
 def _describe(
@@ -112,14 +113,16 @@ def _describe(
         cache=cache,
         progress=progress,
     )
-    label = " + ".join(labels.values()) or captioner.name
+    label = (" + ".join(labels.values()) or captioner.name)[:_MAX_ORIGIN]
     # Without images there is nothing to load a model for.
     made = import_target(CAPTIONERS, captioner.name, captioner.describe)(job) if positions else []
     for index, text in zip(positions, made, strict=True):
         if settings.existing == "append" and own[index]:
-            free = max(0, MAX_CAPTION - RESERVED - len(own[index]))
-            origins[index] = f"{origins[index] or TEXT} + {label}"
-            own[index] = ", ".join(filter(None, (own[index], text[:free])))
+            addition = text[: max(0, MAX_CAPTION - RESERVED - len(own[index]))]
+            # An earlier run may have appended the same.
+            if addition and addition not in own[index]:
+                origins[index] = f"{origins[index] or TEXT} + {label}"[:_MAX_ORIGIN]
+                own[index] = f"{own[index]}, {addition}"
         else:
             own[index], origins[index] = text, label
     return _Described(own, origins)
@@ -136,11 +139,14 @@ def _complete(texts: Sequence[str], settings: CaptionSettings) -> list[str]:
 def add_trigger(text: str, settings: CaptionSettings) -> str:
     """Returns a caption with the trigger: itself, after the filled template if it lacks it, or the template if empty.
 
+    An empty caption of a model stays empty if the template has no word to fill in; a check finds it.
+
     Raises:
         SettingsError: The caption is empty, and the template has no word to fill in.
     """
     if not text:
-        return render_template(settings)
+        is_described = bool(CAPTIONERS[settings.captioner_name].describe)
+        return "" if is_described and not (settings.trigger or settings.class_word) else render_template(settings)
     if settings.trigger is None or holds_word(text, settings.trigger):
         return text
     # The caption must contain the trigger, or training would not learn it.

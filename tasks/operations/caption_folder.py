@@ -78,7 +78,7 @@ def caption_folder(
         texts = {image.source: image.caption for image in changed}
         files = {image.source: out / image.file for image in changed}
         findings = find_caption_problems(texts, files, parsed)[0] if changed else []
-    targets = _find_targets(images, changed)
+    targets = _find_targets(images, [image for image in changed if image.caption])
     left = [source for source, path in targets.items() if keeps and _holds_text(path)]
     written = {} if dry_run else {source: path for source, path in targets.items() if source not in left}
     with write_within(images):

@@ -81,7 +81,7 @@ def caption_labels(settings: CaptionSettings, models: Mapping[str, Mapping[str, 
 def located(settings: CaptionSettings, folder: Path) -> CaptionSettings:
     """Returns settings in which paths of models, which are relative to a folder, are full."""
     values = settings.model_dump(mode="json")
-    for part in (values["captioner"], values["check"]):
+    for part in (values["captioner"] if settings.models() else None, values["check"]):
         _locate(part, folder)
     return type(settings).model_validate(values)
 

@@ -18,7 +18,7 @@ from lora_engine.data.captioner_options import MAX_DESCRIPTION, VlmOptions
 from lora_engine.data.ingest import ingest
 from lora_engine.data.manifest import MAX_CAPTION, Manifest
 from lora_engine.data.spec import CaptionSettings, IngestSettings
-from lora_engine.errors import InterruptedRun
+from lora_engine.errors import InterruptedRun, SettingsError
 from tests.support.color_tagger import write_tagger
 
 TOKENS = 6
@@ -53,7 +53,7 @@ def run(dataset: Path, tmp_path: Path, captioners: dict[str, Path]) -> Callable[
 def described(captioners: dict[str, Path], shown: list[Image.Image]) -> list[str]:
     options = VlmOptions(model="x", max_tokens=TOKENS)
     model = load_vlm(resolve_vlm(captioners["idefics3"]), options)
-    prompt = model.family.prompt_for("sentences", with_tags=False)
+    prompt = model.family.prompts["sentences"]
     return [text for image in shown for text in model.describe([image], [prompt])]
 
 
@@ -73,6 +73,25 @@ def test_existing_captions_are_kept_replaced_or_appended_to(run: Callable[..., M
     assert origins(replaced) == ["smol@1"] * 3
     assert texts(appended) == [f"own words, {described[0]}", *described[1:]]
     assert origins(appended) == [".caption + smol@1", "smol@1", "smol@1"]
+
+
+def test_appending_twice_appends_once(run: Callable[..., Manifest], tmp_path: Path) -> None:
+    first = run(existing="append")
+    (tmp_path / "images" / "0.caption").write_text(texts(first)[0])
+    shutil.rmtree(tmp_path / "dataset")
+    ingest(tmp_path / "images", tmp_path / "dataset", IngestSettings())
+    again = run(existing="append")
+    assert (texts(again)[0], origins(again)[0]) == (texts(first)[0], ".caption")
+
+
+def test_an_empty_caption_of_a_model_does_not_end_the_run(
+    run: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(describe_module, "describe_with_vlm", lambda job: ["" for _ in job.images])
+    assert texts(run()) == ["own words", "", ""]
+    filled = run(class_word="dog")
+    assert texts(filled) == ["own words", "a dog", "a dog"]
+    assert origins(filled) == [".caption", "template", "template"]
 
 
 def test_trigger_and_edits_apply_to_captions_of_models_and_of_files(
@@ -179,6 +198,14 @@ def test_the_tags_of_a_tagger_are_hints_in_the_prompt(
     run(options={"tagger": tagger}, cache=tmp_path / "cache")
     assert seen == ["red sky, ^_^", ""]
     assert len(list((tmp_path / "cache").rglob("*.json"))) == 4
+
+
+def test_tags_are_refused_for_a_model_that_follows_no_instruction(
+    run: Callable[..., Manifest], captioners: dict[str, Path], tmp_path: Path
+) -> None:
+    options = {"model": str(captioners["blip"]), "tagger": {"model": str(write_tagger(tmp_path / "tagger"))}}
+    with pytest.raises(SettingsError, match="BLIP follows no instruction"):
+        run(options=options)
 
 
 def test_a_tagger_captions_alone(run: Callable[..., Manifest], dataset: Path, tmp_path: Path) -> None:

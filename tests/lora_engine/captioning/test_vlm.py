@@ -30,7 +30,7 @@ def load(folder: Path, **options: Any) -> Vlm:
 
 
 def prompts(model: Vlm, count: int) -> list[str]:
-    return [model.family.prompt_for("sentences", with_tags=False)] * count
+    return [model.family.prompts["sentences"]] * count
 
 
 def test_all_families_have_a_model_to_test() -> None:
@@ -170,12 +170,17 @@ def without_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
 
+def with_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/other"}')
+
+
 FAULTS: dict[Callable[[Path], None], str] = {
     without_weight: "1 weights of the captioner are missing or of another shape, first",
     with_other_shape: "missing or of another shape|cannot be loaded",
     pickled: "only as pickles",
     with_remote_code: "code of its own.*auto_map in config.json.*florence-community",
     with_code_for_the_processor: "code of its own.*auto_map in processor_config.json",
+    with_adapter: "adapter_config.json, which names another model",
     with_module: "code of its own.*modeling_x.py",
     of_another_type: "model_type is 'moondream1'.*blip, blip-2, florence2",
     damaged: "cannot be loaded",
