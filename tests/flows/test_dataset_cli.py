@@ -17,6 +17,7 @@ from registry.home import Home
 from registry.store.artifacts import open_store
 from tests.flows.commands import loraline_here, say
 from tests.flows.shared import draw_noise
+from tests.lora_engine.data.corpus.build import build, png, tar, zipped
 
 KOHYA = """\
 name: dog
@@ -110,6 +111,49 @@ def test_a_wrong_setting_is_refused(odd: Path, tmp_path: Path, arguments: list[s
     assert run.returncode == 1
     assert message in run.stderr
     assert not page.exists()
+
+
+CONCEPTS = [{"name": "sks dog", "path": "dog", "balancing": 4}, {"path": "cat", "enabled": False}]
+
+
+@pytest.mark.parametrize("name", ["set.zip", "set.tar", "set"])
+def test_archives_and_dataset_files_are_shown(tmp_path: Path, name: str) -> None:
+    files = {
+        "dog/a.png": png(1),
+        "dog/a.txt": b"one\ntwo",
+        "cat/b.png": png(2),
+        "concepts.json": json.dumps(CONCEPTS).encode(),
+    }
+    images = tmp_path / name
+    if name == "set":
+        build(images, files)
+    else:
+        images.write_bytes(zipped(files) if name.endswith("zip") else tar(files))
+    layout = "OneTrainer concepts: 4 x 'sks dog' (1 image); 1 captions have alternatives, and their first line is used"
+    archive = f"; archives: 1 {name[4:]} (1 image)" if name != "set" else ""
+    shown = say("dataset", images, home=tmp_path / "home").splitlines()
+    assert shown[0] == f"dataset  1 images, captions: 1 .txt; 1 skipped; {layout}{archive}"
+    assert "skipped  1 images: the concept 'cat' is disabled" in shown
+    facts = json.loads(say("dataset", images, "--layout", "onetrainer", "--json", home=tmp_path / "home"))
+    assert [image["repeats"] for image in facts["images"]] == [4]
+    assert facts["skipped"] == {"the concept 'cat' is disabled": 1}
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_run_reads_an_archive_and_keeps_its_result(tmp_path: Path) -> None:
+    (tmp_path / "images.tar").write_bytes(tar({"a.png": png(1, 40, 40), "b.png": png(2, 40, 40), "a.txt": b"red"}))
+    spec = tmp_path / "dog.yaml"
+    spec.write_text(KOHYA.replace("images/", "images.tar"))
+    first = json.loads(say("run", spec, "--json", home=tmp_path / "home"))["outcomes"]
+    again = json.loads(say("run", spec, "--json", home=tmp_path / "home"))["outcomes"]
+    assert [outcome["ref"] for outcome in first.values()] == [outcome["ref"] for outcome in again.values()]
+    assert {outcome["cached"] for outcome in again.values()} == {True}
+    (tmp_path / "images.tar").write_bytes(tar({"a.png": png(3, 40, 40)}))
+    changed = json.loads(say("run", spec, "--json", home=tmp_path / "home"))["outcomes"]
+    assert changed["photos"]["ref"] != first["photos"]["ref"]
+    spec.write_text(KOHYA.replace("images/", "gone.tar"))
+    refused = loraline_here("run", spec, home=tmp_path / "home")
+    assert "photos.images is 'gone.tar', which does not exist. Allowed: a folder or file" in refused.stderr
 
 
 @pytest.mark.usefixtures("prefect_server")

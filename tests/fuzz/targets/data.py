@@ -15,6 +15,7 @@ from lora_engine.data.manifest import Manifest
 from lora_engine.data.spec import IngestSettings
 from tests.fuzz.files import Files
 from tests.fuzz.target import Target
+from tests.lora_engine.data.corpus.build import shard, tar, zipped
 
 _CONSENT = b"""file,consent,owner,license,rights,person,scope,expires,revocable,source,opt_out,ai_generated
 0.png,c-1,Zo,CC-BY-4.0,consent,yes,train,2027-12-31,yes,https://example.com/a,ai.txt/2026-05-01/clear,no
@@ -47,7 +48,24 @@ def _seed_datasets(folder: Path) -> list[Files]:
     images = {"0.png": _encoded("RGB", "PNG"), "1.jpg": _encoded("L", "JPEG")}
     texts = {"0.txt": b"a red zorb, on the left", "1.txt": "\u00e9 zorb".encode()}
     masks = {"0.mask.png": _encoded("L", "PNG"), "masks/1.png": _encoded("L", "PNG")}
-    return [images | texts | {"consent.csv": _CONSENT}, images | texts | masks, {"10_zorb/0.png": images["0.png"]}]
+    red = b'{"file_name": "0.png", "text": "red"}'
+    sets = [images | texts | {"consent.csv": _CONSENT}, images | texts | masks, {"10_zorb/0.png": images["0.png"]}]
+    sets += [{"x.tar": tar(images | texts)}, {"x.tgz": tar(images | texts, "w:gz")}, {"x.zip": zipped(images | texts)}]
+    sets += [
+        {"train.parquet": shard(2, text=["red", "blue"])},
+        {"test/0.png": images["0.png"], "train/1.jpg": images["1.jpg"]},
+    ]
+    return [*sets, *(images | file for file in _DATASET_FILES), images | {"metadata.jsonl": red}]
+
+
+_DATASET_FILES: list[Files] = [
+    {"concepts.json": b'[{"name": "x", "path": ".", "balancing": 2, "text": {"prompt_source": "filename"}}]'},
+    {
+        "ai-toolkit.yaml": b"trigger_word: x\ndatasets:\n"
+        b"- {folder_path: ., num_repeats: 2, default_caption: 'a [trigger]'}"
+    },
+    {"multidatabackend.json": b'[{"id": "x", "instance_data_dir": ".", "repeats": 1, "caption_strategy": "filename"}]'},
+]
 
 
 def check_image(folder: Path, output: Path) -> None:
@@ -61,7 +79,7 @@ def check_image(folder: Path, output: Path) -> None:
 
 
 def check_dataset(folder: Path, output: Path) -> None:
-    """Ingests a folder; every file is used or quarantined, and the manifest is read as it was written."""
+    """Ingests a folder; every image is used, quarantined or skipped, and the manifest is read as it was written."""
     consent = folder / "consent.csv"
     settings = IngestSettings(max_pixels=1_000_000, heldout=0.5, repeats="folders")
     manifest = ingest(folder, output / "dataset", settings, consent=consent if consent.is_file() else None)

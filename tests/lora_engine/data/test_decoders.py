@@ -149,7 +149,7 @@ def _is_working(child: int) -> bool:
         return False
 
 
-def test_a_run_goes_on_after_a_file_that_takes_too_much(
+def test_a_file_that_takes_too_much_does_not_end_a_run(
     large: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(4):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_engine.data.ingest import ingest
-from lora_engine.data.layout import is_plain
+from lora_engine.data.layout import is_plain, is_without_archives
 from lora_engine.data.manifest import Manifest
 from lora_engine.data.spec import IngestSettings
 from lora_engine.errors import DataError
@@ -126,8 +126,18 @@ def test_of_equal_images_the_one_with_a_caption_counts(tmp_path: Path, caplog: p
 PLAIN = [
     ["a.png", "b/c.jpg", "b/c.txt", "a.mask.png", "masks/a.png", "readme.md", "notes.txt"],
     ["10_sks dog/a.png", "b.png"],
+    ["train/a.png", "train/b.png"],
 ]
 ODD = ["a.caption", "a.json", "a.TXT", "a.png.txt", "metadata.csv", "meta_cap.json", "a.avif", "a_mask.png", "a.tif"]
+NEW = [
+    *(
+        ["a.png", name]
+        for name in ("x.tar", "x.tgz", "x.ZIP", "x.parquet", "x.arrow", "a.heic", "a.cls", "concepts.json")
+    ),
+    *(["a.png", name] for name in ("ai-toolkit.yaml", "multidatabackend.json", "__MACOSX/b.png")),
+    ["a.png", "a.caption", "a.png.txt"],
+    ["train/a.png", "test/b.png"],
+]
 
 
 @pytest.mark.parametrize("names", PLAIN)
@@ -138,7 +148,15 @@ def test_a_folder_that_is_read_as_before_is_plain(names: list[str]) -> None:
 @pytest.mark.parametrize("name", ODD)
 def test_a_folder_with_a_file_that_is_read_anew_is_not_plain(name: str) -> None:
     assert not is_plain(["a.png", name])
+    assert is_without_archives(["a.png", name])
+
+
+@pytest.mark.parametrize("names", NEW)
+def test_a_folder_that_is_read_otherwise_than_by_the_last_release_is_known_by_its_names(names: list[str]) -> None:
+    assert not is_without_archives(names)
+    assert not is_plain(names)
 
 
 def test_kohyas_folders_are_not_plain() -> None:
     assert not is_plain(["10_sks dog/a.png", "1_dog/b.png"])
+    assert is_without_archives(["10_sks dog/a.png", "1_dog/b.png"])
