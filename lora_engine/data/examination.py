@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +14,7 @@ from lora_engine.data.duplicates import find_groups, take_print
 from lora_engine.data.images import open_image
 from lora_engine.data.ingest import ingest
 from lora_engine.data.manifest import ImageEntry, Manifest
-from lora_engine.data.masks import overlay
+from lora_engine.data.masks import is_black, overlay
 from lora_engine.data.preparation import Preparation
 from lora_engine.data.preprocess import preprocess
 from lora_engine.data.quality import find_flaws
@@ -100,7 +100,7 @@ def examine_images(
     images, prints = [], []
     for entry in manifest.pictures:
         image = open_image(work / entry.file)
-        flaws = tuple(find_flaws(image, resolution))
+        flaws = (*find_flaws(image, resolution), *_find_flaws_of_mask(work, entry))
         prints.append(take_print(image))
         image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
         result = results.get(entry.file)
@@ -111,6 +111,11 @@ def examine_images(
         images.append(Examined(entry, flaws, image, review, result.preparation if result is not None else None))
     groups = tuple(tuple(group) for group in find_groups(prints) if len(group) > 1)
     return Examination(manifest, prepared, tuple(images), groups, tuple(_advice(images, groups)))
+
+
+def _find_flaws_of_mask(dataset: Path, entry: ImageEntry) -> Iterator[str]:
+    if entry.mask is not None and is_black(open_image(dataset / entry.mask).convert("L")):
+        yield "its mask is black: nothing of it counts"
 
 
 def _review(dataset: Path, entry: ImageEntry) -> Image.Image:

@@ -150,7 +150,9 @@ class _Preparer:
         # The bytes of released results with buckets stay: they record no enlargement.
         if fit.scale > 1 and (self.settings.crop != "bucket" or self.settings.upscale != "bicubic"):
             upscaler = self.upscaler.label if self.upscaler is not None else str(self.settings.upscale)
-            preparation = preparation.model_copy(update={"scale": max(1.001, round(fit.scale, 3)), "upscaler": upscaler})
+            preparation = preparation.model_copy(
+                update={"scale": max(1.001, round(fit.scale, 3)), "upscaler": upscaler}
+            )
         return preparation if preparation != Preparation() else None
 
     def _write(
