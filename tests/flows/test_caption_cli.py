@@ -189,6 +189,30 @@ def test_a_rebuild_pins_revisions_and_paths() -> None:
     }
 
 
+TRAINED = """\
+  adapter:  {uses: train, dataset: captions, method: finetune, rank: 2, steps: 2, batch: 2}
+  release:  {uses: register, adapter: adapter, name: noise}
+"""
+
+
+@pytest.mark.usefixtures("prefect_server", "trained_here")
+def test_a_version_is_reproduced_with_the_recorded_revision_of_the_captioner(
+    tmp_path: Path, images: Path, hub: Path
+) -> None:
+    spec, home = tmp_path / "cap.yaml", tmp_path / "home"
+    spec.write_text(PIPELINE.replace("CAPTIONER", "org/smol") + TRAINED)
+    say("run", spec, home=home)
+    # The branch moves on to another model.
+    write_captioner(hub.with_name("d" * 40), "idefics3", seed=1)
+    (hub.parents[1] / "refs" / "main").write_text("d" * 40)
+    shown = json.loads(say("reproduce", "noise@1", "--json", home=home))
+    assert shown["verdict"] == "identical", shown
+    shutil.rmtree(hub)
+    gone = loraline_here("reproduce", "noise@1", home=home)
+    assert gone.returncode != 0
+    assert "a model of step 'captions' is missing" in gone.stderr
+
+
 def test_models_with_code_are_refused_when_a_pipeline_is_planned(tmp_path: Path, qwen: Path) -> None:
     folder = Path(shutil.copytree(qwen, tmp_path / "model"))
     spec = Caption(dataset="photos", captioner={"name": "vlm", "model": "model"})
