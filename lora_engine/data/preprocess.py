@@ -123,7 +123,8 @@ class _Preparer:
         image, mask = self._resize(image, mask, fit, self.settings.kept_part)
         if mask is not None:
             mask = finish_mask(mask, options)
-            if made is not None and is_black(mask):
+            # The masks of class images weight nothing.
+            if made is not None and entry.split != "class" and is_black(mask):
                 raise DataError(f"its mask of {made} marks nothing", allowed="a `minimum` above 0, or a mask file")
         return self._write(entry, image, mask, self._record(preparation, fit)), fit.scale
 
