@@ -65,13 +65,22 @@ def fetch_files(
     Raises:
         BaseModelError: It is neither cached nor downloadable, or `check` refuses it.
     """
+    refusal: BaseModelError | None = None
     try:
         folder = _snapshot(repository, revision, local=True)
         check(folder)
-    except (OSError, BaseModelError):
-        _log.info("downloading %s%s from the Hugging Face hub", repository, f" at {revision}" if revision else "")
+    except OSError:
+        pass  # not cached
+    except BaseModelError as error:  # perhaps only partly cached
+        refusal = error
+    else:
+        return folder, folder.name
+    _log.info("downloading %s%s from the Hugging Face hub", repository, f" at {revision}" if revision else "")
+    try:
         folder = _snapshot_or_explain(repository, revision, patterns, noun)
-        check(folder)
+    except BaseModelError as error:
+        raise refusal or error from None
+    check(folder)
     return folder, folder.name
 
 

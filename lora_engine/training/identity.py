@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lora_engine.bases.base import BaseModel
@@ -80,7 +81,7 @@ def load_subject_embedder(folder: Path | None = None) -> SubjectEmbedder:
             model, loading = AutoModel.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise SettingsError(
             f"the embedder cannot be loaded ({error})",
             where=str(folder),

@@ -11,19 +11,26 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
+from lora_engine.bases.tiny import folder as tiny_folder
+from lora_engine.data.caption import caption as caption_dataset
+from lora_engine.data.ingest import ingest
 from lora_engine.data.manifest import Manifest
-from lora_engine.errors import BaseModelError
+from lora_engine.data.spec import CaptionSettings, IngestSettings
+from lora_engine.errors import BaseModelError, SettingsError
 from registry.entities import ArtifactRef, Execution
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.store.artifacts import open_store
 from tasks.job import prepare_job
+from tasks.operations.captions import find_models, report_captions
 from tasks.operations.rebuild import pin_models
 from tasks.steps.caption import Caption
 from tests.flows.commands import loraline_here, say
 from tests.flows.shared import draw_noise
 from tests.support.color_tagger import write_tagger
 from tests.support.untrained_captioners import write_captioner
+from tools.tiny_base.images import write_images
+from tools.tiny_base.world import full_caption, scenes
 
 COMMIT = "c" * 40
 PIPELINE = """\
@@ -122,6 +129,16 @@ def test_a_pipeline_captions_with_a_hub_model_and_records_revision_and_digest(
     assert again["ref"] == outcome["ref"]
     shown = say("run", tmp_path / "cap.yaml", home=tmp_path / "home")
     assert "captions: 3 images, captions: 1 .txt, 2 org/smol@cccccccccccc" in shown
+
+
+def test_a_cached_model_with_code_is_refused_with_that_reason(images: Path, hub: Path, tmp_path: Path) -> None:
+    (hub / "modeling_x.py").write_text("")
+    for name in ("org/smol", f"org/smol@{COMMIT}"):
+        failed = loraline_here("caption", images, "--captioner", name, home=tmp_path / "home")
+        assert failed.returncode == 1
+        assert "the model brings code of its own (modeling_x.py), which is not run" in failed.stderr
+    (hub / "modeling_x.py").unlink()
+    assert loraline_here("caption", images, "--captioner", f"org/smol@{COMMIT}", home=tmp_path / "home").returncode == 0
 
 
 @pytest.mark.usefixtures("prefect_server")
@@ -306,3 +323,41 @@ def test_dataset_checks_trigger_and_captions_against_a_base(images: Path, tmp_pa
     assert "1 captions repeat themselves (1.png)" in shown
     assert "1 captions begin with an introduction" in shown
     assert "the trigger" not in say("dataset", images, home=tmp_path / "home")
+
+
+@pytest.fixture
+def scenes_folder(tmp_path: Path) -> Path:
+    """Returns drawn scenes; two of them have the captions of each other."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    selected = scenes(5, 12)
+    captions = [full_caption(scene) for scene in selected]
+    files = sorted(path for path in write_images(folder, selected, captions) if path.suffix == ".png")
+    for path, text in zip(files, [captions[1], captions[0], *captions[2:]], strict=True):
+        path.with_suffix(".txt").write_text(text)
+    return folder
+
+
+def test_dataset_compares_captions_with_their_images(scenes_folder: Path, tmp_path: Path) -> None:
+    clip = tiny_folder() / "clip"
+    shown = say("dataset", scenes_folder, "--clip", clip, home=tmp_path / "home")
+    assert "fit their images less than most captions of other images, by CLIP" in shown
+    assert "by CLIP" not in say("dataset", scenes_folder, home=tmp_path / "home")
+    failed = loraline_here("dataset", scenes_folder, "--clip", tmp_path / "nowhere", home=tmp_path / "home")
+    assert failed.returncode == 1
+    assert "CLIPModel" in failed.stderr
+
+
+def test_scores_are_in_the_report_of_the_step(scenes_folder: Path, tmp_path: Path) -> None:
+    clip = str(tiny_folder() / "clip")
+    settings = CaptionSettings(check={"clip": clip})
+    ingest(scenes_folder, tmp_path / "dataset", IngestSettings())
+    manifest = caption_dataset(tmp_path / "dataset", tmp_path / "out", settings)
+    models = find_models(settings, Path())
+    findings = report_captions(tmp_path / "out", manifest, settings, models)
+    assert [finding.kind for finding in findings if finding.kind == "unlike"] == ["unlike"]
+    report = json.loads((tmp_path / "out" / "captions.json").read_text())
+    assert all(-1 <= item["clip_score"] <= 1 for item in report["images"])
+    assert "path" not in report["models"]["clip"]
+    with pytest.raises(SettingsError, match=r"check\.clip is 'nowhere'"):
+        find_models(CaptionSettings(check={"clip": "nowhere"}), tmp_path)

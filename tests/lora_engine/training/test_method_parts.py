@@ -252,6 +252,9 @@ def test_any_image_model_is_an_embedder(tmp_path: Path) -> None:
         assert gradient.abs().max() > 0
     with pytest.raises(SettingsError, match="cannot be loaded"):
         load_subject_embedder(tmp_path / "nothing")
+    (tmp_path / "vit" / "model.safetensors").write_bytes(b"\x10")
+    with pytest.raises(SettingsError, match="cannot be loaded"):
+        load_subject_embedder(tmp_path / "vit")
 
 
 def test_a_center_crop_keeps_the_center() -> None:
