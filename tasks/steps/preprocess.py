@@ -18,7 +18,7 @@ class Preprocess(StepSpec, PreprocessSettings):
     dataset: Annotated[str, Input("manifest")]
 
 
-def find_revision(spec: Preprocess, _: Mapping[str, PathDigest]) -> int:
+def find_preprocess_revision(spec: Preprocess, _: Mapping[str, PathDigest]) -> int:
     """Returns 2 for buckets; since revision 3, squares have a largest factor of enlargement."""
     return 2 if spec.crop == "bucket" else 3
 
@@ -27,7 +27,7 @@ def find_revision(spec: Preprocess, _: Mapping[str, PathDigest]) -> int:
     Preprocess,
     produces="manifest",
     revision=3,
-    revisions=find_revision,
+    revisions=find_preprocess_revision,
     imports=always("lora_engine.data.preprocess"),
 )
 def preprocess(spec: Preprocess, context: Context) -> None:
