@@ -50,25 +50,25 @@ def decode_mask(path: Path, root: Path, max_pixels: int) -> Iterator[Frame]:
     yield {"size": mask.size}, encode_mask(mask)
 
 
-def unpack_archive(path: Path, root: Path) -> Iterator[Frame]:
+def stream_archive(path: Path, root: Path) -> Iterator[Frame]:
     """Yields the members of an archive; see `read_archive`."""
     with open_inside(path, root) as file:
         yield from read_archive(file, path.name, os.fstat(file.fileno()).st_size)
 
 
-def unpack_table(path: Path, root: Path) -> Iterator[Frame]:
-    """Yields the rows of a table; see `read_rows`."""
-    from lora_engine.data.parquet import read_rows  # loads pyarrow
+def stream_table(path: Path, root: Path) -> Iterator[Frame]:
+    """Yields the rows of a table; see `read_image_table`."""
+    from lora_engine.data.parquet import read_image_table  # loads pyarrow
 
     with open_inside(path, root) as file:
-        yield from read_rows(file, path.name)
+        yield from read_image_table(file, path.name)
 
 
 OPERATIONS: dict[str, Callable[..., Iterator[Frame]]] = {
     "image": decode_image,
     "mask": decode_mask,
-    "archive": unpack_archive,
-    "table": unpack_table,
+    "archive": stream_archive,
+    "table": stream_table,
 }
 
 
