@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_engine.data.caption_files import TEXT
+from lora_engine.data.caption_files import FOLDER, TEXT
 from lora_engine.data.captioner_options import RESERVED
 from lora_engine.data.captioners import CAPTIONERS, DescribeJob
 from lora_engine.data.edits import edit_captions
@@ -104,7 +104,7 @@ def _describe(
         texts = captioner.captions(dataset, manifest, settings, progress)
         return _Described(texts, origins if texts == own else [captioner.name] * len(texts))
     keeps = settings.existing == "keep"
-    positions = [index for index, text in enumerate(own) if not (keeps and text)]
+    positions = [index for index, image in enumerate(manifest.pictures) if not (keeps and has_own_caption(image))]
     job = DescribeJob(
         images=tuple(dataset / manifest.pictures[index].file for index in positions),
         texts=tuple(own[index] for index in positions),
@@ -117,7 +117,7 @@ def _describe(
     # Without images there is nothing to load a model for.
     made = import_target(CAPTIONERS, captioner.name, captioner.describe)(job) if positions else []
     for index, text in zip(positions, made, strict=True):
-        if settings.existing == "append" and own[index]:
+        if own[index] and settings.existing != "replace":
             addition = text[: max(0, MAX_CAPTION - RESERVED - len(own[index]))]
             # An earlier run may have appended the same.
             if addition and addition not in own[index]:
@@ -126,6 +126,11 @@ def _describe(
         else:
             own[index], origins[index] = text, label
     return _Described(own, origins)
+
+
+def has_own_caption(image: ImageEntry) -> bool:
+    """Returns True if an image has a caption; the words of its folder are what a captioner's text comes after."""
+    return bool(image.caption) and image.caption_origin != FOLDER
 
 
 def _complete(texts: Sequence[str], settings: CaptionSettings) -> list[str]:

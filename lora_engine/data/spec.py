@@ -181,9 +181,9 @@ class CaptionSettings(BaseModel):
         class_word: The class of the concept ("star"). None means none.
         template: Text with `{trigger}` and `{class_word}`; a placeholder without a value is removed.
         existing: What a captioner that looks at images does where a caption exists: `keep` it without looking,
-            `replace` it, or `append` its own after it.
-        edits: Edits of all captions, in this order; see `lora_engine.data.edits`. The trigger is added afterwards where
-            it lacks.
+            `replace` it, or `append` its own after it. It is always appended to the words of kohya's folders.
+        edits: Edits of all captions, in this order; see `lora_engine.data.edits`. Captions without
+            the trigger get it afterwards.
         check: What captions are checked against; their texts are checked if a captioner looks at images, if there are
             edits, or if this is set.
     """

@@ -57,7 +57,7 @@ def caption_folder(
         SettingsError: A setting is invalid.
         BaseModelError: A model cannot be found, loaded or run.
     """
-    from lora_engine.data.caption import caption
+    from lora_engine.data.caption import caption, has_own_caption
     from lora_engine.data.ingest import ingest
 
     parsed = check_settings(CaptionSettings, settings)
@@ -74,7 +74,7 @@ def caption_folder(
         )
         concept = [image for image in manifest.pictures if image.split != "class"]
         keeps = parsed.existing == "keep"
-        changed = [image for image in concept if not (keeps and before[image.source].caption)]
+        changed = [image for image in concept if not (keeps and has_own_caption(before[image.source]))]
         texts = {image.source: image.caption for image in changed}
         files = {image.source: out / image.file for image in changed}
         findings = find_caption_problems(texts, files, parsed)[0] if changed else []

@@ -84,6 +84,20 @@ def test_appending_twice_appends_once(run: Callable[..., Manifest], tmp_path: Pa
     assert (texts(again)[0], origins(again)[0]) == (texts(first)[0], ".caption")
 
 
+def test_the_words_of_folders_are_kept_before_the_caption(
+    run: Callable[..., Manifest], described: list[str], tmp_path: Path
+) -> None:
+    images, folder = tmp_path / "images", tmp_path / "kohya" / "10_sks dog"
+    folder.parent.mkdir()
+    images.rename(folder)
+    shutil.rmtree(tmp_path / "dataset")
+    ingest(folder.parent, tmp_path / "dataset", IngestSettings())
+    captioned = run()
+    assert texts(captioned) == ["own words", *(f"sks dog, {text}" for text in described[1:])]
+    assert origins(captioned) == [".caption", "folder name + smol@1", "folder name + smol@1"]
+    assert texts(run(existing="replace")) == described
+
+
 def test_an_empty_caption_of_a_model_does_not_end_the_run(
     run: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
