@@ -100,19 +100,22 @@ class DecoderProcess:
                 raise self._explain(is_expired=expired.is_set())
             if problem := facts.get("problem_of_file"):
                 raise DataError(problem, allowed=facts["allowed"], remedy=facts["remedy"])
-            if facts.get("end"):
-                for message in facts["log"]:
-                    _log.warning("%s", message)
+            is_last = facts.pop("end", False)
+            for message in facts.pop("log", ()):
+                _log.warning("%s", message)
+            if facts:
+                yield facts, content
+            if is_last:
                 return
-            yield facts, content
 
     def _read(self) -> tuple[dict[str, Any] | None, bytes]:
         line = self._stdout.readline()
         if not line.endswith(b"\n"):
             return None, b""
         facts: dict[str, Any] = json.loads(line)
-        content = self._stdout.read(facts["bytes"])
-        return (facts, content) if len(content) == facts["bytes"] else (None, b"")
+        size = facts.pop("bytes")
+        content = self._stdout.read(size)
+        return (facts, content) if len(content) == size else (None, b"")
 
     def is_alive(self) -> bool:
         """Returns True if it can be asked; it ends itself when it is idle."""

@@ -46,8 +46,8 @@ def is_without_archives(names: Collection[str]) -> bool:
         any(is_archive(name) or is_table(name) or name.lower().endswith((".cls", *HEIC_ENDINGS)) for name in names)
         or any("__MACOSX" in path.parts for path in paths)
         or find_dataset_file("auto", names)
-        or find_splits(images := [str(path) for path in paths if path.suffix.lower() not in COMPANIONS])
+        or find_splits([str(path) for path in paths if path.suffix.lower() not in COMPANIONS])
         or captions & {*doubled}
         or any(path.parent.name == "mask" for path in paths)
-        or (not images and names == {"."})
+        or "." in names  # the digest of an archive that is given instead of a folder
     )

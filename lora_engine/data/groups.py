@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from lora_engine.data.manifest import MAX_REPEATS, Split
-from lora_engine.data.text_files import printable
+from lora_engine.data.manifest import MAX_CAPTION, MAX_REPEATS, Split
+from lora_engine.data.text_files import clean_text, printable
 from lora_engine.errors import DataError
 
 CaptionSource = Literal["files", "file name", "stated"]
@@ -162,6 +162,10 @@ class SettingsObject:
         """Returns a text; the default if it is missing or null."""
         return str(self._value(key, default, str, "text"))
 
+    def caption(self, key: str) -> str:
+        """Returns a text as one line; empty if it is missing."""
+        return bounded_caption(self.text(key), f"{self.where}, {key}")
+
     def flag(self, key: str, default: bool) -> bool:
         """Returns a truth value."""
         return bool(self._value(key, default, bool, "true or false"))
@@ -195,6 +199,18 @@ class SettingsObject:
         if not isinstance(value, kind):
             raise DataError(f"{key} is {type(value).__name__}", where=self.where, allowed=noun)
         return value
+
+
+def bounded_caption(text: str, where: str) -> str:
+    """Returns a text as one line.
+
+    Raises:
+        DataError: It is longer than a caption may be.
+    """
+    line = clean_text(text)
+    if len(line) > MAX_CAPTION:
+        raise DataError(f"has {len(line):,} characters", where=where, allowed=f"{MAX_CAPTION:,} characters")
+    return line
 
 
 def objects_of(data: Any, where: str) -> Iterator[SettingsObject]:

@@ -98,7 +98,10 @@ class FolderLayout:
             caption = FoundCaption(group.text, "dataset file")
         if caption is None or group.trigger is None:
             return caption
-        return FoundCaption(caption.text.replace("[trigger]", group.trigger)[:MAX_CAPTION], caption.origin)
+        text = caption.text.replace("[trigger]", group.trigger)
+        if len(text) > MAX_CAPTION:
+            self._captions.faults[f"{name}, its caption"] = f"is cut after {MAX_CAPTION:,} characters"
+        return FoundCaption(text[:MAX_CAPTION], caption.origin)
 
     def repeats(self, name: str) -> int:
         """Returns the number of times that an image occurs per epoch; see `IngestSettings`.

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from lora_engine.data.folder import Tree, open_inside
-from lora_engine.data.groups import FolderNames, Grouping, ImageGroup, SettingsObject, objects_of
+from lora_engine.data.groups import FolderNames, Grouping, ImageGroup, SettingsObject, bounded_caption, objects_of
 from lora_engine.data.manifest import MAX_REPEATS, Split
 from lora_engine.data.text_files import clean_text, printable, read_text
 from lora_engine.documents.json_source import parse_json
@@ -154,8 +154,8 @@ def _first_line(tree: Tree, stated: str, folders: FolderNames, text: SettingsObj
         raise DataError("prompt_path is missing", where=text.where)
     folder = folders.find(path.parent.as_posix(), text.where)
     file, root = tree.locate((PurePosixPath(folder) / path.name).as_posix())
-    lines = (clean_text(line) for line in read_text(file, root, _MAX_BYTES).splitlines())
-    return next(filter(None, lines), "")
+    lines = (line for line in read_text(file, root, _MAX_BYTES).splitlines() if line.strip())
+    return bounded_caption(next(lines, ""), printable(path.name))
 
 
 def _read_toolkit(data: Any, folders: FolderNames, _: Tree) -> Iterator[ImageGroup | str]:
@@ -176,7 +176,7 @@ def _read_toolkit(data: Any, folders: FolderNames, _: Tree) -> Iterator[ImageGro
                 PurePosixPath(path.replace("\\", "/")).name,
                 repeats=dataset.repeats("num_repeats"),
                 split="class" if dataset.flag("is_reg", False) else "train",
-                text=clean_text(dataset.text("default_caption")),
+                text=dataset.caption("default_caption"),
                 trigger=dataset.text("trigger_word") or trigger,
                 masks=folders.find(masks, dataset.where) if masks else None,
             )
@@ -217,7 +217,7 @@ def _read_backends(data: Any, folders: FolderNames, _: Tree) -> Iterator[ImageGr
         if strategy == "filename":
             group = replace(group, captions="file name")
         elif strategy == "instanceprompt":
-            group = replace(group, captions="stated", text=clean_text(backend.text("instance_prompt")))
+            group = replace(group, captions="stated", text=backend.caption("instance_prompt"))
         elif strategy not in {"textfile", "parquet"}:
             yield f"the caption_strategy {printable(strategy)!r} of {label!r} is not known and not used"
         if backend.number("probability", 1.0) != 1.0:

@@ -221,6 +221,16 @@ LAYOUTS: dict[str, Case] = {
         layout="ai-toolkit datasets: 1 x 'x' (1 image); captions in '.tags' files of 'x' are not read",
         settings={"layout": "ai-toolkit"},
     ),
+    "a trigger that makes a caption too long": Case(
+        {
+            "x/a.png": None,
+            "x/a.txt": "[trigger]" * 200,
+            "ai-toolkit.yaml": "datasets: [{folder_path: x, trigger_word: sixteenletters--}]",
+        },
+        {"x/a.png": Used("sixteenletters--" * 125)},
+        {"x/a.png, its caption": "is cut after 2,000 characters"},
+        layout="ai-toolkit datasets: 1 x 'x' (1 image)",
+    ),
     # SimpleTuner
     "SimpleTuner backends": Case(
         {
