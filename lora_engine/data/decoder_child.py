@@ -40,7 +40,7 @@ def decode_image(path: Path, root: Path, max_pixels: int, background: list[int])
         "evidence": read_evidence(path, root),
     }
     frame: Frame = (facts, encode_png(image))
-    return frame if opacity is None else iter((frame, ({}, encode_mask(opacity))))
+    return frame if opacity is None else iter((frame, ({"part": "opacity"}, encode_mask(opacity))))
 
 
 def decode_mask(path: Path, root: Path, max_pixels: int) -> Frame:
