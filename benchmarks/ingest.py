@@ -67,8 +67,13 @@ def pillow_loop(photos: Path, out: Path) -> None:
 
 def ours(photos: Path, out: Path) -> None:
     """Does the work with the two steps."""
-    ingest(photos, out / "ingested", IngestSettings())
+    only_ingest(photos, out)
     preprocess(out / "ingested", out / "prepared", PreprocessSettings(resolution=_SIDE, crop="center"))
+
+
+def only_ingest(photos: Path, out: Path) -> None:
+    """Does the work of the first step."""
+    ingest(photos, out / "ingested", IngestSettings())
 
 
 _SAMPLER = """
@@ -129,15 +134,15 @@ def _processor_seconds() -> float:
     return sum(use.ru_utime + use.ru_stime for use in uses)
 
 
-def peak_memory(photos: Path) -> int:
+def peak_memory(photos: Path, work: Callable[[Path, Path], None] = ours) -> int:
     """Returns the peak resident memory, in MiB, of the largest process that does our work."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return pool.apply(_peak_of, (photos,))
+        return pool.apply(_peak_of, (photos, work))
 
 
-def _peak_of(photos: Path) -> int:
-    measure(ours, photos)
+def _peak_of(photos: Path, work: Callable[[Path, Path], None]) -> int:
+    measure(work, photos)
     return max(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) // 1024
 
 

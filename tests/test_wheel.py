@@ -13,6 +13,7 @@ PACKAGES = ("flows", "tasks", "lora_engine", "registry")
 FILES = ("pyproject.toml", "README.md", "LICENSE")
 DATA = (
     "lora_engine/bases/tiny/weights/unet/diffusion_pytorch_model.safetensors",
+    "lora_engine/data/blazeface/full_range.safetensors",
     "lora_engine/evaluation/report.html",
     "registry/policy/licenses.yaml",
 )

@@ -75,7 +75,14 @@ def _mask(translation: Translation, setting: Setting) -> None:
     translation.counts["mask"] = 1.0
     translation.set("train.method.mask", translation.get("train.method.mask") or {}, setting.name)
     if setting.name not in ("masked_loss", "masked_training"):
-        raise NoCounterpart("put the masks into a folder `masks` beside the images")
+        raise NoCounterpart("set masks of the ingest step to the folder of masks")
+
+
+def _alpha(translation: Translation, setting: Setting) -> None:
+    if truth(setting):
+        translation.counts["mask"] = 1.0
+        translation.set("ingest.alpha", "mask", setting.name)
+        translation.set("train.method.mask", translation.get("train.method.mask") or {}, setting.name)
 
 
 def _method(translation: Translation, setting: Setting) -> None:
@@ -172,6 +179,7 @@ OF_OBJECTIVE: Mapping[str, Callable[[Translation, Setting], None]] = {
     "train.objective.loss.delta": _delta,
     "train.objective.loss.schedule": _loss_schedule,
     "train.method.mask": _mask,
+    "ingest.alpha": _alpha,
     "train.method": _method,
     "train.method.preservation": _preserve,
     "train.samples.every": partial(_every, "train.samples.every"),

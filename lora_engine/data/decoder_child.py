@@ -29,8 +29,8 @@ Frame = tuple[dict[str, Any], bytes]
 """What is known, and the content that belongs to it."""
 
 
-def decode_image(path: Path, root: Path, max_pixels: int, background: list[int]) -> Iterator[Frame]:
-    """Yields the digest, size, print and evidence of an image, with its clean PNG; then its opacity unless full."""
+def decode_image(path: Path, root: Path, max_pixels: int, background: list[int]) -> Frame | Iterator[Frame]:
+    """Returns the digest, size, print and evidence of an image, with its clean PNG; then its opacity unless full."""
     red, green, blue = background
     sha256, image, opacity = open_with_alpha(path, max_pixels, root, (red, green, blue))
     facts = {
@@ -39,36 +39,35 @@ def decode_image(path: Path, root: Path, max_pixels: int, background: list[int])
         "print": take_print(image).to_json(),
         "evidence": read_evidence(path, root),
     }
-    yield facts, encode_png(image)
-    if opacity is not None:
-        yield {}, encode_mask(opacity)
+    frame: Frame = (facts, encode_png(image))
+    return frame if opacity is None else iter((frame, ({"part": "opacity"}, encode_mask(opacity))))
 
 
-def decode_mask(path: Path, root: Path, max_pixels: int) -> Iterator[Frame]:
-    """Yields the size of a mask, with its clean PNG."""
+def decode_mask(path: Path, root: Path, max_pixels: int) -> Frame:
+    """Returns the size of a mask, with its clean PNG."""
     mask = open_image(path, max_pixels, root).convert("L")
-    yield {"size": mask.size}, encode_mask(mask)
+    return {"size": mask.size}, encode_mask(mask)
 
 
-def unpack_archive(path: Path, root: Path) -> Iterator[Frame]:
+def stream_archive(path: Path, root: Path) -> Iterator[Frame]:
     """Yields the members of an archive; see `read_archive`."""
     with open_inside(path, root) as file:
         yield from read_archive(file, path.name, os.fstat(file.fileno()).st_size)
 
 
-def unpack_table(path: Path, root: Path) -> Iterator[Frame]:
-    """Yields the rows of a table; see `read_rows`."""
-    from lora_engine.data.parquet import read_rows  # loads pyarrow
+def stream_table(path: Path, root: Path) -> Iterator[Frame]:
+    """Yields the rows of a table; see `read_image_table`."""
+    from lora_engine.data.parquet import read_image_table  # loads pyarrow
 
     with open_inside(path, root) as file:
-        yield from read_rows(file, path.name)
+        yield from read_image_table(file, path.name)
 
 
-OPERATIONS: dict[str, Callable[..., Iterator[Frame]]] = {
+OPERATIONS: dict[str, Callable[..., Frame | Iterator[Frame]]] = {
     "image": decode_image,
     "mask": decode_mask,
-    "archive": unpack_archive,
-    "table": unpack_table,
+    "archive": stream_archive,
+    "table": stream_table,
 }
 
 
@@ -91,10 +90,7 @@ def main(limits: dict[str, int]) -> None:
     log = _Log()
     logging.getLogger().addHandler(log)
     _write(answers, {"ready": True})
-    while select.select([0], [], [], IDLE_SECONDS)[0]:
-        line = sys.stdin.buffer.readline()
-        if not line:
-            return
+    while _is_asked() and (line := sys.stdin.buffer.readline()):
         log.messages.clear()
         try:
             _answer(answers, json.loads(line), log, limits["seconds"])
@@ -103,12 +99,23 @@ def main(limits: dict[str, int]) -> None:
             return
 
 
+def _is_asked() -> bool:
+    """Waits for a request; returns False if it is idle for too long."""
+    # Windows waits for no pipe, so there a child ends with its parent.
+    return os.name == "nt" or bool(select.select([0], [], [], IDLE_SECONDS)[0])
+
+
 def _answer(answers: BinaryIO, request: dict[str, Any], log: _Log, seconds: int) -> None:
     operation = OPERATIONS[request.pop("operation")]
     paths = {name: Path(request.pop(name)) for name in ("path", "root")}
     _limit_time(seconds)
     try:
-        for facts, content in operation(**paths, **request):
+        answer = operation(**paths, **request)
+        if isinstance(answer, tuple):
+            facts, content = answer
+            _write(answers, facts | {"end": True, "log": log.messages}, content)
+            return
+        for facts, content in answer:
             _write(answers, facts, content)
             _limit_time(seconds)
         _write(answers, {"end": True, "log": log.messages})

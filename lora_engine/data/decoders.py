@@ -8,45 +8,19 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
-import logging
 import os
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from lora_engine.data.decoder_process import CrashError, DecodeLimits, DecoderProcess
 from lora_engine.data.duplicates import Print
 from lora_engine.data.rights import GenerationSign
 from lora_engine.data.text_files import printable
-from lora_engine.errors import DataError, EngineError
+from lora_engine.errors import DataError
 
-_log = logging.getLogger(__name__)
-_ENVIRONMENT = (
-    *("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TEMP", "TMP", "TMPDIR", "LANG"),
-    "PYTHONDONTWRITEBYTECODE",
-)
-_START_SECONDS = 300.0
 _ATTEMPTS = 2
-
-
-@dataclass(frozen=True)
-class DecodeLimits:
-    """The resources for one file.
-
-    Attributes:
-        memory: Bytes. An image of 64 million pixels with transparency, a profile and an orientation takes 1.5 GiB.
-        seconds: Seconds of processor time, of each member for an archive; the same image takes 5.
-        wall_seconds: Seconds until a child that waits for something is stopped, as `seconds`.
-    """
-
-    memory: int = 4 << 30
-    seconds: int = 120
-    wall_seconds: float = 1200.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +57,7 @@ class Decoders:
     def __init__(self, limits: DecodeLimits | None = None) -> None:
         self.owner = os.getpid()
         self._limits = limits or DecodeLimits()
-        self._idle: list[_Child] = []
+        self._idle: list[DecoderProcess] = []
 
     def image(
         self, path: Path, root: Path, max_pixels: int, background: tuple[int, int, int] = (255, 255, 255)
@@ -119,10 +93,10 @@ class Decoders:
             child = self._take()
             is_begun = False
             try:
-                for frame in child.ask(request | options, self._limits):
+                for frame in child.ask(request | options):
                     is_begun = True
                     yield frame
-            except _CrashError as crash:
+            except CrashError as crash:
                 if crash.is_final or is_begun or attempt == _ATTEMPTS:
                     raise DataError(str(crash), where=printable(path.name), remedy="save it anew") from None
                 continue
@@ -140,114 +114,17 @@ class Decoders:
         while self._idle and self.owner == os.getpid():
             self._idle.pop().stop()
 
-    def _take(self) -> _Child:
+    def _take(self) -> DecoderProcess:
         with contextlib.suppress(IndexError):
             while True:
                 child = self._idle.pop()
                 if child.is_alive():
                     return child
-        return _Child(self._limits)
+        return DecoderProcess(self._limits)
 
-    def _give_back(self, child: _Child) -> None:
+    def _give_back(self, child: DecoderProcess) -> None:
         if child.is_alive():
             self._idle.append(child)
-
-
-class _CrashError(Exception):
-    """The end of a child before its answer; final if a second attempt would take as long."""
-
-    def __init__(self, problem: str, *, is_final: bool = False) -> None:
-        super().__init__(problem)
-        self.is_final = is_final
-
-
-class _Child:
-    def __init__(self, limits: DecodeLimits) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "lora_engine.data.decoder_child", json.dumps(asdict(limits))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=_environment(),
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._stdin, self._stdout = self._process.stdin, self._process.stdout
-        try:
-            with self._deadline(_START_SECONDS):
-                is_ready = bool(self._stdout.readline())
-        except BaseException:
-            self.stop()
-            raise
-        if not is_ready:
-            self.stop()
-            raise EngineError(
-                f"the process that decodes images does not start (exit code {self._process.returncode})",
-                remedy="see its last lines above; run `loraline doctor`",
-            )
-
-    def ask(self, request: dict[str, Any], limits: DecodeLimits) -> Iterator[tuple[dict[str, Any], bytes]]:
-        with contextlib.suppress(BrokenPipeError):
-            self._stdin.write(json.dumps(request).encode() + b"\n")
-            self._stdin.flush()
-        while True:
-            with self._deadline(limits.wall_seconds) as expired:
-                facts, content = self._read()
-            if facts is None:
-                self.stop()
-                raise self._explain(limits, is_expired=expired.is_set())
-            if problem := facts.get("problem_of_file"):
-                raise DataError(problem, allowed=facts["allowed"], remedy=facts["remedy"])
-            if facts.get("end"):
-                for message in facts["log"]:
-                    _log.warning("%s", message)
-                return
-            yield facts, content
-
-    def _read(self) -> tuple[dict[str, Any] | None, bytes]:
-        line = self._stdout.readline()
-        if not line.endswith(b"\n"):
-            return None, b""
-        facts: dict[str, Any] = json.loads(line)
-        content = self._stdout.read(facts["bytes"])
-        return (facts, content) if len(content) == facts["bytes"] else (None, b"")
-
-    def is_alive(self) -> bool:
-        if self._process.poll() is not None:
-            self.stop()
-            return False
-        return True
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._stdin, self._stdout):
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
-
-    @contextlib.contextmanager
-    def _deadline(self, seconds: float) -> Iterator[threading.Event]:
-        expired = threading.Event()
-
-        def expire() -> None:
-            expired.set()
-            self._process.kill()
-
-        timer = threading.Timer(seconds, expire)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield expired
-        finally:
-            timer.cancel()
-
-    def _explain(self, limits: DecodeLimits, *, is_expired: bool) -> _CrashError:
-        code = self._process.returncode
-        if is_expired:
-            return _CrashError(f"is not decoded within {limits.wall_seconds:g} seconds", is_final=True)
-        if hasattr(signal, "SIGXCPU") and code == -signal.SIGXCPU:
-            return _CrashError(f"takes more than {limits.seconds} seconds of processor time", is_final=True)
-        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return _CrashError(f"ends the process that decodes it ({cause})")
 
 
 _pools: list[Decoders] = []
@@ -259,18 +136,3 @@ def shared_decoders() -> Decoders:
         _pools.append(Decoders())
         atexit.register(_pools[-1].close)
     return _pools[-1]
-
-
-def _environment() -> dict[str, str]:
-    inherited = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    paths = [
-        str(Path(__file__).resolve().parents[2]),
-        *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)),
-    ]
-    return {
-        **inherited,
-        "PYTHONPATH": os.pathsep.join(str(Path(entry).resolve()) for entry in paths),
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "ARROW_DEFAULT_MEMORY_POOL": "system",
-    }

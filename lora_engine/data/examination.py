@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +14,7 @@ from lora_engine.data.duplicates import Print, find_groups
 from lora_engine.data.images import open_image
 from lora_engine.data.ingest import ingest
 from lora_engine.data.manifest import ImageEntry, Manifest
-from lora_engine.data.masks import overlay
+from lora_engine.data.masks import is_black, overlay
 from lora_engine.data.preparation import Preparation
 from lora_engine.data.preprocess import preprocess
 from lora_engine.data.quality import find_flaws
@@ -108,7 +108,7 @@ def examine_images(
     images = []
     for entry in manifest.pictures:
         image = open_image(work / entry.file)
-        flaws = tuple(find_flaws(image, resolution))
+        flaws = (*find_flaws(image, resolution), *_find_flaws_of_mask(work, entry))
         image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
         result = results.get(entry.file)
         if prepared is None:
@@ -120,6 +120,11 @@ def examine_images(
     groups = tuple(tuple(group) for group in find_groups([image.print for image in images]) if len(group) > 1)
     duplicates = choose_of_duplicates(manifest.pictures, groups)
     return Examination(manifest, prepared, tuple(images), groups, duplicates, tuple(_advice(images, duplicates)))
+
+
+def _find_flaws_of_mask(dataset: Path, entry: ImageEntry) -> Iterator[str]:
+    if entry.mask is not None and is_black(open_image(dataset / entry.mask).convert("L")):
+        yield "its mask is black: nothing of it counts"
 
 
 def _review(dataset: Path, entry: ImageEntry) -> Image.Image:

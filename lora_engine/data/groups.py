@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from lora_engine.data.manifest import MAX_REPEATS, Split
-from lora_engine.data.text_files import printable
+from lora_engine.data.manifest import MAX_CAPTION, MAX_REPEATS, Split
+from lora_engine.data.text_files import clean_text, printable
 from lora_engine.errors import DataError
 
 CaptionSource = Literal["files", "file name", "stated"]
 
 
 @dataclass(frozen=True)
-class Group:
+class ImageGroup:
     """What a dataset file says about the images of a folder.
 
     Attributes:
@@ -71,13 +71,13 @@ class Grouping:
 
     title: str
     file: str
-    groups: tuple[Group, ...]
+    groups: tuple[ImageGroup, ...]
     notes: tuple[str, ...] = ()
 
-    def assign(self, names: Collection[str]) -> dict[str, Group]:
+    def assign(self, names: Collection[str]) -> dict[str, ImageGroup]:
         """Returns image -> its group: the one of the nearest folder."""
         by_folder = {group.folder: group for group in self.groups}
-        found: dict[str, Group] = {}
+        found: dict[str, ImageGroup] = {}
         for name in names:
             parents = [parent.as_posix() for parent in PurePosixPath(name).parents]
             for distance, parent in enumerate(parents):
@@ -87,7 +87,7 @@ class Grouping:
                     break
         return found
 
-    def mask_folders(self) -> dict[str, Group]:
+    def mask_folders(self) -> dict[str, ImageGroup]:
         """Returns folder of masks -> group of their images."""
         return {group.masks: group for group in self.groups if group.masks is not None}
 
@@ -144,7 +144,7 @@ def _without_parents(path: PurePosixPath, start: PurePosixPath, stated: str, whe
     return PurePosixPath(*parts)
 
 
-class Entry:
+class SettingsObject:
     """An object of a dataset file, with checked access to its values.
 
     Args:
@@ -161,6 +161,10 @@ class Entry:
     def text(self, key: str, default: str = "") -> str:
         """Returns a text; the default if it is missing or null."""
         return str(self._value(key, default, str, "text"))
+
+    def caption(self, key: str) -> str:
+        """Returns a text as one line; empty if it is missing."""
+        return bounded_caption(self.text(key), f"{self.where}, {key}")
 
     def flag(self, key: str, default: bool) -> bool:
         """Returns a truth value."""
@@ -180,13 +184,13 @@ class Entry:
             raise DataError(f"{key} is {self.data[key]!r}", where=self.where, allowed=f"up to {MAX_REPEATS}")
         return max(1, count)
 
-    def entry(self, key: str) -> Entry:
+    def entry(self, key: str) -> SettingsObject:
         """Returns an object; an empty one if it is missing."""
-        return Entry(self.data.get(key) or {}, f"{self.where}, {key}")
+        return SettingsObject(self.data.get(key) or {}, f"{self.where}, {key}")
 
-    def entries(self, key: str) -> Sequence[Entry]:
+    def entries(self, key: str) -> Sequence[SettingsObject]:
         """Returns a list of objects; an empty one if it is missing."""
-        return list(entries_of(self.data.get(key) or [], f"{self.where}, {key}"))
+        return list(objects_of(self.data.get(key) or [], f"{self.where}, {key}"))
 
     def _value(self, key: str, default: Any, kind: Any, noun: str) -> Any:
         value = self.data.get(key)
@@ -197,7 +201,19 @@ class Entry:
         return value
 
 
-def entries_of(data: Any, where: str) -> Iterator[Entry]:
+def bounded_caption(text: str, where: str) -> str:
+    """Returns a text as one line.
+
+    Raises:
+        DataError: It is longer than a caption may be.
+    """
+    line = clean_text(text)
+    if len(line) > MAX_CAPTION:
+        raise DataError(f"has {len(line):,} characters", where=where, allowed=f"{MAX_CAPTION:,} characters")
+    return line
+
+
+def objects_of(data: Any, where: str) -> Iterator[SettingsObject]:
     """Yields the objects of a list.
 
     Raises:
@@ -206,4 +222,4 @@ def entries_of(data: Any, where: str) -> Iterator[Entry]:
     if not isinstance(data, list):
         raise DataError(f"is {type(data).__name__}", where=where, allowed="a list")
     for number, item in enumerate(data, start=1):
-        yield Entry(item, f"{where}, entry {number}")
+        yield SettingsObject(item, f"{where}, entry {number}")

@@ -15,7 +15,7 @@ from lora_engine.data.caption_files import FoundCaption, stated_origin
 from lora_engine.data.class_images import GIVEN, ClassImage, find_odd, read_class_image
 from lora_engine.data.consent import Statement, read_consent
 from lora_engine.data.decoders import DecodedImage, shared_decoders
-from lora_engine.data.duplicates import Print, find_groups, find_same
+from lora_engine.data.duplicates import Print
 from lora_engine.data.folder import Owner, Tree, owner_of, require_images
 from lora_engine.data.images import IMAGE_FORMATS
 from lora_engine.data.layout import FolderLayout
@@ -23,8 +23,9 @@ from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
 from lora_engine.data.preparation import Preparation
 from lora_engine.data.rights import GenerationSign, Rights
 from lora_engine.data.spec import IngestSettings
+from lora_engine.data.splits import hold_out
 from lora_engine.data.text_files import printable
-from lora_engine.data.unpacking import unpack
+from lora_engine.data.unpacking import unpacked_images
 from lora_engine.errors import DataError
 from lora_engine.files import atomic_write
 from lora_engine.parallel import Workers
@@ -69,7 +70,7 @@ def ingest(
     """
     require_images(images)
     statements = read_consent(consent) if consent is not None else {}
-    with unpack(images, out) as unpacked:
+    with unpacked_images(images, out) as unpacked:
         if masks is not None:
             unpacked.tree.mount_masks(masks)
         layout = FolderLayout(images, unpacked, settings)
@@ -89,7 +90,7 @@ def ingest(
     for problem in find_odd([ingestion.class_images[e.file] for e in entries if e.split == "class"], GIVEN):
         _log.warning("%s", problem)
     manifest = Manifest(
-        pictures=_split(entries, settings.heldout, ingestion.prints),
+        pictures=hold_out(entries, settings.heldout, ingestion.prints),
         quarantined=tuple(quarantined),
         skipped=skipped or None,
         layout=layout.describe([ingestion.names[entry.file] for entry in entries]),
@@ -279,32 +280,6 @@ def _unmatched_masks(masks: Mapping[Owner, Sequence[str]], used: set[str]) -> li
     unused = sorted(Path(name) for names in masks.values() for name in names if name not in used)
     reason = "is a mask by its name, and no used image has that name"
     return [Quarantined(source=printable(name.as_posix()), reason=reason) for name in unused]
-
-
-def _split(entries: Sequence[ImageEntry], fraction: float, prints: Mapping[str, Print]) -> tuple[ImageEntry, ...]:
-    """Holds out whole groups of images that show the same, in the order of their smallest digests."""
-    trained = [entry for entry in entries if entry.split == "train"]
-    compared = [prints[entry.file] for entry in trained]
-    same = find_same(compared)
-    if same:
-        first, second = (trained[index].source for index in same[0])
-        _log.warning(
-            "%d pairs of images are the same but for encoding or size, first %s and %s", len(same), first, second
-        )
-    if fraction == 0.0 or len(trained) < 2:
-        return tuple(entries)
-    target = min(max(1, round(len(trained) * fraction)), len(trained) - 1)
-    groups = [{trained[index].sha256 for index in group} for group in find_groups(compared, same)]
-    heldout: set[str] = set()
-    for group in sorted(groups, key=min):
-        if len(heldout) < target and len(heldout) + len(group) < len(trained):
-            heldout |= group
-    if not heldout:
-        _log.warning("all images show nearly the same, so those held out are not independent of the others")
-        heldout = set(sorted(entry.sha256 for entry in trained)[:target])
-    elif len(heldout) > target:
-        _log.warning("%d images are held out instead of %d, because some show nearly the same", len(heldout), target)
-    return tuple(e.model_copy(update={"split": "heldout"}) if e.sha256 in heldout else e for e in entries)
 
 
 def _no_images_error(images: Path, quarantined: list[Quarantined]) -> DataError:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
-from lora_engine.data.archives import is_archive, is_table
-from lora_engine.data.caption_files import TEXT, CaptionFiles, FoundCaption
-from lora_engine.data.folder import COMPANIONS, HEIC_ENDINGS, MASK_ENDINGS, Listing, Tree, list_tree, owner_of
+from lora_engine.data.caption_files import CaptionFiles, FoundCaption
+from lora_engine.data.folder import Listing, Tree, list_tree, owner_of
 from lora_engine.data.groups import Grouping
 from lora_engine.data.manifest import MAX_CAPTION, Quarantined, Split
-from lora_engine.data.metadata import is_metadata
 from lora_engine.data.spec import IngestSettings
+from lora_engine.data.splits import SPLITS, find_splits, split_name
 from lora_engine.data.subsets import Subset, find_subsets, repeats_of_folders
 from lora_engine.data.text_files import clean_text, printable
 from lora_engine.data.trainer_files import DATASET_FILES, find_dataset_file, read_dataset_file
@@ -23,53 +21,6 @@ from lora_engine.data.unpacking import Unpacked
 from lora_engine.errors import DataError
 
 _log = logging.getLogger(__name__)
-
-
-_SPLITS: Mapping[str, Split] = {
-    "train": "train",
-    **dict.fromkeys(("test", "validation", "valid", "val", "dev", "eval"), "heldout"),
-}
-"""Names of splits of Hugging Face's datasets -> use."""
-_SHARD = re.compile(rf"({'|'.join(_SPLITS)})(?:[-_.].*)?\.(?:parquet|arrow|tar|zip)", re.IGNORECASE)
-
-
-def is_plain(names: Collection[str]) -> bool:
-    """Returns True if releases before 0.4 used the same images and captions of a folder with files of these names.
-
-    They read `a.txt` beside `a.png`, in PNG, JPEG and WebP, and no meaning of folder names.
-    """
-    paths = [PurePosixPath(name) for name in names]
-    kinds = {path.suffix for path in paths}
-    images = {str(path) for path in paths if path.suffix.lower() not in COMPANIONS}
-    return is_without_archives(names) and not (
-        kinds & {".caption", ".json"}
-        or {kind.lower() for kind in kinds} & {".avif", ".bmp", ".tif", ".tiff", ".gif"}
-        or any(kind != TEXT and kind.lower() == TEXT for kind in kinds)
-        or any(path.suffix == TEXT and PurePosixPath(path.stem).suffix for path in paths)
-        or any(is_metadata(path.name) for path in paths)
-        or any(path.stem.lower().endswith(MASK_ENDINGS[1:]) or path.parent.name == "mask" for path in paths)
-        or find_subsets(images)
-    )
-
-
-def is_without_archives(names: Collection[str]) -> bool:
-    """Returns True if release 0.4 read a folder with files of these names as this release does.
-
-    It knew no archives, tables, HEIC, dataset files of other trainers, splits and folders `mask`, and took `a.png.txt`
-    before `a.caption`.
-    """
-    paths = [PurePosixPath(name) for name in names]
-    captions = {(path.parent, path.stem) for path in paths if path.suffix.lower() == ".caption"}
-    doubled = ((path.parent, PurePosixPath(path.stem).stem) for path in paths if path.suffix.lower() == TEXT)
-    return not (
-        any(is_archive(name) or is_table(name) or name.lower().endswith((".cls", *HEIC_ENDINGS)) for name in names)
-        or any("__MACOSX" in path.parts for path in paths)
-        or find_dataset_file("auto", names)
-        or _find_splits(images := [str(path) for path in paths if path.suffix.lower() not in COMPANIONS])
-        or captions & {*doubled}
-        or any(path.parent.name == "mask" for path in paths)
-        or (not images and names == {"."})
-    )
 
 
 class FolderLayout:
@@ -108,12 +59,12 @@ class FolderLayout:
                 remedy="move the images, or leave layout out",
             )
         is_split = settings.layout == "huggingface" or (settings.layout == "auto" and not self._subsets)
-        self._splits = _find_splits(self.names) if is_split and self._grouping is None else {}
+        self._splits = find_splits(self.names) if is_split and self._grouping is None else {}
         if settings.layout == "huggingface" and self.names and not self._splits:
             raise DataError(
                 "layout is huggingface, but not every image is in a folder or table such as 'train'",
                 where=str(root),
-                allowed=", ".join(_SPLITS),
+                allowed=", ".join(SPLITS),
                 remedy="move the images, or leave layout out",
             )
         _refuse_unmatched_patterns(root, settings, self.names)
@@ -147,7 +98,10 @@ class FolderLayout:
             caption = FoundCaption(group.text, "dataset file")
         if caption is None or group.trigger is None:
             return caption
-        return FoundCaption(caption.text.replace("[trigger]", group.trigger)[:MAX_CAPTION], caption.origin)
+        text = caption.text.replace("[trigger]", group.trigger)
+        if len(text) > MAX_CAPTION:
+            self._captions.faults[f"{name}, its caption"] = f"is cut after {MAX_CAPTION:,} characters"
+        return FoundCaption(text[:MAX_CAPTION], caption.origin)
 
     def repeats(self, name: str) -> int:
         """Returns the number of times that an image occurs per epoch; see `IngestSettings`.
@@ -184,7 +138,7 @@ class FolderLayout:
             if self._subsets
             else "",
             self._describe_groups(used),
-            f"Hugging Face splits: {_counted(_split_name(name) for name in used)}" if self._splits else "",
+            f"Hugging Face splits: {_counted(split_name(name) for name in used)}" if self._splits else "",
             self._describe_archives(used),
         ]
         return "; ".join(filter(None, lines)) or None
@@ -258,23 +212,6 @@ def _with_masks(listing: Listing, grouping: Grouping) -> Listing:
             twin = PurePosixPath(folders[parent].folder) / PurePosixPath(name).relative_to(parent)
             masks.setdefault(owner_of(twin.as_posix()), []).append(name)
     return Listing(tuple(images), masks, listing.companions)
-
-
-def _find_splits(names: Collection[str]) -> dict[str, Split]:
-    """Returns image -> use, or nothing if an image is in no split, or none is trained on."""
-    splits = {name: _SPLITS.get(_split_name(name)) for name in names}
-    found = {name: split for name, split in splits.items() if split is not None}
-    return found if len(found) == len(splits) and {*found.values()} == {"train", "heldout"} else {}
-
-
-def _split_name(name: str) -> str:
-    """Returns the split of an image: the first of its folders, or of the tables above it, that is named like one."""
-    for part in PurePosixPath(name).parts[:-1]:
-        if part.lower() in _SPLITS:
-            return part.lower()
-        if (match := _SHARD.fullmatch(part)) is not None:
-            return match[1].lower()
-    return ""
 
 
 def _counted(words: Iterable[str]) -> str:

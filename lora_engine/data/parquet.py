@@ -17,11 +17,11 @@ from lora_engine.errors import DataError
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "picture")
 _ROWS = 16
-Row = tuple[dict[str, Any], bytes]
+TableFrame = tuple[dict[str, Any], bytes]
 """`row`, `path` (None if the row states none) and `caption`, with the bytes of the image if the row has them."""
 
 
-def read_rows(file: IO[bytes], name: str) -> Iterator[Row]:
+def read_image_table(file: IO[bytes], name: str) -> Iterator[TableFrame]:
     """Yields the rows of a table in its order.
 
     Args:
@@ -59,7 +59,9 @@ def _open(file: IO[bytes], name: str) -> tuple[pa.Schema, Any]:
     return table.schema_arrow, lambda columns: table.iter_batches(_ROWS, columns=columns, use_threads=False)
 
 
-def _row(number: int, values: Mapping[str, Any], image: str | None, path: str | None, caption: str | None) -> Row:
+def _row(
+    number: int, values: Mapping[str, Any], image: str | None, path: str | None, caption: str | None
+) -> TableFrame:
     stored = values[image] if image is not None else None
     nested = stored if isinstance(stored, dict) else {"bytes": stored}
     content = nested.get("bytes") or b""

@@ -8,8 +8,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializ
 
 from lora_engine.registries import NameOrOptions
 
-Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
-Margin = Annotated[float, Field(ge=1.0, le=8.0, allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+_Margin = Annotated[float, Field(ge=1.0, le=8.0, allow_inf_nan=False)]
 
 
 def _is_one_line(text: str) -> str:
@@ -46,7 +46,7 @@ class SubjectCrop(_Options):
     """
 
     name: Literal["subject"] = "subject"
-    margin: Margin = 1.2
+    margin: _Margin = 1.2
 
 
 class FaceCrop(_Options):
@@ -60,10 +60,10 @@ class FaceCrop(_Options):
     """
 
     name: Literal["face"] = "face"
-    margin: Margin = 1.8
+    margin: _Margin = 1.8
     several: Literal["quarantine", "largest"] = "quarantine"
     level: bool = False
-    min_score: Share = 0.7
+    min_score: _Share = 0.7
 
 
 class _Mask(_Options):
@@ -79,7 +79,7 @@ class _Mask(_Options):
     invert: bool = False
     expand: int = Field(default=0, ge=0, le=512)
     feather: float = Field(default=0.0, ge=0.0, le=512.0, allow_inf_nan=False)
-    minimum: Share = 0.0
+    minimum: _Share = 0.0
 
 
 class FileMask(_Mask):
@@ -113,8 +113,8 @@ class FaceMask(MadeMask):
     """
 
     name: Literal["faces"] = "faces"
-    margin: Margin = 1.6
-    min_score: Share = 0.7
+    margin: _Margin = 1.6
+    min_score: _Share = 0.7
 
 
 class TextMask(MadeMask):
@@ -130,7 +130,7 @@ class TextMask(MadeMask):
     name: Literal["text"] = "text"
     prompt: Annotated[str, Field(max_length=300), AfterValidator(_is_one_line)]
     model: Model = "CIDAS/clipseg-rd64-refined"
-    threshold: Share = 0.3
+    threshold: _Share = 0.3
     smooth: int = Field(default=5, ge=0, le=64)
     expand: int = Field(default=10, ge=0, le=512)
 
@@ -147,7 +147,7 @@ class BackgroundMask(MadeMask):
     name: Literal["background"] = "background"
     model: Model
     labels: tuple[Annotated[str, Field(max_length=200)], ...] = Field(default=("background",), min_length=1)
-    threshold: Share = 0.5
+    threshold: _Share = 0.5
 
 
 class Swin2SR(_Options):

@@ -128,7 +128,8 @@ class _Preparer:
         image, mask, framing = self._resize(image, mask, framing, fit, self.settings.kept_part)
         if mask is not None:
             mask = finish_mask(mask, options)
-            if made is not None and is_black(mask):
+            # The masks of class images weight nothing.
+            if made is not None and entry.split != "class" and is_black(mask):
                 raise DataError(f"its mask of {made} marks nothing", allowed="a `minimum` above 0, or a mask file")
         entry = entry.model_copy(update={"framing": framing, "preparation": self._record(preparation, fit)})
         return self._write(entry, image, mask), fit.scale
@@ -141,7 +142,7 @@ class _Preparer:
             framing = _cut(framing, image.size, window)
             image, mask = image.crop(window), mask.crop(window) if mask is not None else None
             fit = fit_into(image.size, fit.size)
-        resized = self._enlarge(image, fit) if fit.scale > 1 else resize(image, fit)
+        resized = self._enlarge(image, fit) if fit.scale > 1 else _resize_image(image, fit)
         box = CROPS[keep](resized, fit.size)
         mask = _resize_mask(mask, fit).crop(box) if mask is not None else None
         return resized.crop(box), mask, _cut(framing, resized.size, box)
@@ -151,14 +152,16 @@ class _Preparer:
             while image.width < fit.resized[0] or image.height < fit.resized[1]:
                 image = self.upscaler(image)
         elif self.settings.upscale == "bicubic":
-            return resize(image, fit)
+            return _resize_image(image, fit)
         return image.resize(fit.resized, Image.Resampling.LANCZOS)
 
     def _record(self, preparation: Preparation, fit: Fit) -> Preparation | None:
         # The bytes of released results with buckets stay: they record no enlargement.
         if fit.scale > 1 and (self.settings.crop != "bucket" or self.settings.upscale != "bicubic"):
             upscaler = self.upscaler.label if self.upscaler is not None else str(self.settings.upscale)
-            preparation = preparation.model_copy(update={"scale": round(fit.scale, 3), "upscaler": upscaler})
+            preparation = preparation.model_copy(
+                update={"scale": max(1.001, round(fit.scale, 3)), "upscaler": upscaler}
+            )
         return preparation if preparation != Preparation() else None
 
     def _write(self, entry: ImageEntry, image: Image.Image, mask: Image.Image | None) -> ImageEntry:
@@ -238,11 +241,11 @@ def _report_enlarged(scales: Mapping[str, float]) -> None:
 
 def to_square(image: Image.Image, size: int, crop: str) -> Image.Image:
     """Returns the image resized and cropped to size x size pixels."""
-    resized = resize(image, fit_into(image.size, (size, size)))
+    resized = _resize_image(image, fit_into(image.size, (size, size)))
     return resized.crop(CROPS[crop](resized, (size, size)))
 
 
-def resize(image: Image.Image, fit: Fit) -> Image.Image:
+def _resize_image(image: Image.Image, fit: Fit) -> Image.Image:
     """Returns the image in the size before the crop."""
     if fit.resized == image.size:
         return image

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from lora_engine.data.folder import Tree, open_inside
-from lora_engine.data.groups import Entry, FolderNames, Group, Grouping, entries_of
+from lora_engine.data.groups import FolderNames, Grouping, ImageGroup, SettingsObject, bounded_caption, objects_of
 from lora_engine.data.manifest import MAX_REPEATS, Split
 from lora_engine.data.text_files import clean_text, printable, read_text
 from lora_engine.documents.json_source import parse_json
@@ -36,7 +36,7 @@ class DatasetFile:
     title: str
     patterns: tuple[str, ...]
     endings: tuple[str, ...]
-    read: Callable[[Any, FolderNames, Tree], Iterator[Group | str]]
+    read: Callable[[Any, FolderNames, Tree], Iterator[ImageGroup | str]]
 
 
 def find_dataset_file(layout: str, companions: Collection[str]) -> tuple[str, str] | None:
@@ -81,7 +81,7 @@ def read_dataset_file(layout: str, name: str, tree: Tree, names: Collection[str]
         DataError: It is invalid, or names a folder that is not there.
     """
     kind = DATASET_FILES[layout]
-    groups: list[Group] = []
+    groups: list[ImageGroup] = []
     notes: list[str] = []
     for item in kind.read(_load(name, tree), FolderNames(names, name), tree):
         if isinstance(item, str):
@@ -106,9 +106,9 @@ def _load(name: str, tree: Tree) -> Any:
     return read_document(path, DataError, allowed="a mapping").data
 
 
-def _read_concepts(data: Any, folders: FolderNames, tree: Tree) -> Iterator[Group | str]:
+def _read_concepts(data: Any, folders: FolderNames, tree: Tree) -> Iterator[ImageGroup | str]:
     uses: dict[str, Split] = {"STANDARD": "train", "VALIDATION": "heldout", "PRIOR_PREDICTION": "class"}
-    for concept in entries_of(data, "concepts"):
+    for concept in objects_of(data, "concepts"):
         path = concept.text("path")
         label = clean_text(concept.text("name")) or PurePosixPath(path.replace("\\", "/")).name
         kind = concept.text("type", "STANDARD")
@@ -117,11 +117,11 @@ def _read_concepts(data: Any, folders: FolderNames, tree: Tree) -> Iterator[Grou
         if not concept.flag("enabled", True):
             with_folder = _find_or_none(folders, path, concept.where)
             if with_folder is not None:
-                yield Group(with_folder, label, skipped=f"the concept {label!r} is disabled")
+                yield ImageGroup(with_folder, label, skipped=f"the concept {label!r} is disabled")
             continue
         text = concept.entry("text")
         source = text.text("prompt_source", "sample")
-        group = Group(
+        group = ImageGroup(
             folders.find(path, concept.where),
             label,
             split=uses[kind],
@@ -148,18 +148,18 @@ def _read_concepts(data: Any, folders: FolderNames, tree: Tree) -> Iterator[Grou
         yield group
 
 
-def _first_line(tree: Tree, stated: str, folders: FolderNames, text: Entry) -> str:
+def _first_line(tree: Tree, stated: str, folders: FolderNames, text: SettingsObject) -> str:
     path = PurePosixPath(stated.replace("\\", "/"))
     if not path.name:
         raise DataError("prompt_path is missing", where=text.where)
     folder = folders.find(path.parent.as_posix(), text.where)
     file, root = tree.locate((PurePosixPath(folder) / path.name).as_posix())
-    lines = (clean_text(line) for line in read_text(file, root, _MAX_BYTES).splitlines())
-    return next(filter(None, lines), "")
+    lines = (line for line in read_text(file, root, _MAX_BYTES).splitlines() if line.strip())
+    return bounded_caption(next(lines, ""), printable(path.name))
 
 
-def _read_toolkit(data: Any, folders: FolderNames, _: Tree) -> Iterator[Group | str]:
-    whole = Entry(data, "datasets")
+def _read_toolkit(data: Any, folders: FolderNames, _: Tree) -> Iterator[ImageGroup | str]:
+    whole = SettingsObject(data, "datasets")
     processes = whole.entry("config").entries("process") or [whole]
     for process in processes:
         trigger = process.text("trigger_word") or None
@@ -171,19 +171,19 @@ def _read_toolkit(data: Any, folders: FolderNames, _: Tree) -> Iterator[Group | 
             masks = dataset.text("mask_path")
             if dataset.flag("invert_mask", False):
                 yield f"the masks of {printable(path)!r} are inverted there, and not here"
-            yield Group(
+            yield ImageGroup(
                 folders.find(path, dataset.where),
                 PurePosixPath(path.replace("\\", "/")).name,
                 repeats=dataset.repeats("num_repeats"),
                 split="class" if dataset.flag("is_reg", False) else "train",
-                text=clean_text(dataset.text("default_caption")),
+                text=dataset.caption("default_caption"),
                 trigger=dataset.text("trigger_word") or trigger,
                 masks=folders.find(masks, dataset.where) if masks else None,
             )
 
 
-def _read_backends(data: Any, folders: FolderNames, _: Tree) -> Iterator[Group | str]:
-    backends = list(entries_of(data, "backends"))
+def _read_backends(data: Any, folders: FolderNames, _: Tree) -> Iterator[ImageGroup | str]:
+    backends = list(objects_of(data, "backends"))
     masks = {
         entry.text("id"): entry.text("instance_data_dir")
         for entry in backends
@@ -197,9 +197,9 @@ def _read_backends(data: Any, folders: FolderNames, _: Tree) -> Iterator[Group |
         if reason is not None:
             folder = _find_or_none(folders, path, backend.where)
             if folder is not None and label not in used:
-                yield Group(folder, label, skipped=reason)
+                yield ImageGroup(folder, label, skipped=reason)
             continue
-        group = Group(
+        group = ImageGroup(
             folders.find(path, backend.where),
             label,
             repeats=backend.repeats("repeats", extra=True),
@@ -217,7 +217,7 @@ def _read_backends(data: Any, folders: FolderNames, _: Tree) -> Iterator[Group |
         if strategy == "filename":
             group = replace(group, captions="file name")
         elif strategy == "instanceprompt":
-            group = replace(group, captions="stated", text=clean_text(backend.text("instance_prompt")))
+            group = replace(group, captions="stated", text=backend.caption("instance_prompt"))
         elif strategy not in {"textfile", "parquet"}:
             yield f"the caption_strategy {printable(strategy)!r} of {label!r} is not known and not used"
         if backend.number("probability", 1.0) != 1.0:
@@ -225,7 +225,7 @@ def _read_backends(data: Any, folders: FolderNames, _: Tree) -> Iterator[Group |
         yield group
 
 
-def _why_skipped(backend: Entry, kind: str, label: str) -> str | None:
+def _why_skipped(backend: SettingsObject, kind: str, label: str) -> str | None:
     if backend.flag("disabled", False):
         return f"the backend {label!r} is disabled"
     if kind not in {"image", "eval"}:

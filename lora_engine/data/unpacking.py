@@ -36,7 +36,7 @@ class Unpacked:
 
 
 @contextmanager
-def unpack(images: Path, out: Path) -> Iterator[Unpacked]:
+def unpacked_images(images: Path, out: Path) -> Iterator[Unpacked]:
     """Unpacks a file, or the archives and tables of a folder.
 
     Args:

@@ -13,7 +13,7 @@ from lora_engine.data.folder import Tree, list_tree
 from lora_engine.data.manifest import ImageEntry
 from lora_engine.data.spec import CaptionSettings, IngestSettings
 from lora_engine.data.text_files import printable
-from lora_engine.errors import DataError, SettingsError
+from lora_engine.errors import SettingsError
 from lora_engine.files import atomic_write, write_within
 from lora_engine.progress import Progress, no_progress
 from registry.home import Home
@@ -99,10 +99,6 @@ def caption_folder(
 def _find_targets(root: Path, entries: list[ImageEntry]) -> dict[str, Path]:
     """Returns image -> its caption file: `name.txt`, or `name.png.txt` where images share a name."""
     paths = {printable(name): root / name for name in list_tree(Tree(root)).images}
-    if inside := [entry.source for entry in entries if entry.source not in paths]:
-        raise DataError(
-            f"{len(inside)} images are in archives, first {inside[0]!r}", where=str(root), remedy="unpack the archives"
-        )
     stems = Counter(path.with_suffix("") for path in paths.values())
     return {
         entry.source: path.with_suffix(_ENDING)

@@ -64,7 +64,7 @@ def find_revision(spec: Ingest, files: Mapping[str, PathDigest]) -> int:
     Since revision 4, a statement about one copy of an image counts for all. Since revision 5, layouts of other programs
     are recognized; since 6, archives, tables and dataset files are. Revision 7 is 6 where HEIC can be read.
     """
-    from lora_engine.data.layout import is_plain, is_without_archives
+    from lora_engine.data.earlier_layouts import is_plain, is_without_archives
 
     if "images" not in files or (
         spec.layout in {"auto", "plain", "kohya"} and is_without_archives(files["images"].files)

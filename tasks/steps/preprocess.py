@@ -34,7 +34,7 @@ class Preprocess(StepSpec, PreprocessSettings):
         return settings
 
 
-def find_revision(spec: Preprocess, _: Mapping[str, PathDigest]) -> int:
+def find_preprocess_revision(spec: Preprocess, _: Mapping[str, PathDigest]) -> int:
     """Returns 2 for buckets; since revision 3, squares have a largest factor of enlargement."""
     return 2 if spec.crop == "bucket" else 3
 
@@ -55,7 +55,7 @@ def find_imports(spec: Preprocess, folder: Path) -> Iterator[str]:
     Preprocess,
     produces="manifest",
     revision=3,
-    revisions=find_revision,
+    revisions=find_preprocess_revision,
     summary="manifest.json",
     imports=find_imports,
     models=lambda spec, folder, _: describe_models(spec, folder),

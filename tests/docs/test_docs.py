@@ -23,6 +23,7 @@ from lora_engine.catalog.formats import FORMATS, written_formats
 from lora_engine.catalog.kinds import KINDS
 from lora_engine.data.captioners import CAPTIONERS
 from lora_engine.data.edits import Edit
+from lora_engine.data.spec import PreprocessSettings
 from lora_engine.evaluation.metrics import METRICS
 from lora_engine.formats import codecs
 from lora_engine.merging.methods import METHODS
@@ -185,6 +186,12 @@ def test_the_reference_has_the_entries_of_the_registries() -> None:
     assert (ROOT / "docs" / "reference.md").read_text().endswith("\n" + page_of(tables_of_entries()))
 
 
+def names_of_field(field: str) -> list[str]:
+    """Returns the names that a setting of preprocess takes."""
+    options = get_args(PreprocessSettings.model_fields[field].annotation)
+    return [option.model_fields["name"].default for option in options]
+
+
 @pytest.mark.parametrize(
     ("page", "head", "names"),
     [
@@ -192,6 +199,8 @@ def test_the_reference_has_the_entries_of_the_registries() -> None:
         ("training.md", "| method | trains |", methods),
         ("formats.md", "| format | kinds |", written_formats()),
         ("plugins.md", "| group | entry |", GROUPS),
+        ("crops-and-masks.md", "| crop | what is kept | options |", names_of_field("crop")),
+        ("crops-and-masks.md", "| mask | white parts | options |", names_of_field("mask")),
         (
             "captioning.md",
             "| edit | options |",
@@ -275,6 +284,17 @@ def test_pipelines_with_captioners_load(path: str, tmp_path: Path) -> None:
     pipeline = tmp_path / "pipeline.yaml"
     pipeline.write_text(text if path.endswith(".yaml") else re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
     assert load_spec(pipeline).steps["captions"].uses == "caption"
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_pipelines_with_crops_and_masks_load(number: int, tmp_path: Path) -> None:
+    steps = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "crops-and-masks.md").read_text(), re.DOTALL)
+    assert len(steps) == 3
+    (tmp_path / "images").mkdir()
+    pipeline = tmp_path / "pipeline.yaml"
+    photos = "  photos: {uses: ingest, images: images/, alpha: mask, masks: images/}"
+    pipeline.write_text(f"name: shown\nbase: tiny\nsteps:\n{photos}\n  {steps[number]}")
+    assert load_spec(pipeline).steps["prepared"].uses == "preprocess"
 
 
 def test_the_page_about_captioners_has_every_family() -> None:

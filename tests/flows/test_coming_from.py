@@ -331,6 +331,16 @@ def test_a_file_of_one_trainer_becomes_a_pipeline_and_what_cannot_work_is_change
     assert "hf_secret" not in output
 
 
+def test_transparency_as_a_mask_is_carried_over(settings: Write) -> None:
+    path = settings("toolkit.yaml")
+    text = path.read_text()
+    path.write_text(text.replace("caption_ext: txt", "caption_ext: txt, alpha_mask: true"))
+    assert "alpha_mask" in path.read_text()
+    spec, _ = converted(path)
+    assert spec.steps["photos"].model_dump()["alpha"] == "mask"
+    assert train_of(spec).method.model_dump()["mask"] is not None
+
+
 def test_a_command_line_of_diffusers_becomes_a_pipeline(settings: Write) -> None:
     spec, output = converted(settings("run.sh"))
     train = train_of(spec)

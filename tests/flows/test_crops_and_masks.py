@@ -184,9 +184,12 @@ def test_the_preview_shows_masks_of_files_without_preparation(tmp_path: Path) ->
     mask = np.zeros((400, 600), dtype=np.uint8)
     mask[100:300, 200:400] = 255
     Image.fromarray(mask).save(tmp_path / "images" / "a-masklabel.png")
+    photograph("rocket.jpg").save(tmp_path / "images" / "b.png")
+    Image.new("L", photograph("rocket.jpg").size).save(tmp_path / "images" / "b.mask.png")
     page = tmp_path / "sheet.html"
-    say("dataset", tmp_path / "images", "-o", page, home=tmp_path / "home")
-    assert page.read_text().count("<img ") == 2
+    shown = say("dataset", tmp_path / "images", "-o", page, home=tmp_path / "home")
+    assert page.read_text().count("<img ") == 4
+    assert re.findall(r"^flaw +(.*)", shown, re.MULTILINE) == ["b.png: its mask is black: nothing of it counts"]
 
 
 def test_the_preview_needs_a_resolution_to_prepare(portraits: Path, tmp_path: Path) -> None:

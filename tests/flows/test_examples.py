@@ -139,6 +139,12 @@ def test_a_pipeline_of_photographs_runs_on_every_base(photographs: Path, home: P
     assert "adapter_config.json" in exported
 
 
+def test_a_pipeline_of_faces_trains_on_the_photographs_with_a_face(photographs: Path, home: Path) -> None:
+    (version,) = run(photographs / "faces.yaml", home, "adapter.steps=2", "report.max_pictures=1", "report.steps=2")
+    assert version.aliases == ("staging",)
+    assert len(version.card["data"]) == 2
+
+
 # Each process imports torch again; `test_training_processes` compares two with one.
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_a_training_leaves_sample_images_of_every_interval(home: Path, processes: int) -> None:

@@ -26,6 +26,7 @@ from tasks.job import prepare_job
 from tasks.steps.caption import Caption
 from tasks.steps.ingest import Ingest
 from tasks.steps.preprocess import Preprocess
+from tests.lora_engine.data.corpus.build import png, zipped
 
 HEADER = "file,consent,owner,license,rights,person,scope,expires,revocable,source,opt_out,ai_generated\n"
 COMPLETE = (
@@ -243,6 +244,21 @@ def photos(home, images, tmp_path):
         return outcome.ref, outcome.cached, manifest
 
     return run
+
+
+def test_a_revoked_image_is_not_used_from_an_archive(home, photos, images, tmp_path):
+    revoked = (images / "1.png").rename(tmp_path / "elsewhere.png")
+    (images / "x.zip").write_bytes(zipped({"2.png": revoked.read_bytes(), "3.png": png(9)}))
+    first, _, manifest = photos()
+    assert [image.source for image in manifest.pictures] == ["0.png", "2.png", "x.zip/2.png", "x.zip/3.png"]
+    versions = Versions(home)
+    revoke(versions, str(revoked), reason="r")
+    _, cached, manifest = photos()
+    assert not cached
+    assert [image.source for image in manifest.pictures] == ["0.png", "2.png", "x.zip/3.png"]
+    assert [item.reason for item in manifest.quarantined] == ["the image was revoked"]
+    lift(versions, str(revoked), reason="r")
+    assert photos()[:2] == (first, True)
 
 
 def test_ingest_runs_again_after_a_revocation_and_uses_the_old_result_after_lifting(home, photos, images):

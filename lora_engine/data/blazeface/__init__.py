@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-WEIGHTS = Path(__file__).with_name("full_range.safetensors")
+from lora_engine.building import BUILDING
+
+FACE_WEIGHTS = Path(__file__).with_name("full_range.safetensors")
 SIDE, GRID = 192, 48
 """Side of the input in pixels, and anchors per side: one in the center of each cell of 4 x 4 pixels."""
 POINTS = 8
@@ -116,7 +118,7 @@ def _pad_like_tensorflow(features: Tensor) -> Tensor:
 def load_blazeface() -> BlazeFace:
     """Returns the trained network in float32 on the CPU; its weights are stored in float16."""
     # Building a module draws from the global generator; its state is restored.
-    with torch.random.fork_rng(devices=[]):
+    with BUILDING, torch.random.fork_rng(devices=[]):
         network = BlazeFace()
-    network.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()})
+    network.load_state_dict({name: value.float() for name, value in load_file(FACE_WEIGHTS).items()})
     return network.eval().requires_grad_(False)

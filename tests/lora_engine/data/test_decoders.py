@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_engine.data.decoders import DecodeLimits, Decoders, shared_decoders
+from lora_engine.data.decoder_process import DecodeLimits
+from lora_engine.data.decoders import Decoders, shared_decoders
 from lora_engine.data.duplicates import Print, take_print
 from lora_engine.data.images import encode_png, open_with_digest
 from lora_engine.data.ingest import ingest
@@ -179,7 +180,7 @@ def test_a_child_that_does_not_start_is_no_fault_of_the_file(
     small: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "lora_engine.data.decoders._environment", lambda: {"PYTHONPATH": "/gone", "PYTHONHOME": "/gone"}
+        "lora_engine.data.decoder_process._environment", lambda: {"PYTHONPATH": "/gone", "PYTHONHOME": "/gone"}
     )
     with pytest.raises(EngineError, match="the process that decodes images does not start") as caught:
         Decoders().image(small, small.parent, PIXELS)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_engine.data.blazeface import GRID, POINTS, SIDE, WEIGHTS, BlazeFace, load_blazeface
+from lora_engine.data.blazeface import FACE_WEIGHTS, GRID, POINTS, SIDE, BlazeFace, load_blazeface
 from lora_engine.data.faces import find_faces, letterbox
 from lora_engine.files import sha256_file
 from tests.support.photographs import photograph
@@ -53,9 +53,9 @@ def test_other_weights_give_other_values() -> None:
 
 
 def test_the_weights_are_those_that_the_page_describes() -> None:
-    page = WEIGHTS.with_name("README.md").read_text()
+    page = FACE_WEIGHTS.with_name("README.md").read_text()
     assert REFERENCE["source_sha256"] in page
-    assert sha256_file(WEIGHTS) in page
+    assert sha256_file(FACE_WEIGHTS) in page
 
 
 @pytest.mark.parametrize(

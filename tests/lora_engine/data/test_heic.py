@@ -76,6 +76,6 @@ def test_a_result_without_the_extra_is_not_used_with_it(
     spec = Ingest(images="images")
     revisions = [
         find_revision(spec, {"images": PathDigest("0" * 64, dict.fromkeys(names, ""), {})})
-        for names in (["a.heic"], ["a.png"], ["10_a/a.png"], ["x.zip"])
+        for names in (["a.heic"], ["a.png"], ["10_a/a.png"], ["x.zip"], ["."])
     ]
-    assert revisions == [revision, 3, 5, revision]
+    assert revisions == [revision, 3, 5, revision, revision]

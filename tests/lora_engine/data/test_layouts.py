@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_engine.data.earlier_layouts import is_plain, is_without_archives
 from lora_engine.data.ingest import ingest
-from lora_engine.data.layout import is_plain, is_without_archives
 from lora_engine.data.manifest import Manifest
 from lora_engine.data.spec import IngestSettings
 from lora_engine.errors import DataError

@@ -86,6 +86,15 @@ def test_images_whose_made_mask_marks_nothing_are_quarantined_unless_they_may_co
     assert mask_of(tmp_path / "prepared", manifest, 0).min() == 0
 
 
+def test_class_images_need_no_mask(images: Path, tmp_path: Path, prepare: Callable[..., Manifest]) -> None:
+    for folder, name in (("5_sks woman", "astronaut.png"), ("1_woman", "coffee.png")):
+        (images / folder).mkdir()
+        photograph(name).save(images / folder / name)
+    manifest = prepare(mask="faces")
+    assert [entry.split for entry in manifest.pictures] == ["class", "train"]
+    assert manifest.quarantined == ()
+
+
 def test_own_masks_stay_unless_they_are_replaced(
     images: Path, tmp_path: Path, prepare: Callable[..., Manifest]
 ) -> None:

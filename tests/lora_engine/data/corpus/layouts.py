@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tests.lora_engine.data.corpus.build import Case, Files, Skipped, Unused, Used, arrow, parquet, png, shard
+from tests.lora_engine.data.conftest import make_image
+from tests.lora_engine.data.corpus.build import Case, Files, Skipped, Unused, Used, arrow, encode, parquet, png, shard
 
 
 def concepts(*entries: dict[str, Any]) -> Files:
@@ -14,6 +15,10 @@ def concepts(*entries: dict[str, Any]) -> Files:
 
 def backends(*entries: dict[str, Any]) -> Files:
     return {"multidatabackend.json": json.dumps(entries)}
+
+
+def _recompressed(seed: int) -> bytes:
+    return encode(make_image(40, 40, seed), "JPEG", quality=90)
 
 
 _ROWS = [{"bytes": png(1), "path": "x/cat.jpg"}, {"bytes": None, "path": None}, {"bytes": b"no", "path": "b.png"}]
@@ -48,6 +53,12 @@ LAYOUTS: dict[str, Case] = {
             "validation/c.png": Used(split="heldout"),
         },
         layout="Hugging Face splits: 1 test, 1 train, 1 validation",
+    ),
+    "a held-out image that is one of those for training": Case(
+        {"train/a.png": png(1, 40, 40), "train/b.png": png(2, 40, 40), "test/c.jpg": _recompressed(1)},
+        {"train/a.png": Used(), "train/b.png": Used(), "test/c.jpg": Used(split="heldout")},
+        layout="Hugging Face splits: 1 test, 2 train",
+        logged="1 held-out images of the folder show nearly the same as others, first test/c.jpg and train/a.png",
     ),
     "a train folder alone": Case({"train/a.png": None}, {"train/a.png": Used()}),
     "a test folder beside other images": Case(
@@ -209,6 +220,16 @@ LAYOUTS: dict[str, Case] = {
         {"x/a.png": Used()},
         layout="ai-toolkit datasets: 1 x 'x' (1 image); captions in '.tags' files of 'x' are not read",
         settings={"layout": "ai-toolkit"},
+    ),
+    "a trigger that makes a caption too long": Case(
+        {
+            "x/a.png": None,
+            "x/a.txt": "[trigger]" * 200,
+            "ai-toolkit.yaml": "datasets: [{folder_path: x, trigger_word: sixteenletters--}]",
+        },
+        {"x/a.png": Used("sixteenletters--" * 125)},
+        {"x/a.png, its caption": "is cut after 2,000 characters"},
+        layout="ai-toolkit datasets: 1 x 'x' (1 image)",
     ),
     # SimpleTuner
     "SimpleTuner backends": Case(

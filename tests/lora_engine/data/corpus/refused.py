@@ -92,6 +92,17 @@ REFUSED: dict[str, Case] = {
         {"ai-toolkit.yaml": "datasets: !!python/object/apply:os.system ['id']"}, r"ai-toolkit\.yaml:1:11"
     ),
     "ai-toolkit with a list": refuse({"ai-toolkit.yaml": "[1]"}, "the file contains a list"),
+    "a default caption of 100,000 characters": refuse(
+        {"ai-toolkit.yaml": f"datasets: [{{folder_path: ., default_caption: {'x' * 100_000}}}]"},
+        "default_caption: has 100,000 characters. Allowed: 2,000 characters",
+    ),
+    "a prompt of a megabyte": refuse(
+        {
+            "p.txt": "x" * 1_000_000,
+            **concepts({"path": ".", "text": {"prompt_source": "concept", "prompt_path": "p.txt"}}),
+        },
+        r"p\.txt: has 1,000,000 characters",
+    ),
     "ai-toolkit outside": refuse({"ai-toolkit.yaml": "datasets: [{folder_path: ../x}]"}, "leads out of the folder"),
     "a layout that the folder does not have": refuse(
         {}, "layout is simpletuner, but the folder has no files", layout="simpletuner"
