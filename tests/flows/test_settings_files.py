@@ -238,6 +238,8 @@ OWN = {
     "tasks/operations/export_adapter.py": "files of an artifact, after their digests were verified",
     "tasks/operations/verify_files.py": "a document whose digest a valid signature covers",
     "lora_engine/checkpoints/names.py": "a key of a cache in memory",
+    "lora_engine/data/decoder_child.py": "requests of our own process",
+    "lora_engine/data/decoder_process.py": "answers of our own child process",
     "lora_engine/formats/pickle_child.py": "an argument of our own child process",
     "lora_engine/formats/pickles.py": "the answer of our own child process",
     "tasks/environment.py": "metadata of an installed package",
