@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 MAX_NEIGHBORS = 8
 """Largest number of generated images that are shown beside their nearest real ones."""
 LEAST_RECONSTRUCTION = 20.0
-"""Peak signal-to-noise ratio in decibels below which the base's autoencoder is said to lose the images. That of the
-embedded base has 30 dB on its own drawings."""
+"""Peak signal-to-noise ratio in decibels below which a base is said to be unable to draw the images. The autoencoder of
+the embedded base has 27 to 31 dB on its own drawings, and 14 to 18 dB on six photographs at its size."""
 _SIDE = 512
 _RECONSTRUCTED = 8
 

@@ -189,6 +189,7 @@ def test_the_reference_has_the_entries_of_the_registries() -> None:
         ("training.md", "| method | trains |", methods),
         ("formats.md", "| format | kinds |", written_formats()),
         ("plugins.md", "| group | entry |", GROUPS),
+        ("metrics.md", "| metric | shows |", METRICS),
     ],
 )
 def test_a_table_of_names_has_every_entry(page: str, head: str, names: Iterable[str]) -> None:
