@@ -154,7 +154,9 @@ def _failed_gates(version: AdapterVersion) -> list[str]:
 def _compare(gate: Mapping[str, Any]) -> str:
     metric, value, least, most = gate["metric"], gate["value"], gate["min"], gate["max"]
     if value is None:
-        return f"{metric} has no value"
+        return str(gate.get("reason") or f"{metric} has no value")
+    if gate.get("against", "base") != "base":
+        metric = f"{metric} against {gate['against']}"
     if least is not None and value < least:
         return f"{metric} {value:g} < {least:g}"
     return f"{metric} {value:g} > {most:g}"

@@ -56,7 +56,7 @@ $init    steps: $steps
     adapter: adapter
     dataset: captions
     gates:
-      validation_loss: {max: 0.0}   # must not exceed that of the base on the held-out images
+      validation_loss: {max: 0.0}   # must not exceed that of the base on the held-out images; `gates: default` has more
   release:
     uses: register
     adapter: adapter

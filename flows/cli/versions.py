@@ -94,10 +94,16 @@ def show(ref: Ref, as_json: Json = False) -> None:
         print_table(("source of rights", "where", "obligations and restrictions"), rows)
     if version.metrics:
         rows = [
-            (name, *(f"{metric[key]:.4f}" for key in ("base", "adapter", "difference")), metric["better"])
+            (
+                name,
+                *(f"{metric[key]:.4f}" for key in ("base", "adapter", "difference")),
+                metric["better"],
+                metric.get("n", ""),
+                metric.get("verdict", ""),
+            )
             for name, metric in version.metrics.items()
         ]
-        print_table(("metric", "base", "adapter", "difference", "better"), rows)
+        print_table(("metric", "base", "adapter", "difference", "better", "n", "verdict"), rows)
     if saved:
         rows = [(entry["step"], _loss(entry["validation_loss"]), entry["file"]) for entry in saved]
         print_table(("saved at step", "validation loss", "file"), rows)

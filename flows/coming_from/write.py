@@ -168,11 +168,8 @@ def _steps(translation: Translation, folders: Folders, path: Path) -> Iterator[s
     if isinstance(method, dict):
         method.setdefault("name", "dreambooth" if "prior" in settings["train"] else "finetune")
     yield from _chain(settings, _NAMES, translation.origins)
-    if settings["preprocess"].get("crop") != "bucket":  # an evaluation needs images of one size
-        yield from _step("report", "evaluate", {"adapter": "adapter", "dataset": "captions"}, {})
-        yield from _step("release", "register", {"adapter": "adapter", "report": "report"}, {})
-    else:
-        yield from _step("release", "register", {"adapter": "adapter"}, {})
+    yield from _step("report", "evaluate", {"adapter": "adapter", "dataset": "captions"}, {})
+    yield from _step("release", "register", {"adapter": "adapter", "report": "report"}, {})
     dtype = translation.steps.get("convert", {})
     yield from _step(
         "exports", "convert", {"adapter": "adapter", "to": ["kohya", "diffusers"], **dtype}, translation.origins

@@ -22,6 +22,11 @@ BASE, CANDIDATE, PRODUCTION, COMBINED = "base", "candidate", "production", "comb
 """Roles of the compared models; `combined` is the candidate together with a second adapter. Other versions have their
 reference as role, such as `zorb@3`."""
 
+MIN_GROUPS = 6
+"""Least number of groups for an interval and a verdict: below, no exact test can reach 5 %."""
+COVERAGE_GROUPS = 16
+"""Least number of groups from which the interval covers at least 94 %, so that reports may state its coverage."""
+
 RequestSet = Literal["reference", "with_trigger", "without_trigger", "of_class", "unrelated"]
 """Captions of real images; the prompts; the prompts without the trigger; prompts of the class word; unrelated ones."""
 

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_engine.evaluation.chosen import Chosen
+from lora_engine.evaluation.evidence import COVERAGE_GROUPS, MIN_GROUPS
 from lora_engine.evaluation.metrics import METRICS
 
-MIN_GROUPS = 6
-_COVERAGE_GROUPS = 16
 _MOST_NAMED = 5
 
 
@@ -44,7 +43,7 @@ def write_notices(report: Mapping[str, Any]) -> Iterator[str]:
     }
     if report.get("format", 1) >= 2 and counts and min(counts) < MIN_GROUPS:
         yield (
-            "With fewer than 6 independent groups a metric has no interval and no verdict, because chance can explain "
+            f"With fewer than {MIN_GROUPS} independent groups a metric has no interval and no verdict, because chance can explain "
             "any difference. " + ("One pair says nothing about chance. " if min(counts) == 1 else "") + "Hold out more "
             "images, or give more prompts."
         )
@@ -64,7 +63,7 @@ def write_notices(report: Mapping[str, Any]) -> Iterator[str]:
 def states_coverage(report: Mapping[str, Any]) -> bool:
     """Returns True if every interval has enough groups for the sentence about its coverage."""
     counts = [values.get("n", 0) for values in report.get("metrics", {}).values() if values.get("interval")]
-    return bool(counts) and min(counts) >= _COVERAGE_GROUPS
+    return bool(counts) and min(counts) >= COVERAGE_GROUPS
 
 
 def _known(metrics: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lora_engine.errors import SettingsError
-from lora_engine.evaluation.evidence import BASE
+from lora_engine.evaluation.evidence import BASE, MIN_GROUPS
 from lora_engine.evaluation.spec import Gate
 
 _BOUNDS = {"lower": 0, "upper": 1}
@@ -151,9 +151,7 @@ def _check(name: str, gate: Gate, values: Mapping[str, Any]) -> GateResult:
     else:
         interval = values.get("interval" if gate.of == "difference" else "adapter_interval")
         if interval is None:
-            reason = (
-                f"{label}: there is no interval for n = {values.get('n')}, at least 6 independent groups are needed"
-            )
+            reason = f"{label}: there is no interval for n = {values.get('n')}, at least {MIN_GROUPS} independent groups are needed"
             return _result(name, gate, None, reason)
         number = interval[_BOUNDS[gate.on]]
     if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):

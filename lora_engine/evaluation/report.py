@@ -17,8 +17,8 @@ from lora_engine.data.pages import embed_image, load_template
 from lora_engine.errors import DataError
 from lora_engine.evaluation.chart import draw_interval, draw_loss
 from lora_engine.evaluation.details import read_details
-from lora_engine.evaluation.evidence import CANDIDATE
-from lora_engine.evaluation.first_lines import MIN_GROUPS, states_coverage, write_headline, write_notices
+from lora_engine.evaluation.evidence import CANDIDATE, MIN_GROUPS
+from lora_engine.evaluation.first_lines import states_coverage, write_headline, write_notices
 from lora_engine.evaluation.metrics import METRICS
 from lora_engine.evaluation.sections import default_recipe, detail_sections, fold_defaults
 

@@ -171,7 +171,10 @@ def _gate(gate: Mapping[str, Any], text: Any) -> tuple[str, str, str, str]:
     limits_of += [f"at most {gate['max']:g}"] if gate.get("max") is not None else []
     value = gate.get("value")
     shown = f"{value:.4f}" if isinstance(value, (int, float)) else text(str(value))
-    name = f"{gate.get('metric', '?')} ({gate['of']})" if gate.get("of") else str(gate.get("metric", "?"))
+    details = [str(gate["of"])] if gate.get("of") else []
+    details += [f"against {gate['against']}"] if gate.get("against", "base") != "base" else []
+    details += [f"{gate['on']} bound"] if gate.get("on", "value") != "value" else []
+    name = f"{gate.get('metric', '?')}" + (f" ({', '.join(details)})" if details else "")
     return text(name), " and ".join(limits_of), shown, "passed" if gate.get("passed") is True else "FAILED"
 
 

@@ -314,7 +314,7 @@ def test_a_file_of_ai_toolkit_becomes_a_pipeline(settings: Write) -> None:
     )
     assert spec.steps["captions"].model_dump()["trigger"] == "p3r5on"
     assert spec.steps["prepared"].model_dump()["crop"] == "bucket"
-    assert "report" not in spec.steps, "an evaluation needs images of one size"
+    assert spec.steps["report"].model_dump()["dataset"] == "captions", "every bucket size is evaluated"
     assert "128 was taken" in output
 
 

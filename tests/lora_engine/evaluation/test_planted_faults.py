@@ -30,11 +30,11 @@ def alarms_of(report: dict[str, Any]) -> set[str]:
 
 
 def test_a_drifting_adapter_raises_an_alarm_and_one_without_a_fault_none(tmp_path: Path) -> None:
-    few = {"max_pictures": 2, "steps": 6, "extra": (), "embedder": "tiny"}
+    few = {"max_pictures": 2, "steps": 4, "extra": (), "embedder": "tiny"}
     reports = {}
     for fault in ("good", "drift"):
         adapter, dataset, prompts = train_planted(tmp_path / fault, 1, fault, steps=30)
-        reports[fault] = evaluate_planted(tmp_path / fault, adapter, dataset, prompts[:6], 1, **few)
+        reports[fault] = evaluate_planted(tmp_path / fault, adapter, dataset, prompts[:4], 1, **few)
     assert alarms_of(reports["good"]) & {"drift", "leak"} == set()
     assert "drift" in alarms_of(reports["drift"])
 

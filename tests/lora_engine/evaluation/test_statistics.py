@@ -8,8 +8,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import ttest_1samp
 
+from lora_engine.evaluation.evidence import MIN_GROUPS
 from lora_engine.evaluation.statistics import (
-    MIN_GROUPS,
     adjust_holm,
     average_groups,
     compare,
