@@ -43,8 +43,10 @@ def write_notices(report: Mapping[str, Any]) -> Iterator[str]:
     }
     if report.get("format", 1) >= 2 and counts and min(counts) < MIN_GROUPS:
         yield (
-            f"With fewer than {MIN_GROUPS} independent groups a metric has no interval and no verdict, because chance can explain "
-            "any difference. " + ("One pair says nothing about chance. " if min(counts) == 1 else "") + "Hold out more "
+            f"With fewer than {MIN_GROUPS} independent groups a metric has no interval and no verdict, because chance "
+            "can explain any difference. "
+            + ("One pair says nothing about chance. " if min(counts) == 1 else "")
+            + "Hold out more "
             "images, or give more prompts."
         )
     if chosen := report.get("chosen"):

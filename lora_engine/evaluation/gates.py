@@ -151,8 +151,8 @@ def _check(name: str, gate: Gate, values: Mapping[str, Any]) -> GateResult:
     else:
         interval = values.get("interval" if gate.of == "difference" else "adapter_interval")
         if interval is None:
-            reason = f"{label}: there is no interval for n = {values.get('n')}, at least {MIN_GROUPS} independent groups are needed"
-            return _result(name, gate, None, reason)
+            few = f"there is no interval for n = {values.get('n')}"
+            return _result(name, gate, None, f"{label}: {few}, at least {MIN_GROUPS} independent groups are needed")
         number = interval[_BOUNDS[gate.on]]
     if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
         return _result(name, gate, None, f"{label} has the value {number!r}")

@@ -19,6 +19,7 @@ from registry.store.artifacts import open_store
 from registry.versions.versions import Versions
 from tasks.errors import SpecError
 from tasks.execution import execute
+from tasks.operations.promote import compare_metrics
 from tests.flows.commands import loraline_here, say
 from tests.flows.conftest import draw_noise
 from tests.flows.made import bring_in, write_random
@@ -191,3 +192,20 @@ def test_gates_of_a_file_are_checked_too_and_its_content_is_in_the_key(home: Hom
     assert "content of gates.yaml changed" in {s.name: s.reason for s in plan_of(text, home, images).steps}["report"]
     with pytest.raises(SettingsError, match=r"gates\.yaml:2:\d+: gates\.clip_t\.0\.least: Extra inputs"):
         run_planned(text, home, images)
+
+
+def test_values_of_different_embedders_are_not_compared(home: Home) -> None:
+    versions = Versions(home)
+    plain = {"base": 0.1, "adapter": 0.5, "difference": 0.4, "interval": None, "n": 2, "better": "higher"}
+    for number, embedder in ((1, "a" * 64), (2, "b" * 64)):
+        artifact = versions.show("zorb", number).artifact
+        metrics = {"clip_t": {**plain, "embedders": [embedder]}, "validation_loss": plain}
+        versions.register("judged", artifact, metrics=metrics, passed=True, card={"license": "MIT"})
+    say("promote", "judged@1", "--to", "production", "--reason", "x", "--override", home=home.path)
+    compared = compare_metrics(versions, versions.show("judged", 2), "production")
+    assert compared == {"clip_t": (None, 0.5), "validation_loss": (0.5, 0.5)}
+    same = compare_metrics(versions, versions.show("judged", 1), "production")
+    assert same == {"clip_t": (0.5, 0.5), "validation_loss": (0.5, 0.5)}
+    difference = json.loads(say("diff", "judged@1", "judged@2", "--json", home=home.path))
+    assert "clip_t: measured with different embedders, so its values are not compared" in difference["notes"]
+    assert difference["metrics"] == []

@@ -50,13 +50,27 @@ def test_versions_aliases_and_the_log_are_read_and_every_byte_agrees(home: Path)
     assert "old@1" in say("lineage", "old@1", home=home)
 
 
-def test_every_step_of_its_pipeline_is_still_cached(home: Path, tmp_path: Path) -> None:
+def test_every_step_is_still_cached_but_evaluations_of_the_earlier_method(home: Path, tmp_path: Path) -> None:
     for name in ("line.yaml", "images"):
         (shutil.copytree if (HOMES / name).is_dir() else shutil.copy)(HOMES / name, tmp_path / name)
     plan = plan_pipeline(load_spec(tmp_path / "line.yaml"), Home.open(home))
-    assert {step.name: step.cached for step in plan.steps} == dict.fromkeys(
-        ("photos", "prepared", "captions", "adapter", "report", "release"), True
-    )
+    reasons = {step.name: step.reason for step in plan.steps}
+    assert {name for name, reason in reasons.items() if reason == "cached"} == {
+        "photos",
+        "prepared",
+        "captions",
+        "adapter",
+    }
+    assert "revision of evaluate changed 1 -> 2" in reasons["report"]
+    assert reasons["release"] == "takes from report, which will run"
+
+
+def test_its_reports_of_the_earlier_format_are_still_shown(home: Path, tmp_path: Path) -> None:
+    say("report", "old@1", "-o", tmp_path / "page.html", home=home)
+    page = (tmp_path / "page.html").read_text()
+    assert 'id="metrics"' in page
+    assert 'class="notice"' not in page or "Measured on the training images" in page
+    assert "validation_loss" in say("show", "old@1", home=home)
 
 
 def test_it_takes_new_versions_and_stays_in_sync(home: Path) -> None:
