@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from lora_engine.data.duplicates import find_groups, take_print
 from lora_engine.data.framing import Framing
-from lora_engine.data.images import open_image
-from lora_engine.data.manifest import ImageEntry, Manifest
-from lora_engine.errors import DataError
+from lora_engine.data.manifest import Manifest
 from lora_engine.evaluation.chosen import Chosen, TrainingRecord
 from lora_engine.evaluation.evidence import RealImage, RequestSet
 from lora_engine.evaluation.metrics import METRICS
 from lora_engine.evaluation.prompt_lists import class_prompts, unrelated_prompts
 from lora_engine.evaluation.prompts import remove_trigger
+from lora_engine.evaluation.real_images import (
+    DatasetImage,
+    LeftOut,
+    find_heldout_images,
+    group_kin,
+    leave_out_images,
+    to_real_image,
+)
 from lora_engine.evaluation.spec import EvaluateSettings
-
-MIN_GROUPS_TO_SPLIT = 8
-"""Least number of groups of held-out images of which those that a checkpoint was chosen on are left out."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +52,6 @@ class Request:
     file: Path | None = None
     mask: Path | None = None
     framing: Framing | None = None
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A held-out image that is not compared with.
-
-    Attributes:
-        source: Name in the user's folder.
-        sha256: Digest of the original file.
-        reason: Why.
-    """
-
-    source: str
-    sha256: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -108,19 +95,6 @@ class EvaluationPlan:
         return sorted({request.size for request in self.all_requests()})
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """An image of a dataset, with its folder and its group of kin."""
-
-    entry: ImageEntry
-    folder: Path
-    group: str = ""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.entry.height, self.entry.width
-
-
 def make_plan(
     settings: EvaluateSettings,
     dataset: Path,
@@ -145,16 +119,16 @@ def make_plan(
     """
     record = training or TrainingRecord()
     manifest = Manifest.load(dataset)
-    trained = [_Candidate(entry, dataset) for entry in manifest.of_split("train")]
-    measured_on, images = _find_heldout(manifest, dataset, heldout, frozenset(record.trained_on))
+    trained = [DatasetImage(entry, dataset) for entry in manifest.of_split("train")]
+    measured_on, images = find_heldout_images(manifest, dataset, heldout, frozenset(record.trained_on))
     left_out: list[LeftOut] = []
     chosen = record.chosen
     if measured_on == "training":
-        trained = images = _grouped(images)
+        trained = images = group_kin(images)
     else:
-        grouped = _grouped([*trained, *images])
+        grouped = group_kin([*trained, *images])
         trained, images = grouped[: len(trained)], grouped[len(trained) :]
-        images, left_out, chosen = _leave_out(images, trained, chosen)
+        images, left_out, chosen = leave_out_images(images, trained, chosen)
     plan = _Planner(settings, manifest.trigger, manifest.class_word)
     reference = plan.reference(_first(images, settings))
     with_trigger = plan.with_trigger(prompts, reference)
@@ -165,7 +139,7 @@ def make_plan(
         plan.without_trigger(with_trigger),
         further=plan.further(base, with_trigger[0].size),
         training=plan.reference(_first(trained, settings)) if measured_on == "heldout" else (),
-        trained_on=tuple(_real(image) for image in trained),
+        trained_on=tuple(to_real_image(image) for image in trained),
         left_out=tuple(left_out),
         chosen=chosen,
         trigger=manifest.trigger,
@@ -193,7 +167,7 @@ class _Planner:
         )
         return Request(prompt, bare, seeds, size, f"prompt {prompt}")
 
-    def reference(self, images: Iterable[_Candidate]) -> tuple[Request, ...]:
+    def reference(self, images: Iterable[DatasetImage]) -> tuple[Request, ...]:
         seen: Counter[str] = Counter()
         requests = []
         for image in images:
@@ -236,92 +210,8 @@ class _Planner:
         }
 
 
-def _find_heldout(
-    manifest: Manifest, dataset: Path, heldout: Sequence[Path], trained_on: frozenset[str]
-) -> tuple[Literal["heldout", "training"], list[_Candidate]]:
-    images = list(_of_datasets(manifest, dataset, heldout))
-    if not images:
-        train = manifest.of_split("train")
-        if heldout or not train:
-            raise DataError(
-                "the dataset has no image to compare with", where=", ".join(map(str, heldout)) or str(dataset)
-            )
-        return "training", [_Candidate(entry, dataset) for entry in train]
-    if seen := [image for image in images if image.entry.sha256 in trained_on]:
-        raise DataError(
-            f"{len(seen)} of {len(images)} held-out images were trained on, first {seen[0].entry.source!r}",
-            where=str(seen[0].folder),
-            remedy="hold out other images, or train again without these",
-        )
-    return "heldout", images
-
-
-def _of_datasets(manifest: Manifest, dataset: Path, heldout: Sequence[Path]) -> Iterator[_Candidate]:
-    """Yields the held-out images, each digest once; a dataset without a held-out split is held out as a whole."""
-    if not heldout:
-        yield from (_Candidate(entry, dataset) for entry in manifest.of_split("heldout"))
-        return
-    seen: set[str] = set()
-    for folder in heldout:
-        source = Manifest.load(folder)
-        for entry in source.of_split("heldout") or source.of_split("train"):
-            if entry.sha256 not in seen:
-                seen.add(entry.sha256)
-                yield _Candidate(entry, folder)
-
-
-def _first(images: Iterable[_Candidate], settings: EvaluateSettings) -> list[_Candidate]:
+def _first(images: Iterable[DatasetImage], settings: EvaluateSettings) -> list[DatasetImage]:
     return sorted(images, key=lambda image: image.entry.sha256)[: settings.max_pictures]
-
-
-def _grouped(images: Sequence[_Candidate]) -> list[_Candidate]:
-    """Returns the images with their groups of kin; a group is named by its smallest digest."""
-    prints = [take_print(open_image(image.folder / image.entry.file)) for image in images]
-    grouped = list(images)
-    for members in find_groups(prints):
-        name = min(images[index].entry.sha256 for index in members)
-        for index in members:
-            grouped[index] = replace(images[index], group=name)
-    return grouped
-
-
-def _leave_out(
-    images: Sequence[_Candidate], trained: Sequence[_Candidate], chosen: Chosen | None
-) -> tuple[list[_Candidate], list[LeftOut], Chosen | None]:
-    """Leaves out kin of training images, and the images that the checkpoint was chosen on if enough remain."""
-    kin = {image.group: image.entry.source for image in reversed(trained)}
-    left_out = [
-        _left_out(image, f"near-duplicate of the training image {kin[image.group]!r}")
-        for image in images
-        if image.group in kin
-    ]
-    remaining = [image for image in images if image.group not in kin]
-    if not remaining:
-        raise DataError(
-            f"all {len(images)} held-out images are near-duplicates of training images, first {left_out[0].source!r} "
-            f"({left_out[0].reason})",
-            where=str(images[0].folder),
-            remedy="hold out images that show something else, or train again without these",
-        )
-    if chosen is None:
-        return remaining, left_out, None
-    used = {image.group for image in remaining if image.entry.sha256 in chosen.on}
-    if not used:
-        return remaining, left_out, None
-    untouched = [image for image in remaining if image.group not in used]
-    if len({image.group for image in remaining}) < MIN_GROUPS_TO_SPLIT or not untouched:
-        return remaining, left_out, chosen
-    reason = "the checkpoint was chosen on it"
-    left_out += [_left_out(image, reason) for image in remaining if image.group in used]
-    return untouched, left_out, None
-
-
-def _left_out(image: _Candidate, reason: str) -> LeftOut:
-    return LeftOut(image.entry.source, image.entry.sha256, reason)
-
-
-def _real(image: _Candidate) -> RealImage:
-    return RealImage(image.entry.sha256, image.entry.source, image.folder / image.entry.file, image.group)
 
 
 def _commonest(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:

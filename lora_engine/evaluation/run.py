@@ -80,7 +80,7 @@ def evaluate(
     record = read_training_record(adapter)
     plan = make_plan(settings, dataset, heldout=heldout, prompts=prompts, training=record, base=source.name)
     embedders = choose_embedders(settings.embedder, settings.image_embedder, source)
-    unmet = find_unmet(settings, plan, embedders)
+    unmet = find_unmeasurable(settings, plan, embedders)
     names = [name for name in METRICS if settings.measures(name) and name not in unmet]
     check_measurable(settings.listed_gates(), names, unmet)
     both = {COMBINED: combined} if combined is not None else {}
@@ -148,7 +148,7 @@ def evaluate(
     return rounded
 
 
-def find_unmet(settings: EvaluateSettings, plan: EvaluationPlan, embedders: ChosenEmbedders) -> dict[str, str]:
+def find_unmeasurable(settings: EvaluateSettings, plan: EvaluationPlan, embedders: ChosenEmbedders) -> dict[str, str]:
     """Returns the metrics that are to be measured and cannot be, with the reasons."""
     available = Available(
         plan, embedders.text is not None, embedders.image is not None, settings.face_embedder is not None

@@ -206,6 +206,7 @@ def names_of_field(field: str) -> list[str]:
             "| edit | options |",
             [edit.model_fields["edit"].default for edit in get_args(get_args(Edit)[0])],
         ),
+        ("metrics.md", "| metric | shows |", METRICS),
     ],
 )
 def test_a_table_of_names_has_every_entry(page: str, head: str, names: Iterable[str]) -> None:

@@ -43,7 +43,7 @@ def losses(model: BaseModel, folder: Path) -> torch.Tensor:
         SETTINGS,
         make_plan(SETTINGS, folder),
         model=model,
-        bundles={"base": None, "candidate": None},
+        bundles={"base": (), "candidate": ()},
         progress=no_progress,
     )
     return torch.from_numpy(drawn.heldout.values["base"])
@@ -77,7 +77,7 @@ def test_every_size_is_drawn(model: BaseModel, make_dataset: MakeDataset) -> Non
         SETTINGS,
         make_plan(SETTINGS, folder),
         model=model,
-        bundles={"base": None, "candidate": None},
+        bundles={"base": (), "candidate": ()},
         progress=no_progress,
     )
     shapes = {images.request.prompt: tuple(images.images["base"].shape) for images in drawn.sets["reference"]}
@@ -90,7 +90,7 @@ def test_masked_likeness_does_not_see_the_background_of_real_images(
     folder = make_dataset()
     write_masks(folder, lambda x, y: 255 * (x < 8))
     plan = make_plan(SETTINGS, folder)
-    drawn = draw_images(SETTINGS, plan, model=model, bundles={"base": None, "candidate": None}, progress=no_progress)
+    drawn = draw_images(SETTINGS, plan, model=model, bundles={"base": (), "candidate": ()}, progress=no_progress)
     images = drawn.sets["reference"][0]
     assert images.reference is not None
     changed = images.reference.clone()
