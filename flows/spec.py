@@ -178,7 +178,7 @@ def _saved_steps(steps: Mapping[str, StepSpec], document: Document) -> Iterator[
                     allowed=allowed,
                     remedy="" if every else f"set save_every in a train step, such as save_every: {at}",
                 )
-            yield target, STEPS["saved"].spec(uses="saved", adapter=match["step"], at=at)
+            yield target, STEPS["saved"].spec.model_validate({"uses": "saved", "adapter": match["step"], "at": at})
 
 
 def _validate(model: type[Any], data: Mapping[str, Any], parent: Where, document: Document) -> Any:

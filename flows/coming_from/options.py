@@ -206,9 +206,10 @@ OPTIONS: tuple[Option, ...] = (
            "train.xformers train.sdp", "attention_mechanism"),
     Option("train.running.compile", "torch_compile", "", "model.compile", "compile"),
     Option("train.running.quantise", "fp8_base fp8_base_unet", "bnb_quantization_config_path do_fp8_training",
-           "model.quantize", "", "8bit or 4bit, not fp8"),
-    Option("", "blocks_to_swap lowram highvram cpu_offload_checkpointing", "offload", "model.low_vram",
-           "layer_offload_fraction", _MISSING),
+           "model.quantize", "", "fp8, 8bit or 4bit"),
+    Option("train.running.offload", "blocks_to_swap", "", "", "layer_offload_fraction",
+           "a share of the layers, from 0 to 1, not a number of blocks"),
+    Option("", "lowram highvram cpu_offload_checkpointing", "offload", "model.low_vram", "", _MISSING),
     Option("train.running.processes", "num_processes multi_gpu", "", "", "multi_gpu", "batch is that of all processes"),
     Option("", "max_data_loader_n_workers persistent_data_loader_workers ddp_timeout", "dataloader_num_workers "
            "allow_tf32 local_rank set_grads_to_none", "", "caching_threads", "not needed: batches come from the cache"),

@@ -34,7 +34,7 @@ class BaseModel(Protocol):
         distilled: True for distilled guidance: `predict` runs once per step and takes the guidance scale if its network
             has that input.
         inpaints: True if `predict` needs the result of `encode_mask`.
-        quantization: Storage of the denoiser's linear layers: `none`, `8bit` or `4bit`.
+        quantization: Storage of the denoiser's linear layers: `none`, `8bit`, `4bit` or `fp8`.
         options: What was changed of it.
     """
 
@@ -146,6 +146,7 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     quantise: Quantization = "none",
     options: BaseOptions = UNCHANGED_BASE,
+    offload: float = 0.0,
 ) -> BaseModel:
     """Loads a base model, frozen.
 
@@ -155,6 +156,7 @@ def load_base(
         dtype: Dtype of the denoiser and the text encoders; the autoencoder is always float32.
         quantise: Storage of the linear layers in the denoiser's blocks; see `quantize_base`.
         options: Changes of the base.
+        offload: Share of these layers whose weights stay in the CPU's memory, and are copied when they are used.
 
     Raises:
         BaseModelError: The base is not found, or its parts do not match.
@@ -167,7 +169,7 @@ def load_base(
     base = cast(BaseModel, load(resolved, torch.device(device or default_device()), dtype))
     if options != UNCHANGED_BASE:
         base.configure(options)
-    quantize_base(base, quantise)
+    quantize_base(base, quantise, offload=offload)
     base.quantization = quantise
     return base
 

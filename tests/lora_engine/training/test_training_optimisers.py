@@ -70,7 +70,6 @@ def phases(problem: Problem, rate: float | str, steps: int = 12, **change: Any) 
     """Returns two phases at a rate, or for an optimizer at its rate."""
     name, rate = (rate, rate_of(rate)) if isinstance(rate, str) else ("", rate)
 
-
     def predict(batch: Batch) -> tuple[Tensor, Tensor]:
         return problem(batch.latents), batch.latents @ problem.goal.T
 
