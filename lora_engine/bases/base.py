@@ -129,12 +129,18 @@ class BaseModel(Protocol):
         """
         ...
 
-    def scheduler(self, steps: int | None = None, size: tuple[int, int] | None = None) -> Any:
+    def scheduler(
+        self, steps: int | None = None, size: tuple[int, int] | None = None, sampler: str | None = None
+    ) -> Any:
         """Returns a new diffusers sampler with the model's settings: DPM-Solver++, or Euler's method for a flow.
 
         Args:
             steps: Number of timesteps to set; None leaves them to the caller.
             size: (height, width) in pixels, on which the timesteps of some flows depend; None is `default_size`.
+            sampler: Another sampler of diffusion models, a name for `find_sampler`.
+
+        Raises:
+            SettingsError: The sampler is unknown, or not one for the base.
         """
         ...
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_engine.bases.base import BaseModel, full_mask_conditioning
 from lora_engine.bases.conditioning import Conditioning
+from lora_engine.bases.samplers import find_sampler
 from lora_engine.errors import SettingsError
 from lora_engine.progress import Progress
+from lora_engine.seeds import derive_seed
 
 
 @torch.no_grad()
@@ -26,6 +29,7 @@ def generate(
     negative: str = "",
     batch: int = 8,
     masks: Conditioning | None = None,
+    sampler: str | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Generates one image per prompt.
@@ -44,6 +48,7 @@ def generate(
         negative: Negative prompt; ignored by a base with distilled guidance.
         batch: Images per batch.
         masks: Result of `encode_mask` for inpainting bases, one row per image; None generates the full image.
+        sampler: Name of another sampler; see `find_sampler`.
         progress: Called after each batch with the numbers of finished and of all images.
 
     Returns:
@@ -77,7 +82,11 @@ def generate(
             rows = list(range(first, first + len(prompts[chosen])))
             condition = condition.with_tensors(masks.index(rows * (len(condition) // len(rows))))
         start = torch.stack([draw_noise(shape, seed) for seed in seeds[chosen]]).to(base.device)
-        latents = _sample(base, start, condition, steps, guidance, size)
+        # A generator of its own for each image, so that the noise of a step does not depend on the batch.
+        draws = [torch.Generator().manual_seed(derive_seed(seed, "steps")) for seed in seeds[chosen]]
+        scheduler = base.scheduler(steps, size, sampler)
+        noisy = {"generator": draws} if sampler and find_sampler(sampler).draws_noise else {}
+        latents = _sample(base, scheduler, start, condition, guidance, noisy)
         images.append(base.decode_latents(latents).clamp(-1.0, 1.0).float().cpu())
         if progress is not None:
             progress(min(first + batch, len(prompts)), len(prompts), {})
@@ -102,9 +111,13 @@ def _conditions(
 
 
 def _sample(
-    base: BaseModel, noise: Tensor, condition: Conditioning, steps: int, guidance: float, size: tuple[int, int]
+    base: BaseModel,
+    scheduler: Any,
+    noise: Tensor,
+    condition: Conditioning,
+    guidance: float,
+    options: Mapping[str, Any],
 ) -> Tensor:
-    scheduler = base.scheduler(steps, size)
     # Flow matching starts from unscaled noise, and its network takes the latents unscaled.
     scaled = base.noise.parameterization != "flow"
     latents = noise * float(scheduler.init_noise_sigma) if scaled else noise
@@ -117,5 +130,5 @@ def _sample(
         if copies == 2:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + guidance * (conditional - unconditional)
-        latents = scheduler.step(prediction, step, latents, return_dict=False)[0]
+        latents = scheduler.step(prediction, step, latents, return_dict=False, **options)[0]
     return latents
