@@ -15,8 +15,8 @@ from lora_engine.bases.options import UNCHANGED_BASE, BaseOptions
 from lora_engine.bases.quantized import Quantization, check_quantization, quantize_base
 from lora_engine.bases.source import BaseSource, resolve_base
 from lora_engine.building import BUILDING
-from lora_engine.data.framing import Framing
 from lora_engine.files import FilePath
+from lora_engine.framing import Framing
 
 
 class BaseModel(Protocol):

@@ -51,7 +51,7 @@ _OTHERS: Mapping[str, str] = {
     "dpm++_2m_sde_karras": "dpmsolver++_sde_karras",
     "dpm++_2s": "dpmsingle",
     # The first sampler of a class has its name.
-    **{sampler.scheduler.lower(): name for name, sampler in reversed(SAMPLERS.items())},
+    **{sampler.scheduler.lower(): name for name, sampler in reversed(list(SAMPLERS.items()))},
 }
 
 

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lora_engine.data.buckets import Fit, Sides, bucket_sizes, choose_bucket, fit_into
-from lora_engine.data.framing import Framing
 from lora_engine.data.images import MAX_PIXELS, open_image, write_image, write_mask
 from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
 from lora_engine.data.spec import Buckets, PreprocessSettings
 from lora_engine.errors import DataError
+from lora_engine.framing import Framing
 from lora_engine.parallel import Workers
 from lora_engine.progress import Progress, no_progress
 from lora_engine.registries import Registry
