@@ -165,9 +165,15 @@ def _compile(translation: Translation, setting: Setting) -> None:
 
 def _quantise(translation: Translation, setting: Setting) -> None:
     if not is_off(setting.value):
-        translation.set("train.running.quantise", "8bit", setting.name)
-        if setting.name.startswith("fp8"):
-            translation.drop(setting, "quantise: 8bit is the nearest")
+        form = "fp8" if "fp8" in setting.name else "8bit"
+        translation.set("train.running.quantise", form, setting.name)
+
+
+def _offload(translation: Translation, setting: Setting) -> None:
+    if setting.name == "blocks_to_swap" and not is_off(setting.value):
+        raise NoCounterpart("a share of the layers; set running.offload, such as 0.5")
+    if number(setting):
+        translation.set("train.running.offload", number(setting), setting.name)
 
 
 def _checkpointing(translation: Translation, setting: Setting) -> None:
@@ -226,6 +232,7 @@ SPECIAL: Mapping[str, Callable[[Translation, Setting], None]] = {
     "train.running.attention": _attention,
     "train.running.compile": _compile,
     "train.running.quantise": _quantise,
+    "train.running.offload": _offload,
     "train.running.gradient_checkpointing": _checkpointing,
     **OF_OBJECTIVE,
 }

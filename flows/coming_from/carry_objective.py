@@ -19,6 +19,8 @@ from flows.coming_from.values import (
     plain,
     truth,
 )
+from lora_engine.bases.samplers import find_sampler
+from lora_engine.errors import SettingsError
 
 
 def _timesteps(translation: Translation, setting: Setting) -> None:
@@ -105,11 +107,17 @@ def _every(path: str, translation: Translation, setting: Setting) -> None:
         raise NoCounterpart(f"set {path.partition('.')[2]} in steps, or epochs such as '2 epochs'")
     if number(setting):
         count = integer(setting)
-        translation.set(path, f"{count} epochs" if "epochs" in setting.name else count, setting.name)
+        translation.set(
+            path, f"{count} epoch{'s' if count > 1 else ''}" if "epochs" in setting.name else count, setting.name
+        )
 
 
 def _prompts(translation: Translation, setting: Setting) -> None:
     value = setting.value
+    if setting.name in ("sample_sampler", "sample.sampler"):
+        if not is_off(value) and str(value) != "flowmatch":  # ai-toolkit's name of the only sampler of a flow
+            _sampler(translation, setting)
+        return
     if setting.name in ("sample.width", "sample.height", "sample.neg"):
         _sample_size(translation, setting)
         return
@@ -119,6 +127,15 @@ def _prompts(translation: Translation, setting: Setting) -> None:
         translation.set("train.samples.prompts", [text for text in written if text], setting.name)
     elif not is_off(value):
         raise NoCounterpart("copy the prompts of the file into samples.prompts")
+
+
+def _sampler(translation: Translation, setting: Setting) -> None:
+    """Notes the sampler of all samples, which becomes an option of each prompt."""
+    try:
+        find_sampler(str(setting.value))
+    except SettingsError as error:
+        raise NoCounterpart(f"samplers are {error.allowed}") from None
+    translation.origins["sample sampler"] = str(setting.value)
 
 
 def _sample_size(translation: Translation, setting: Setting) -> None:

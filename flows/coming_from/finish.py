@@ -67,6 +67,8 @@ def _prompt_options(translation: Translation) -> str:
     counts, negative = translation.counts, translation.origins.get("sample negative", "")
     sides = [(option, counts.get(f"sample {name}")) for option, name in (("w", "width"), ("h", "height"))]
     text = "".join(f" --{option} {side:g}" for option, side in sides if side)
+    sampler = translation.origins.get("sample sampler", "")
+    text += f" --ss {sampler}" if sampler else ""
     return f"{text} --n {negative}" if negative else text
 
 

@@ -15,8 +15,8 @@ from lora_engine.bases.options import UNCHANGED_BASE, BaseOptions
 from lora_engine.bases.quantized import Quantization, check_quantization, quantize_base
 from lora_engine.bases.source import BaseSource, resolve_base
 from lora_engine.building import BUILDING
-from lora_engine.data.framing import Framing
 from lora_engine.files import FilePath
+from lora_engine.framing import Framing
 
 
 class BaseModel(Protocol):
@@ -34,7 +34,7 @@ class BaseModel(Protocol):
         distilled: True for distilled guidance: `predict` runs once per step and takes the guidance scale if its network
             has that input.
         inpaints: True if `predict` needs the result of `encode_mask`.
-        quantization: Storage of the denoiser's linear layers: `none`, `8bit` or `4bit`.
+        quantization: Storage of the denoiser's linear layers: `none`, `8bit`, `4bit` or `fp8`.
         options: What was changed of it.
     """
 
@@ -129,12 +129,18 @@ class BaseModel(Protocol):
         """
         ...
 
-    def scheduler(self, steps: int | None = None, size: tuple[int, int] | None = None) -> Any:
+    def scheduler(
+        self, steps: int | None = None, size: tuple[int, int] | None = None, sampler: str | None = None
+    ) -> Any:
         """Returns a new diffusers sampler with the model's settings: DPM-Solver++, or Euler's method for a flow.
 
         Args:
             steps: Number of timesteps to set; None leaves them to the caller.
             size: (height, width) in pixels, on which the timesteps of some flows depend; None is `default_size`.
+            sampler: Another sampler of diffusion models, a name for `find_sampler`.
+
+        Raises:
+            SettingsError: The sampler is unknown, or not one for the base.
         """
         ...
 
@@ -146,6 +152,7 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     quantise: Quantization = "none",
     options: BaseOptions = UNCHANGED_BASE,
+    offload: float = 0.0,
 ) -> BaseModel:
     """Loads a base model, frozen.
 
@@ -155,6 +162,7 @@ def load_base(
         dtype: Dtype of the denoiser and the text encoders; the autoencoder is always float32.
         quantise: Storage of the linear layers in the denoiser's blocks; see `quantize_base`.
         options: Changes of the base.
+        offload: Share of these layers whose weights stay in the CPU's memory, and are copied when they are used.
 
     Raises:
         BaseModelError: The base is not found, or its parts do not match.
@@ -167,7 +175,7 @@ def load_base(
     base = cast(BaseModel, load(resolved, torch.device(device or default_device()), dtype))
     if options != UNCHANGED_BASE:
         base.configure(options)
-    quantize_base(base, quantise)
+    quantize_base(base, quantise, offload=offload)
     base.quantization = quantise
     return base
 

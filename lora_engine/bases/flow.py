@@ -10,9 +10,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.latent import LatentModel
 from lora_engine.bases.noise import FlowSchedule, flow_schedule_from
+from lora_engine.bases.samplers import SAMPLERS, find_sampler
 from lora_engine.bases.source import BaseSource
 from lora_engine.building import BUILDING
-from lora_engine.errors import BaseModelError
+from lora_engine.errors import BaseModelError, SettingsError
 
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 
@@ -27,8 +28,16 @@ class FlowModel(LatentModel):
         """See `BaseModel`."""
         return self.encode_text(texts, size)
 
-    def scheduler(self, steps: int | None = None, size: tuple[int, int] | None = None) -> Any:
+    def scheduler(
+        self, steps: int | None = None, size: tuple[int, int] | None = None, sampler: str | None = None
+    ) -> Any:
         """See `BaseModel`; Euler's method."""
+        if sampler is not None and find_sampler(sampler) != SAMPLERS["euler"]:
+            raise SettingsError(
+                f"the sampler is {sampler!r}, but the base {self.name!r} is a flow, which is sampled by Euler's method",
+                allowed="euler",
+                remedy="leave the sampler out",
+            )
         with BUILDING:
             scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._scheduler_settings)
         if steps is not None:

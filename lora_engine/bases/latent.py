@@ -20,8 +20,8 @@ from lora_engine.bases.noise import NoiseSchedule
 from lora_engine.bases.options import BaseOptions
 from lora_engine.bases.quantized import Quantization
 from lora_engine.bases.source import BaseSource
-from lora_engine.data.framing import Framing
 from lora_engine.errors import BaseModelError, SettingsError
+from lora_engine.framing import Framing
 
 _log = logging.getLogger(__name__)
 

@@ -1,4 +1,6 @@
-"""Quantizes frozen linear layers to 8 or 4 bits with bitsandbytes (the extra `quantised`), in memory only.
+"""Stores the weights of frozen linear layers in fewer bits or in the CPU's memory, in memory only.
+
+fp8: see `stored`. 8 and 4 bits are those of bitsandbytes (the extra `quantised`).
 
 8 bits: one scale per row; on a GPU activations are rounded too (Dettmers et al. 2022, LLM.int8 without outliers).
 4 bits: NF4 in blocks of 64 (Dettmers et al. 2023, section 3).
@@ -7,36 +9,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_engine.adapters.select import select_modules
 from lora_engine.adapters.tree import ModuleTree, module_shapes
+from lora_engine.bases.stored import WeightStorage, store_weight
 from lora_engine.errors import SettingsError
 
-Quantization = Literal["none", "8bit", "4bit"]
+Quantization = Literal["none", "8bit", "4bit", "fp8"]
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer with a quantized weight. Gradients flow to the input only.
+    """A frozen linear layer whose weight is stored otherwise. Gradients flow to the input only.
 
     Args:
         layer: The layer; its weight is released, its bias is kept.
-        quantization: `8bit` or `4bit`.
+        quantization: Form of the weight.
+        on_cpu: Keeps the weight in the CPU's memory; with `none` and `fp8`.
 
     Attributes:
         meta_weight: A tensor with the shape, dtype and device of the weight, but no values.
     """
 
-    def __init__(self, layer: nn.Linear, quantization: Quantization) -> None:
+    def __init__(self, layer: nn.Linear, quantization: Quantization, *, on_cpu: bool = False) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias = layer.bias
         weight = layer.weight.detach()
         self.meta_weight = torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
-        self._apply_weight, self._restore = _QUANTIZERS[quantization](weight)
+        self._apply_weight, self._restore = (
+            _QUANTIZERS[quantization](weight)
+            if quantization in _QUANTIZERS
+            else store_weight(weight, fp8=quantization == "fp8", on_cpu=on_cpu)
+        )
         self.training = layer.training
 
     @property
@@ -49,10 +57,7 @@ class QuantizedLinear(nn.Linear):
         return self._apply_weight(x, self.bias)
 
 
-_QuantizedWeight = tuple[Callable[[Tensor, Tensor | None], Tensor], Callable[[], Tensor]]
-
-
-def _quantize_8bit(weight: Tensor) -> _QuantizedWeight:
+def _quantize_8bit(weight: Tensor) -> WeightStorage:
     import bitsandbytes
     import bitsandbytes.functional
 
@@ -73,7 +78,7 @@ def _quantize_8bit(weight: Tensor) -> _QuantizedWeight:
     return apply, restore
 
 
-def _quantize_4bit(weight: Tensor) -> _QuantizedWeight:
+def _quantize_4bit(weight: Tensor) -> WeightStorage:
     import bitsandbytes
     import bitsandbytes.functional
 
@@ -90,11 +95,11 @@ def _quantize_4bit(weight: Tensor) -> _QuantizedWeight:
     return apply, restore
 
 
-_QUANTIZERS: dict[Any, Callable[[Tensor], _QuantizedWeight]] = {"8bit": _quantize_8bit, "4bit": _quantize_4bit}
+_QUANTIZERS: dict[Any, Callable[[Tensor], WeightStorage]] = {"8bit": _quantize_8bit, "4bit": _quantize_4bit}
 
 
 @torch.no_grad()
-def quantize_base(base: ModuleTree, quantization: Quantization) -> None:
+def quantize_base(base: ModuleTree, quantization: Quantization, *, offload: float = 0.0) -> None:
     """Replaces the linear layers in the blocks of a base's denoiser by quantized layers, in place.
 
     Text encoders are not quantized: their results are computed once and cached. Neither are the first, last and
@@ -102,18 +107,23 @@ def quantize_base(base: ModuleTree, quantization: Quantization) -> None:
 
     Args:
         base: A frozen base with nothing attached.
-        quantization: `none` does nothing.
+        quantization: Form of the weights.
+        offload: Share of these layers, from the last, whose weights stay in the CPU's memory.
 
     Raises:
         SettingsError: The extra is not installed, or an unknown quantization.
     """
-    if quantization == "none":
-        return
     check_quantization(quantization)
-    for name in select_modules(module_shapes(base), "linear"):
-        layer = base.get_module(name)
-        if isinstance(layer, nn.Linear) and not isinstance(layer, QuantizedLinear):
-            base.set_module(name, QuantizedLinear(layer, quantization))
+    names = [name for name in select_modules(module_shapes(base), "linear") if _is_plain(base.get_module(name))]
+    first = len(names) - round(offload * len(names))
+    for number, name in enumerate(names):
+        if quantization != "none" or number >= first:
+            layer = cast(nn.Linear, base.get_module(name))
+            base.set_module(name, QuantizedLinear(layer, quantization, on_cpu=number >= first))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) and not isinstance(layer, QuantizedLinear)
 
 
 def check_quantization(quantization: Quantization) -> None:
@@ -122,15 +132,15 @@ def check_quantization(quantization: Quantization) -> None:
     Raises:
         SettingsError: The library is not installed, or an unknown quantization.
     """
-    if quantization == "none":
+    if quantization in ("none", "fp8"):
         return
     if quantization not in _QUANTIZERS:
-        raise SettingsError(f"unknown quantise value {quantization!r}", allowed="none, 8bit, 4bit")
+        raise SettingsError(f"unknown quantise value {quantization!r}", allowed="none, fp8, 8bit, 4bit")
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise SettingsError(
             f"quantise: {quantization} needs bitsandbytes, which is not installed",
-            allowed="quantise: none, which needs no extra package",
+            allowed="quantise: none or fp8, which need no extra package",
             remedy="install it: pip install 'loraline[quantised]'",
         ) from error

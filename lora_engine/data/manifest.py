@@ -19,13 +19,13 @@ from pydantic import (
     model_validator,
 )
 
-from lora_engine.data.framing import Framing
 from lora_engine.data.part import DatasetPart
 from lora_engine.data.preparation import Preparation
 from lora_engine.data.rights import Rights
 from lora_engine.documents import read_json_object
 from lora_engine.errors import DataError
 from lora_engine.files import atomic_write, canonical_json
+from lora_engine.framing import Framing
 
 _NAME = "manifest.json"
 MAX_SIDE = 100_000_000

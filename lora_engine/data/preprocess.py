@@ -14,7 +14,6 @@ from PIL import Image
 
 from lora_engine.data.buckets import Fit, Sides, bucket_sizes, choose_bucket, fit_into
 from lora_engine.data.crops import CROPS, Box, find_window
-from lora_engine.data.framing import Framing
 from lora_engine.data.images import MAX_PIXELS, open_image, write_image, write_mask
 from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
 from lora_engine.data.masks import Masker, finish_mask, is_black, load_masker
@@ -22,6 +21,7 @@ from lora_engine.data.preparation import Preparation
 from lora_engine.data.preparation_spec import MadeMask, NoMask
 from lora_engine.data.spec import Buckets, PreprocessSettings
 from lora_engine.errors import DataError
+from lora_engine.framing import Framing
 from lora_engine.parallel import Workers
 from lora_engine.progress import Progress, no_progress
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from lora_engine.adapters.attachment import attach
 from lora_engine.bases.base import full_mask_conditioning
-from lora_engine.data.framing import Framing
 from lora_engine.data.pixels import read_mask, read_pixels
 from lora_engine.errors import AdapterError, BaseModelError
 from lora_engine.evaluation.evidence import BASE, CANDIDATE, ImageSet, Losses, RequestSet
 from lora_engine.evaluation.plan import EvaluationPlan, Request, derive_evaluation_seed
 from lora_engine.evaluation.spec import EvaluateSettings
 from lora_engine.evaluation.statistics import Values
+from lora_engine.framing import Framing
 from lora_engine.inference.generate import generate
 from lora_engine.inference.textual_inversion import attach_embeddings
 from lora_engine.progress import Progress

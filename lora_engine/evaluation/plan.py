@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from lora_engine.data.framing import Framing
 from lora_engine.data.manifest import Manifest
 from lora_engine.evaluation.chosen import Chosen, TrainingRecord
 from lora_engine.evaluation.evidence import RealImage, RequestSet
@@ -25,6 +24,7 @@ from lora_engine.evaluation.real_images import (
     to_real_image,
 )
 from lora_engine.evaluation.spec import EvaluateSettings
+from lora_engine.framing import Framing
 
 
 @dataclass(frozen=True)

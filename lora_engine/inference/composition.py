@@ -93,6 +93,7 @@ def generate_composed(
     height: int | None = None,
     width: int | None = None,
     batch: int = 8,
+    sampler: str | None = None,
     progress: Progress = no_progress,
 ) -> Tensor:
     """Generates one image per seed; see `generate`.
@@ -108,6 +109,7 @@ def generate_composed(
         height: In pixels; None takes the base's default.
         width: In pixels; None takes the base's default.
         batch: Images per batch.
+        sampler: See `find_sampler`; None is the base's own.
         progress: Called after each batch.
 
     Returns:
@@ -129,7 +131,7 @@ def generate_composed(
             composition.set_step(step, steps)
             return texts.guidance(step, rows)
 
-        latents = sample(base, noise, guide, steps=steps, scale=guidance, size=size)
+        latents = sample(base, noise, guide, seeds=chosen, steps=steps, scale=guidance, size=size, sampler=sampler)
         images.append(base.decode_latents(latents).clamp(-1.0, 1.0).float().cpu())
         progress(min(first + batch, len(seeds)), len(seeds), {})
     return torch.cat(images) if images else torch.empty(0, 3, *size)

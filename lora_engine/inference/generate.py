@@ -11,8 +11,10 @@ from torch import Tensor
 
 from lora_engine.bases.base import BaseModel, full_mask_conditioning
 from lora_engine.bases.conditioning import Conditioning
+from lora_engine.bases.samplers import find_sampler
 from lora_engine.errors import SettingsError
 from lora_engine.progress import Progress
+from lora_engine.seeds import derive_seed
 
 
 @torch.no_grad()
@@ -28,6 +30,7 @@ def generate(
     negative: str = "",
     batch: int = 8,
     masks: Conditioning | None = None,
+    sampler: str | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Generates one image per prompt.
@@ -46,6 +49,7 @@ def generate(
         negative: Negative prompt; ignored by a base with distilled guidance.
         batch: Images per batch.
         masks: Result of `encode_mask` for inpainting bases, one row per image; None generates the full image.
+        sampler: Name of another sampler; see `find_sampler`.
         progress: Called after each batch with the numbers of finished and of all images.
 
     Returns:
@@ -79,7 +83,10 @@ def generate(
             rows = list(range(first, first + len(prompts[chosen])))
             condition = condition.with_tensors(masks.index(rows * (len(condition) // len(rows))))
         start = torch.stack([draw_noise(shape, seed) for seed in seeds[chosen]]).to(base.device)
-        latents = sample(base, start, partial(_same, Guidance(condition)), steps=steps, scale=guidance, size=size)
+        same = partial(_same, Guidance(condition))
+        latents = sample(
+            base, start, same, seeds=seeds[chosen], steps=steps, scale=guidance, size=size, sampler=sampler
+        )
         images.append(base.decode_latents(latents).clamp(-1.0, 1.0).float().cpu())
         if progress is not None:
             progress(min(first + batch, len(prompts)), len(prompts), {})
@@ -121,26 +128,34 @@ def sample(
     noise: Tensor,
     guidance: Callable[[int], Guidance],
     *,
+    seeds: Sequence[int],
     steps: int,
     scale: float,
     size: tuple[int, int],
+    sampler: str | None = None,
 ) -> Tensor:
     """Denoises latents.
 
     Args:
         base: The model.
         noise: Standard normal noise [n, channels, height, width].
-        guidance: Called before each step with its number from 0.
+        guidance: Called before each prediction with the number of its step from 0.
+        seeds: One per image; each seeds a generator of its own, so that the noise of a step does not depend on the
+            batch.
         steps: Denoising steps.
         scale: Scale of classifier-free guidance; unused if the conditions have no negative rows.
         size: (height, width) of the images in pixels.
+        sampler: See `find_sampler`; None is the base's own.
     """
-    scheduler = base.scheduler(steps, size)
+    scheduler = base.scheduler(steps, size, sampler)
+    draws = [torch.Generator().manual_seed(derive_seed(seed, "steps")) for seed in seeds]
+    options = {"generator": draws} if sampler and find_sampler(sampler).draws_noise else {}
     # Flow matching starts from unscaled noise, and its network takes the latents unscaled.
     scaled = base.noise.parameterization != "flow"
     latents = noise * float(scheduler.init_noise_sigma) if scaled else noise
     for number, step in enumerate(scheduler.timesteps):
-        guide = guidance(number)
+        # Samplers of second order predict more than once per step.
+        guide = guidance(number * steps // len(scheduler.timesteps))
         copies = len(guide.condition) // len(noise)
         inputs = torch.cat([latents] * copies)
         if scaled:
@@ -150,7 +165,7 @@ def sample(
             negative, *parts = prediction.chunk(copies)
             change = sum_weighted([part - negative for part in parts], guide.weights)
             prediction = negative + scale * change
-        latents = scheduler.step(prediction, step, latents, return_dict=False)[0]
+        latents = scheduler.step(prediction, step, latents, return_dict=False, **options)[0]
     return latents
 
 

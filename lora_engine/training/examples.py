@@ -13,12 +13,12 @@ from torch import Tensor
 from lora_engine.bases.base import BaseModel
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.long_text import encode_long
-from lora_engine.data.framing import Framing
 from lora_engine.data.manifest import Manifest, Split
 from lora_engine.data.part import DatasetPart
 from lora_engine.data.pixels import read_mask, read_pixels
 from lora_engine.errors import DataError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
+from lora_engine.framing import Framing
 from lora_engine.inference.prompts.emphasis import parse_weights
 from lora_engine.parallel import Workers
 from lora_engine.training.augmentations import UNCHANGED, Augmentation

@@ -151,7 +151,10 @@ class TrainingJob:
         choice = choice_images(settings, self.dataset, manifest) if scored else None
         dtype, quantise = _PRECISIONS[settings.precision], settings.running.quantise
         options = base_options(settings, self.vae)
-        base = load_base(source, device=self.group.device, dtype=dtype, quantise=quantise, options=options)
+        offload = settings.running.offload
+        base = load_base(
+            source, device=self.group.device, dtype=dtype, quantise=quantise, options=options, offload=offload
+        )
         prepare_network(base, settings.running)
         self._check_base(base, (*examples, *heldout, *(choice.examples if choice else ())))
         initial = read_initial(self.init, base) if self.init else None

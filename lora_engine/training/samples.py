@@ -101,6 +101,7 @@ def _draw(base: BaseModel, requests: Sequence[SampleRequest]) -> list[Tensor]:
             negative=first.negative,
             width=first.width,
             height=first.height,
+            sampler=first.sampler,
         )
         images |= dict(zip(indices, drawn, strict=True))
     return [images[index] for index in range(len(requests))]

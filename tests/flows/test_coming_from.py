@@ -186,7 +186,7 @@ config:
               gradient_checkpointing: true, ema_config: {use_ema: true, ema_decay: 0.99}}
       model: {name_or_path: tiny, quantize: true}
       sample: {sample_every: 10, width: 64, height: 128, neg: "dull, grey",
-               prompts: ["a man, 'x': y"], seed: 42, guidance_scale: 4, sample_steps: 20}
+               sampler: ddim, prompts: ["a man, 'x': y"], seed: 42, guidance_scale: 4, sample_steps: 20}
 """
 ONE_TRAINER = {
     "training_method": "LORA",
@@ -308,7 +308,7 @@ def test_a_file_of_ai_toolkit_becomes_a_pipeline(settings: Write) -> None:
     assert train.running.quantise == "8bit"
     assert train.samples is not None
     assert (train.samples.prompts, train.samples.seeds, train.samples.every) == (
-        ("a man, 'x': y --w 64 --h 128 --n dull, grey",),
+        ("a man, 'x': y --w 64 --h 128 --ss ddim --n dull, grey",),
         (42,),
         10,
     )

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDPMScheduler
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -20,6 +21,7 @@ from lora_engine.bases.latent import LatentModel
 from lora_engine.bases.long_text import StateChange, no_change
 from lora_engine.bases.noise import schedule_from
 from lora_engine.bases.options import BaseOptions
+from lora_engine.bases.samplers import find_sampler
 from lora_engine.bases.source import BaseSource
 from lora_engine.building import BUILDING
 from lora_engine.errors import BaseModelError, SettingsError
@@ -72,11 +74,14 @@ class StableDiffusion(LatentModel):
         )[0]
         return output.float()
 
-    def scheduler(self, steps: int | None = None, size: tuple[int, int] | None = None) -> Any:
+    def scheduler(
+        self, steps: int | None = None, size: tuple[int, int] | None = None, sampler: str | None = None
+    ) -> Any:
         """See `BaseModel`."""
         del size
+        chosen = find_sampler(sampler or "dpmsolver++")
         with BUILDING:
-            scheduler = DPMSolverMultistepScheduler.from_config(self._scheduler_settings)
+            scheduler = getattr(diffusers, chosen.scheduler).from_config(self._scheduler_settings, **chosen.options)
         if steps is not None:
             scheduler.set_timesteps(steps, device=self.device)
         return scheduler

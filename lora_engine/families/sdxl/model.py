@@ -16,9 +16,9 @@ from lora_engine.bases.components import load_component, load_tokenizer
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.long_text import StateChange, no_change
 from lora_engine.bases.source import BaseSource
-from lora_engine.data.framing import Framing
 from lora_engine.families.sd.inpainting import InpaintingBase
 from lora_engine.families.sd.model import StableDiffusion
+from lora_engine.framing import Framing
 
 
 class StableDiffusionXL(StableDiffusion):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lora_engine.settings import AddedLater
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -24,8 +26,12 @@ class Running(BaseModel):
             ones. Needs a working compiler.
         deterministic: On a GPU, uses only deterministic operations: slower, and an error where an operation has no
             deterministic form. A CPU is always deterministic.
-        quantise: Storage of the frozen network: `8bit` and `4bit` save much memory and lose a little precision. The
-            adapter is trained in full precision. They need the extra `quantised`.
+        quantise: Storage of the linear layers in the frozen network: `fp8`, `8bit` and `4bit` save much memory and
+            lose a little precision. The adapter is trained in full precision. `8bit` and `4bit` need the extra
+            `quantised`.
+        offload: Share of these layers, from the last, whose weights stay in the CPU's memory and are copied to the
+            GPU for each use: less memory, more time. The numbers are the same up to rounding. With quantise `none`
+            and `fp8`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,4 +43,11 @@ class Running(BaseModel):
     attention: Literal["sdpa", "xformers"] = "sdpa"
     compile: Literal["none", "regional"] = "none"
     deterministic: bool = False
-    quantise: Literal["none", "8bit", "4bit"] = "none"
+    quantise: Literal["none", "8bit", "4bit", "fp8"] = "none"
+    offload: Annotated[float, AddedLater()] = Field(default=0.0, ge=0.0, le=1.0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _offloaded_weights_have_a_form(self) -> Running:
+        if self.offload and self.quantise not in ("none", "fp8"):
+            raise ValueError(f"offload goes with quantise none and fp8, not with {self.quantise!r}; choose one of them")
+        return self

@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lora_engine.bases.samplers import SAMPLERS, find_sampler
+from lora_engine.errors import SettingsError
+
 _OPTION = re.compile(r"(?:^|\s)--([a-zA-Z]\w*)(?=\s|$)")
 _MAX_SIDE, _MAX_STEPS, _MAX_GUIDANCE = 4096, 1000, 50.0
 
@@ -28,6 +31,7 @@ class SampleRequest:
         negative: Negative prompt.
         width: In pixels; None takes the base's default.
         height: In pixels; None takes the base's default.
+        sampler: Name of a sampler; None takes the base's default.
     """
 
     number: int
@@ -38,11 +42,12 @@ class SampleRequest:
     negative: str = ""
     width: int | None = None
     height: int | None = None
+    sampler: str | None = None
 
     @property
     def settings(self) -> tuple[Any, ...]:
         """Everything that the images of one batch share."""
-        return self.steps, self.guidance, self.negative, self.width, self.height
+        return self.steps, self.guidance, self.negative, self.width, self.height, self.sampler
 
 
 def _side(text: str) -> int:
@@ -73,6 +78,14 @@ def _seed(text: str) -> int:
     return value
 
 
+def _sampler(text: str) -> str:
+    try:
+        find_sampler(text)
+    except SettingsError as error:
+        raise ValueError from error
+    return text
+
+
 _OPTIONS: Mapping[str, tuple[str, Callable[[str], Any], str]] = {
     "w": ("width", _side, f"a multiple of 8 from 8 to {_MAX_SIDE}"),
     "h": ("height", _side, f"a multiple of 8 from 8 to {_MAX_SIDE}"),
@@ -80,6 +93,7 @@ _OPTIONS: Mapping[str, tuple[str, Callable[[str], Any], str]] = {
     "s": ("steps", _steps, f"1 to {_MAX_STEPS}"),
     "l": ("guidance", _guidance, f"0 to {_MAX_GUIDANCE:g}"),
     "d": ("seed", _seed, "an integer from 0"),
+    "ss": ("sampler", _sampler, f"{', '.join(SAMPLERS)}, or their names in A1111 or diffusers"),
 }
 
 

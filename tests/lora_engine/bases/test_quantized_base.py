@@ -18,9 +18,9 @@ from lora_engine.errors import AdapterError, SettingsError
 
 pytest.importorskip("bitsandbytes")
 
-BITS: tuple[Quantization, ...] = ("8bit", "4bit")
+BITS: tuple[Quantization, ...] = ("8bit", "4bit", "fp8")
 # Largest relative error of the network's output, for these random weights.
-TOLERANCE = {"8bit": 0.02, "4bit": 0.3}
+TOLERANCE = {"8bit": 0.02, "4bit": 0.3, "fp8": 0.08}
 SHAPES = ["small-sd", "small-flux"]
 READS_ONLY_SHAPE = {"pissa"}  # reads the weight, although its delta depends only on the shape
 Load = Callable[[str, Quantization], BaseModel]

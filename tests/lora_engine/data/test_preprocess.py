@@ -10,12 +10,12 @@ from PIL import Image
 from pydantic import ValidationError
 
 from lora_engine.data.crops import CROPS
-from lora_engine.data.framing import Framing
 from lora_engine.data.images import open_image
 from lora_engine.data.ingest import ingest
 from lora_engine.data.manifest import Manifest
 from lora_engine.data.preprocess import preprocess, to_square
 from lora_engine.data.spec import Buckets, IngestSettings, PreprocessSettings
+from lora_engine.framing import Framing
 
 Add = Callable[..., Path]
 

@@ -257,6 +257,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "module_dropout": 0.5,
         "norm_limit": 0.01,
     },
+    "frozen weights in float8, in the memory of the CPU": {"running": {"quantise": "fp8", "offload": 0.5}},
     "another layer of the text encoder and a rescaled schedule": {
         "clip_skip": 2,
         "prediction": "v_prediction",
