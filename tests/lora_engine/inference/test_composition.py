@@ -138,7 +138,7 @@ def test_a_schedule_equals_fusing_the_weight_of_each_step(base: BaseModel) -> No
         return Guidance(states)
 
     with torch.no_grad():
-        denoised = sample(base, latents, guide, steps=STEPS, scale=1.0, size=(16, 16))
+        denoised = sample(base, latents, guide, seeds=(1, 2), steps=STEPS, scale=1.0, size=(16, 16))
         expected = base.decode_latents(denoised).clamp(-1.0, 1.0)
     for name, state in kept.items():
         base.modules[name].load_state_dict(state)
@@ -177,6 +177,7 @@ def test_an_edited_prompt_has_each_text_in_its_steps(base: BaseModel) -> None:
                 base,
                 latents,
                 lambda step, order=order: Guidance(conditions[order[step]]),  # type: ignore[misc]
+                seeds=(1, 2),
                 steps=STEPS,
                 scale=1.0,
                 size=(16, 16),
