@@ -245,6 +245,7 @@ OWN = {
     "tasks/environment.py": "metadata of an installed package",
     "tasks/operations/report.py": "files of an artifact, after their digests were verified",
     "tasks/steps/register.py": "files of an artifact, after their digests were verified",
+    "tasks/steps/saved.py": "files of an artifact, after their digests were verified",
     "registry/policy/terms.py": "files of an artifact, after their digests were verified",
     "registry/store/artifacts.py": "the list of files of an artifact, after its digest was verified",
     "registry/versions/mlflow_sync.py": "a cell of the database that the registry wrote",
