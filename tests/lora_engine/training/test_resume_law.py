@@ -112,7 +112,7 @@ def covering() -> Iterator[Case]:
         # A second phase begins with a new optimizer, so a method with two meets every point.
         count = len(POINTS) if method in PHASED else max(len(pairs), MEETS)
         for number in range(count):
-            yield Case(method, *pairs[number % len(pairs)], points[(4 * start + number) % len(POINTS)])
+            yield Case(method, *pairs[number % len(pairs)], points[(6 * start + number) % len(POINTS)])
 
 
 COVERING = tuple(covering())
