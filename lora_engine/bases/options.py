@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_engine.bases.vae import VaeSource
 from lora_engine.errors import SettingsError
-from lora_engine.formats.card import Card
+
+if TYPE_CHECKING:
+    from lora_engine.formats.card import Card
 
 Prediction = Literal["epsilon", "v_prediction"]
 RECORDED = ("clip_skip", "prediction", "zero_terminal_snr")

@@ -125,6 +125,7 @@ class KeyLayout:
         extends: The layout whose factor keys it has, too.
         kinds: The kinds that it is limited to; empty means all.
         own: Factor keys of its own, by kind; `dora of loha` for a kind within DoRA.
+        read_only: Factor keys that are read and never written.
     """
 
     name: str
@@ -134,6 +135,7 @@ class KeyLayout:
     extends: KeyLayout | None = None
     kinds: Collection[str] = ()
     own: dict[str, FactorKeys] = field(default_factory=dict)
+    read_only: list[FactorKeys] = field(default_factory=list)
 
     def add(self, keys: FactorKeys, name: str = "") -> None:
         """Adds the factor keys of a kind; `name` replaces the kind's."""
@@ -156,7 +158,9 @@ class KeyLayout:
     @property
     def readable(self) -> list[FactorKeys]:
         """All factor keys that are read, the layout's own first."""
-        return [*self.factor_keys.values(), *(keys for layout in self.also for keys in layout.readable)]
+        written = self.factor_keys.values()  # first, because it loads all factor keys
+        extended = [] if self.extends is None else self.extends.read_only
+        return [*written, *self.read_only, *extended, *(keys for layout in self.also for keys in layout.readable)]
 
     def limited(self, name: str, chosen: Collection[str], also: tuple[KeyLayout, ...] = ()) -> KeyLayout:
         """Returns a layout that writes only the `chosen` kinds of this one, and reads what this one and `also` read."""

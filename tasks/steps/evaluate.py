@@ -19,6 +19,7 @@ from tasks.spec import External, Input, StepSpec
 from tasks.step import Context, locate_base, step
 
 _MODELS = ("embedder", "image_embedder", "face_embedder")
+_IMPORTED_LATER = ("bands", "copies", "distributions", "gate_file", "identity", "likeness", "subject")
 _OUTSIDE_OF_KEY = {"name", *_MODELS}
 
 
@@ -86,6 +87,7 @@ class Evaluate(StepSpec, EvaluateSettings):
 def find_imports(spec: Evaluate, folder: Path) -> Iterator[str]:
     """Yields the names of the modules that an evaluation imports, with that of its base."""
     yield "lora_engine.evaluation.run"
+    yield from (f"lora_engine.evaluation.{name}" for name in _IMPORTED_LATER)
     yield base_module(spec.base, folder)
 
 

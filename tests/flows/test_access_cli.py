@@ -89,6 +89,7 @@ MORE = {
     "keys new": ("--trust", "--without-passphrase"),
     "generate": ("-n", "1", "--steps", "1"),
     "resize": ("--rank", "1"),
+    "caption": ("--captioner", "none", "--dry-run"),
 }
 """Verb -> options with which it opens the home, or is quicker."""
 SLOW = {"generate", "reproduce"}

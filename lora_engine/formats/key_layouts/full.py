@@ -21,48 +21,17 @@ _NORM = {"diff": "w_norm", "bias": "b_norm"}
 
 
 _LOW_RANK = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight"}
-_REMAINDER = TableFactorKeys(
-    "full",
-    {**_LOW_RANK, "indices": SPARSE_INDICES, "values": "bias_values", "size": SPARSE_SIZE},
-    optional=("mid",),
-)
 _GROWTH = 1000
 """Largest ratio of the values of a difference to those in the file; LyCORIS' extraction keeps one in 50 by default."""
 
 
 @dataclass(frozen=True)
 class FullKeys(TableFactorKeys):
-    """`diff` and `diff_b`; for norms, whose weight is a vector, `w_norm` and `b_norm`. Both are read for any layer.
-
-    A LoRA with a sparse remainder is read, too: what LyCORIS extracts with `--use_sparse_bias`, the largest values of
-    what the low rank leaves out. The difference is (up @ down + remainder) * alpha / rank, as A1111 computes it. No
-    kind holds both parts, so it becomes a full difference in float32.
-    """
-
-    @property
-    def suffixes(self) -> Collection[str]:
-        """Every suffix that is read."""
-        return (*super().suffixes, *_REMAINDER.suffixes)
-
-    def factor(self, suffix: str) -> str:
-        """Returns the name of the factor with this suffix."""
-        return _REMAINDER.factor(suffix) if suffix in _REMAINDER.suffixes else super().factor(suffix)
+    """`diff` and `diff_b`; for norms, whose weight is a vector, `w_norm` and `b_norm`. Both are read for any layer."""
 
     def missing(self, suffixes: Collection[str]) -> str | None:
-        """Returns None if `diff` or `diff_b` is present alone, or all of a remainder; else the suffix that is not."""
-        if set(_REMAINDER.suffixes) & set(suffixes):
-            return _REMAINDER.missing(suffixes)
+        """Returns None if either suffix is present, else the suffix of the weight."""
         return None if suffixes else self.names["diff"]
-
-    def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
-        """Returns the delta of tensors by suffix.
-
-        Raises:
-            AdapterError: The parts of a remainder do not fit together, or the difference is far larger than they are.
-        """
-        if SPARSE_INDICES not in tensors:
-            return super().read(tensors, alpha)
-        return _with_remainder({self.factor(name): as_torch(tensor) for name, tensor in tensors.items()}, alpha)
 
     def write(self, delta: Delta) -> dict[str, Tensor]:
         """Returns tensors by suffix; norms get their own suffixes, which other programs look for."""
@@ -71,20 +40,34 @@ class FullKeys(TableFactorKeys):
         return {names[factor]: tensor for factor, tensor in delta.factors().items()}
 
 
-def _with_remainder(parts: Mapping[str, Tensor], alpha: float | None) -> FullDelta:
-    lora = LoraDelta.from_factors({name: parts[name] for name in _LOW_RANK if name in parts}, alpha)
-    for issue in lora.issues():
-        where = repr(_LOW_RANK.get(issue.factor, issue.factor))
-        raise AdapterError(issue.problem, where=where, allowed=issue.allowed, remedy=issue.remedy)
-    shape = lora.weight_shape
-    if math.prod(shape) > _GROWTH * sum(part.numel() for part in parts.values()):
-        raise AdapterError(
-            f"the difference {list(shape)} has more than {_GROWTH} times the values of its tensors",
-            remedy="extract the adapter again, without a sparse remainder",
-        )
-    low_rank = lora.delta_weight(torch.zeros(()).expand(shape))
-    bias = parts.get("bias")
-    return FullDelta(low_rank + lora.scale * _remainder(parts, (shape[0], math.prod(shape[1:]))).reshape(shape), bias)
+@dataclass(frozen=True)
+class RemainderKeys(TableFactorKeys):
+    """LoRA and the largest values of what it leaves out, as LyCORIS extracts it with `--use_sparse_bias`.
+
+    The difference is (up @ down + remainder) * alpha / rank, as A1111 computes it. No kind holds both parts, so it is
+    read as a full difference in float32.
+    """
+
+    def read(self, tensors: Mapping[str, Tensor], alpha: float | None) -> Delta:
+        """Returns the full difference of tensors by suffix.
+
+        Raises:
+            AdapterError: The parts do not fit together, or the difference is far larger than they are.
+        """
+        parts = {self.factor(name): as_torch(tensor) for name, tensor in tensors.items()}
+        lora = LoraDelta.from_factors({name: parts[name] for name in _LOW_RANK if name in parts}, alpha)
+        for issue in lora.issues():
+            where = repr(_LOW_RANK.get(issue.factor, issue.factor))
+            raise AdapterError(issue.problem, where=where, allowed=issue.allowed, remedy=issue.remedy)
+        shape = lora.weight_shape
+        if math.prod(shape) > _GROWTH * sum(part.numel() for part in parts.values()):
+            raise AdapterError(
+                f"the difference {list(shape)} has more than {_GROWTH} times the values of its tensors",
+                remedy="extract the adapter again, without a sparse remainder",
+            )
+        low_rank = lora.delta_weight(torch.zeros(()).expand(shape))
+        remainder = _remainder(parts, (shape[0], math.prod(shape[1:]))).reshape(shape)
+        return FullDelta(low_rank + lora.scale * remainder, parts.get("bias"))
 
 
 def _remainder(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
@@ -114,5 +97,18 @@ LYCORIS_KEYS.add(
         {"diff": "diff", "bias": "diff_b"},
         aliases={"w_norm": "diff", "b_norm": "bias"},
         optional=("diff", "bias"),
+    )
+)
+LYCORIS_KEYS.read_only.append(
+    RemainderKeys(
+        "full",
+        {
+            **_LOW_RANK,
+            "indices": SPARSE_INDICES,
+            "values": "bias_values",
+            "size": SPARSE_SIZE,
+            "bias": "diff_b",
+        },
+        optional=("mid", "bias"),
     )
 )
