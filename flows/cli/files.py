@@ -172,6 +172,9 @@ def generate(
     steps: Annotated[int, typer.Option(min=1, help="Number of denoising steps.")] = 20,
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance.")] = 3.0,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    sampler: Annotated[
+        str | None, typer.Option(help="Sampler, such as euler_a or 'DPM++ 2M Karras'. Default: the base's own.")
+    ] = None,
     size: Annotated[int | None, typer.Option(help="Image size in pixels per side. Default: the base's own.")] = None,
     clip_skip: Annotated[
         int | None,
@@ -199,6 +202,7 @@ def generate(
             steps=steps,
             guidance=guidance,
             negative=negative,
+            sampler=sampler,
             size=size,
             clip_skip=clip_skip,
             vae=vae,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_engine.bases.base import load_base
 from lora_engine.bases.options import options_of_cards
+from lora_engine.bases.samplers import Sampler, find_sampler
 from lora_engine.bases.vae import resolve_vae
 from lora_engine.data.pixels import write_png
 from lora_engine.formats import read_bundle
@@ -28,6 +29,7 @@ def draw_images(
     steps: int = 20,
     guidance: float = 3.0,
     size: int | None = None,
+    sampler: str | None = None,
     clip_skip: int | None = None,
     vae: str | None = None,
     progress: Progress = no_progress,
@@ -44,6 +46,7 @@ def draw_images(
         steps: Denoising steps.
         guidance: Scale of classifier-free guidance; 1 is none.
         size: Width and height in pixels; None takes the base's default.
+        sampler: See `find_sampler`; None is the base's own.
         clip_skip: See `BaseOptions`; None is that of the adapters' training.
         vae: Another autoencoder, a name for `resolve_vae`; the one of the adapters' training.
         progress: Called after each batch.
@@ -72,16 +75,19 @@ def draw_images(
             guidance=guidance,
             height=size,
             width=size,
+            sampler=sampler,
             progress=progress,
         )
     paths = [folder / f"{seed}.png" for seed in seeds]
+    chosen = find_sampler(sampler) if sampler else Sampler(type(model.scheduler()).__name__)
     drawing = Drawing(
         prompt,
         negative,
         [UsedAdapter.of_file(*file) for file in files],
         base=model.name,
         fingerprint=model.fingerprint,
-        sampler=type(model.scheduler()).__name__,
+        scheduler=chosen.scheduler,
+        scheduler_options=chosen.options,
         steps=steps,
         guidance=guidance,
         version=version("loraline"),

@@ -21,9 +21,15 @@ CHUNK = "loraline"
 XMP = "XML:com.adobe.xmp"
 _PEFT = ("adapter_model.safetensors", "adapter_model.bin")
 _SAMPLERS = {
+    "DDIMScheduler": "DDIM",
     "DPMSolverMultistepScheduler": "DPM++ 2M",
+    "DPMSolverSinglestepScheduler": "DPM++ 2S",
+    "EulerAncestralDiscreteScheduler": "Euler a",
+    "EulerDiscreteScheduler": "Euler",
     "FlowMatchEulerDiscreteScheduler": "Euler",
-    "FlowMatchLCMScheduler": "LCM",
+    "HeunDiscreteScheduler": "Heun",
+    "PNDMScheduler": "PLMS",
+    "UniPCMultistepScheduler": "UniPC",
 }
 """Class of diffusers -> name in A1111; other classes keep their name."""
 _TRAINED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -79,7 +85,8 @@ class Drawing:
         adapters: One per adapter of the prompt, in its order.
         base: Name of the base.
         fingerprint: Digest of the base's weights.
-        sampler: Class of diffusers' scheduler.
+        scheduler: Class of diffusers.
+        scheduler_options: Its options.
         steps: Denoising steps.
         guidance: Scale of classifier-free guidance.
         version: Version of Loraline.
@@ -90,7 +97,8 @@ class Drawing:
     adapters: Sequence[UsedAdapter]
     base: str
     fingerprint: str
-    sampler: str
+    scheduler: str
+    scheduler_options: Mapping[str, Any]
     steps: int
     guidance: float
     version: str
@@ -116,7 +124,7 @@ class Drawing:
         ]
         settings = {
             "Steps": str(self.steps),
-            "Sampler": _SAMPLERS.get(self.sampler, self.sampler),
+            **self._sampler(),
             "CFG scale": f"{self.guidance:g}",
             "Seed": str(seed),
             "Size": f"{size[1]}x{size[0]}",
@@ -131,6 +139,12 @@ class Drawing:
             lines.append(f"Negative prompt: {self.negative.text}")
         lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in settings.items()))
         return "\n".join(lines)
+
+    def _sampler(self) -> dict[str, str]:
+        name = _SAMPLERS.get(self.scheduler, self.scheduler)
+        is_sde = str(self.scheduler_options.get("algorithm_type", "")).startswith("sde")
+        is_karras = self.scheduler_options.get("use_karras_sigmas")
+        return {"Sampler": f"{name} SDE" if is_sde else name, **({"Schedule type": "Karras"} if is_karras else {})}
 
     def _facts(self, seed: int, size: tuple[int, int]) -> Mapping[str, Any]:
         return {
@@ -152,7 +166,7 @@ class Drawing:
             "guidance": self.guidance,
             "negative": self.negative.text,
             "prompt": self.prompt.text,
-            "sampler": self.sampler,
+            "sampler": {"class": self.scheduler, **self.scheduler_options},
             "seed": seed,
             "size": list(size),
             "steps": self.steps,

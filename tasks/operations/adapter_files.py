@@ -259,6 +259,7 @@ def draw(
     guidance: float,
     size: int | None,
     negative: str = "",
+    sampler: str | None = None,
     clip_skip: int | None = None,
     vae: str | None = None,
 ) -> list[Path]:
@@ -276,6 +277,7 @@ def draw(
         guidance: Scale of classifier-free guidance.
         size: Pixels per side; None means the base's own.
         negative: The negative prompt.
+        sampler: Name in sd-scripts, A1111 or diffusers; None is the base's own.
         clip_skip: Layer of the text encoders; None means that of the adapters' training.
         vae: Another autoencoder: a folder or a hub id.
     """
@@ -297,6 +299,7 @@ def draw(
             steps=steps,
             guidance=guidance,
             size=size,
+            sampler=sampler,
             clip_skip=clip_skip,
             vae=vae,
             progress=lambda done, total, values: publish(StepEvent("generate", "progress", done, total, values)),

@@ -41,7 +41,8 @@ def test_schedules_parts_and_negative_prompts_reach_the_image(small: Trained, tm
     }
     for name, prompt in others.items():
         assert not np.array_equal(_draw(prompt, small, tmp_path / name), plain), name
-    assert not np.array_equal(_draw("a zorb", small, tmp_path / "negative", "--negative", "red"), plain)
+    for name, more in {"negative": ("--negative", "red"), "euler": ("--sampler", "Euler a")}.items():
+        assert not np.array_equal(_draw("a zorb", small, tmp_path / name, *more), plain)
 
 
 @pytest.mark.parametrize(

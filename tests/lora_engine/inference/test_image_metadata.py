@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from lora_engine.bases.samplers import SAMPLERS
 from lora_engine.data.evidence import read_evidence
 from lora_engine.data.pixels import write_png
 from lora_engine.inference.image_metadata import CHUNK, Drawing, UsedAdapter
 from lora_engine.inference.prompts.prompt import read_prompt
 
 
-def _drawing(prompt: str, adapters: list[UsedAdapter], negative: str = "") -> Drawing:
+def _drawing(
+    prompt: str, adapters: list[UsedAdapter], negative: str = "", options: dict[str, Any] | None = None
+) -> Drawing:
     return Drawing(
         read_prompt(prompt),
         read_prompt(negative, is_negative=True),
         adapters,
         base="tiny",
         fingerprint="f" * 64,
-        sampler="DPMSolverMultistepScheduler",
+        scheduler="DPMSolverMultistepScheduler",
+        scheduler_options=options or {},
         steps=12,
         guidance=3.0,
         version="1.2.3",
@@ -90,7 +96,8 @@ def test_a_value_that_a_reader_would_tear_is_quoted() -> None:
         [],
         base="my, base",
         fingerprint="",
-        sampler="X",
+        scheduler="X",
+        scheduler_options={},
         steps=1,
         guidance=1,
         version="1",
@@ -103,3 +110,13 @@ def test_ingest_recognizes_a_generated_image(tmp_path: Path) -> None:
     assert {"a1111-parameters", "digital-source-type-trained-algorithmic-media"} <= set(
         read_evidence(tmp_path / "a.png", tmp_path)
     )
+
+
+def test_samplers_have_the_names_of_a1111() -> None:
+    options = {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}
+    text = _drawing("a", [], options=options).texts(1, (8, 8))["parameters"]
+    assert "Sampler: DPM++ 2M SDE, Schedule type: Karras, CFG scale" in text
+    classes = {sampler.scheduler for sampler in SAMPLERS.values()}
+    for name in classes:
+        shown = replace(_drawing("a", []), scheduler=name).texts(1, (8, 8))["parameters"]
+        assert "Scheduler" not in shown
