@@ -19,7 +19,7 @@ def add_verbs(app: typer.Typer) -> None:
 def lineage(
     ref: Annotated[
         str,
-        typer.Argument(metavar="REF|DIGEST|FILE", help="name@ref, run, consent, file, or any digest."),
+        typer.Argument(metavar="REF|DIGEST|FILE", help="name@ref, run, consent, file, generated image, or any digest."),
     ],
     down: Annotated[bool, typer.Option("--down", help="Walk downstream instead of upstream.")] = False,
     graph: Annotated[
@@ -32,14 +32,14 @@ def lineage(
 ) -> None:
     """Show lineage, upstream to the images or downstream to the versions."""
     from flows.cli.output import print_json, print_table
-    from lora_engine.files import atomic_write, sha256_file
+    from lora_engine.files import atomic_write
     from registry.lineage.record import Lineage
+    from registry.lineage.walk import join_walks
 
     records = Lineage(open_home().lineage_url)
     try:
-        # A file is looked up by the digest of its bytes.
-        start = sha256_file(Path(ref)) if "@" not in ref and Path(ref).is_file() else ref
-        walk = records.walk(start, "down" if down else "up", subjects=True)
+        starts = _find_starts(ref)
+        walk = join_walks([records.walk(start, "down" if down else "up", subjects=True) for start in starts])
         if openlineage is not None:
             from registry.lineage.openlineage import to_lines, to_openlineage
 
@@ -54,3 +54,18 @@ def lineage(
         print(openlineage)
     else:
         print_table(("depth", "kind", "label", "digest or id"), [(n.depth, n.kind, n.label, n.id) for n in walk.nodes])
+
+
+def _find_starts(ref: str) -> list[str]:
+    """Returns the adapters of a generated image, the digest of another file, or the reference itself."""
+    from lora_engine.errors import DataError
+    from lora_engine.files import sha256_file
+    from lora_engine.inference.image_metadata import read_used_adapters
+
+    path = Path(ref)
+    if "@" in ref or not path.is_file():
+        return [ref]
+    used = read_used_adapters(path)
+    if used == {}:
+        raise DataError("the image was generated without an adapter, so it has no lineage", where=ref)
+    return list(used.values()) if used else [sha256_file(path)]

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_engine.data.containers import read_png_texts
+from lora_engine.data.folder import open_inside
+from lora_engine.documents import parse_json
+from lora_engine.errors import DataError
 from lora_engine.inference.prompts.prompt import ParsedPrompt
 from lora_engine.inference.prompts.tags import AdapterTag
 
 CHUNK = "loraline"
 XMP = "XML:com.adobe.xmp"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _PEFT = ("adapter_model.safetensors", "adapter_model.bin")
 _SAMPLERS = {
     "DDIMScheduler": "DDIM",
@@ -172,6 +178,27 @@ class Drawing:
             "steps": self.steps,
             "version": self.version,
         }
+
+
+def read_used_adapters(path: Path) -> dict[str, str] | None:
+    """Returns reference -> SHA-256 of the adapters that a PNG says it was generated with; None if it says nothing.
+
+    Raises:
+        DataError: The chunk `loraline` is not as this module writes it.
+    """
+    with open_inside(path, path.parent) as file:
+        text = dict(read_png_texts(file)).get(CHUNK)
+    if text is None:
+        return None
+    facts = parse_json(text, f"{path}, chunk {CHUNK!r}", DataError)
+    entries = facts.get("adapters") if isinstance(facts, dict) else None
+    used: dict[str, str] = {}
+    for entry in entries if isinstance(entries, list) else [None]:
+        reference, sha256 = (entry.get(key) for key in ("reference", "sha256")) if isinstance(entry, dict) else (0, 0)
+        if not isinstance(reference, str) or not isinstance(sha256, str) or not _DIGEST.fullmatch(sha256):
+            raise DataError(f"the chunk {CHUNK!r} names no adapters as Loraline does", where=str(path))
+        used[reference] = sha256
+    return used
 
 
 def _one_weight(tag: AdapterTag) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -70,6 +70,18 @@ class Walk:
         from registry.lineage.flowchart import to_dot
 
         return to_dot(self)
+
+
+def join_walks(walks: Sequence[Walk]) -> Walk:
+    """Returns the nodes and edges of several walks; a node has the least of its distances."""
+    nodes: dict[NodeId, Node] = {}
+    for node in (node for walk in walks for node in walk.nodes):
+        key = NodeId(node.kind, node.id)
+        if key not in nodes or node.depth < nodes[key].depth:
+            nodes[key] = node
+    edges = dict.fromkeys(edge for walk in walks for edge in walk.edges)
+    ordered = sorted(nodes.values(), key=lambda node: node.depth)
+    return Walk(walks[0].start, walks[0].direction, tuple(ordered), tuple(edges))
 
 
 def walk(session: Session, start: str, direction: Direction, *, subjects: bool = False) -> Walk:

@@ -87,6 +87,8 @@ def test_a_trained_version_is_shown_promoted_rolled_back_exported_and_used(train
         assert "<lora:small-v1:0.7>" in image.text["parameters"]
     assert [(used["reference"], used["denoiser"]) for used in facts["adapters"]] == [("small@1", "0.7")]
     assert facts["adapters"][0]["sha256"] == trained.version("production").sha256
+    of_image = json.loads(say("lineage", tmp_path / "images" / "0.png", "--json", home=home))["nodes"]
+    assert image["id"] in {node["id"] for node in of_image}
     assert "agrees" in say("fsck", home=home)
 
 

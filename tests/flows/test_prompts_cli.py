@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from lora_engine.inference.prompts.prompt import read_prompt
 from tests.flows.commands import loraline_here, say
@@ -69,3 +71,24 @@ def test_each_tag_of_the_page_is_read() -> None:
     assert len(tags) > 6
     for tag in tags:
         assert read_prompt(f"a {tag}").adapters[0].name.startswith(("zorb@3", "NAME"))
+
+
+@pytest.mark.parametrize(
+    ("chunk", "message"),
+    [
+        ('{"adapters": []}', "generated without an adapter"),
+        ("{", "not JSON"),
+        ("[]", "names no adapters as Loraline does"),
+        ('{"adapters": [{"reference": "a@1", "sha256": "../x"}]}', "names no adapters as Loraline does"),
+        (json.dumps({"adapters": [{"reference": "a@1", "sha256": "a" * 64}]}), "a" * 64),
+    ],
+)
+def test_lineage_of_an_image_that_names_no_known_adapter_is_refused(
+    chunk: str, message: str, small: Trained, tmp_path: Path
+) -> None:
+    info = PngInfo()
+    info.add_text("loraline", chunk)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=info)
+    done = loraline_here("lineage", tmp_path / "a.png", home=small.home.path)
+    assert done.returncode == 1
+    assert message in done.stderr
