@@ -18,11 +18,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flows.refusals import explain, nearest
+from lora_engine.data.archives import is_archive, is_table
 from lora_engine.documents import Document, Where, parse_value, read_document
 from lora_engine.errors import BaseModelError
 from lora_engine.families import Family, families
 from tasks.errors import SpecError
-from tasks.spec import REGISTERED, SAVED, STEP_NAME, StepSpec
+from tasks.spec import REGISTERED, SAVED, STEP_NAME, ExternalKind, StepSpec
 from tasks.step import STEPS, locate_base
 
 INHERITED = ("base", "vae", "seed", "name")
@@ -229,13 +230,21 @@ def _order(steps: Mapping[str, StepSpec], document: Document) -> list[str]:
 def _check_files(name: str, spec: StepSpec, folder: Path, document: Document) -> None:
     for field, written, kind in spec.externals():
         path = folder / written
-        if not ((path.is_dir() and kind != "file") or (path.is_file() and kind != "folder")):
+        if not _is_of_kind(path, kind):
             state = f"is not a {kind}" if path.exists() else "does not exist"
             raise SpecError(
                 f"{name}.{field} is {written!r}, which {state}",
                 where=document.where(("steps", name, field)),
                 allowed=f"a {kind}, relative to {folder}",
             )
+
+
+def _is_of_kind(path: Path, kind: ExternalKind) -> bool:
+    if path.is_dir():
+        return kind != "file"
+    if not path.is_file() or kind == "folder":
+        return False
+    return kind == "file" or is_archive(path.name) or is_table(path.name)
 
 
 def _check_base(name: str, spec: StepSpec, folder: Path, document: Document) -> None:

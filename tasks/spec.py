@@ -39,7 +39,7 @@ class Input:
     or_file: bool = False
 
 
-ExternalKind = Literal["file", "folder", "folder or file"]
+ExternalKind = Literal["file", "folder", "folder or archive"]
 
 
 @dataclass(frozen=True)

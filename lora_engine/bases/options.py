@@ -15,7 +15,7 @@ from lora_engine.errors import SettingsError
 if TYPE_CHECKING:
     from lora_engine.formats.card import Card
 
-Prediction = Literal["epsilon", "v_prediction"]
+PredictionTarget = Literal["epsilon", "v_prediction"]
 RECORDED = ("clip_skip", "prediction", "zero_terminal_snr")
 """Options that a recipe has under their own names; it has the digest of the autoencoder as `vae`."""
 
@@ -33,7 +33,7 @@ class BaseOptions:
     """
 
     clip_skip: int | None = None
-    prediction: Prediction | None = None
+    prediction: PredictionTarget | None = None
     zero_terminal_snr: bool = False
     vae: VaeSource | None = None
 

@@ -39,7 +39,7 @@ class CombineSettings(BaseModel):
     parts: Annotated[tuple[PartSettings, ...], Field(max_length=100)] = ()
 
 
-def combine(folders: Sequence[Path], out: Path, settings: CombineSettings) -> Manifest:
+def combine_datasets(folders: Sequence[Path], out: Path, settings: CombineSettings) -> Manifest:
     """Writes a dataset with the images of all; the trigger and the class word are kept where all agree.
 
     Raises:

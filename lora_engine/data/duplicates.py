@@ -7,13 +7,16 @@ of Perceptual Image Hash Functions"). They ignore color, so the mean colors are 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from lora_engine.data.images import open_image
 
 VIEWS = (1.0, 0.95, 0.9, 0.8)
 """Central parts that are compared with other whole images, each also mirrored."""
@@ -62,6 +65,11 @@ def take_print(image: Image.Image) -> Print:
     views = [view for share in VIEWS for view in _with_mirror(_center(gray, share))]
     fine = np.stack([_hash(view, 16) for view in views[:2]])
     return Print(fine, np.stack([_hash(view, 8) for view in views]), color, min(image.size) < SMALL)
+
+
+def group_files(files: Iterable[Path]) -> list[list[int]]:
+    """Returns the groups of images that show the same or a part of it, as positions; see `find_groups`."""
+    return find_groups([take_print(open_image(file)) for file in files])
 
 
 def find_groups(prints: Sequence[Print], same: Collection[tuple[int, int]] | None = None) -> list[list[int]]:

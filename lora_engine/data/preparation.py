@@ -24,7 +24,7 @@ class Preparation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     box: tuple[_Pixel, _Pixel, _Pixel, _Pixel] | None = None
-    faces: int | None = Field(default=None, ge=0)
+    faces: int | None = Field(default=None, ge=0, le=10_000)
     angle: float | None = Field(default=None, allow_inf_nan=False)
     scale: float | None = Field(default=None, gt=1.0, allow_inf_nan=False)
     upscaler: str | None = Field(default=None, max_length=500)

@@ -156,8 +156,8 @@ class _Preparer:
         return image.resize(fit.resized, Image.Resampling.LANCZOS)
 
     def _record(self, preparation: Preparation, fit: Fit) -> Preparation | None:
-        # The bytes of released results with buckets stay: they record no enlargement.
-        if fit.scale > 1 and (self.settings.crop != "bucket" or self.settings.upscale != "bicubic"):
+        # Results of earlier releases keep their bytes: they record no enlargement, which the run reports.
+        if fit.scale > 1 and self.settings.upscale != "bicubic":
             upscaler = self.upscaler.label if self.upscaler is not None else str(self.settings.upscale)
             preparation = preparation.model_copy(
                 update={"scale": max(1.001, round(fit.scale, 3)), "upscaler": upscaler}

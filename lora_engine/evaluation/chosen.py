@@ -11,6 +11,8 @@ from lora_engine.data.manifest import Digest
 from lora_engine.documents import read_json_object
 from lora_engine.errors import DataError
 
+MAX_STEPS = 10_000_000
+
 
 class Chosen(BaseModel):
     """The choice of a checkpoint.
@@ -27,8 +29,8 @@ class Chosen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
 
-    candidates: tuple[Annotated[int, Field(ge=0)], ...] = Field(alias="from", min_length=1)
-    step: int = Field(ge=0)
+    candidates: tuple[Annotated[int, Field(ge=0, le=MAX_STEPS)], ...] = Field(alias="from", min_length=1)
+    step: int = Field(ge=0, le=MAX_STEPS)
     by: str = Field(max_length=200)
     on: tuple[Digest, ...]
     score: FiniteFloat | None = None

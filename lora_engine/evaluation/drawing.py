@@ -71,7 +71,7 @@ class StrengthImages:
     equals_base: bool
 
 
-def draw_images(
+def draw_evaluation(
     settings: EvaluateSettings,
     plan: EvaluationPlan,
     *,

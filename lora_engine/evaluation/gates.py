@@ -89,7 +89,7 @@ def check_measurable(gates: Sequence[tuple[str, Gate]], measured: Collection[str
         )
 
 
-def check_versions(gates: Sequence[tuple[str, Gate]], compared: Collection[str]) -> None:
+def check_compared_versions(gates: Sequence[tuple[str, Gate]], compared: Collection[str]) -> None:
     """Raises if a gate names a version that will not be compared with; call it before anything is drawn.
 
     Args:
@@ -128,7 +128,7 @@ def check_gates(
     """
     compared, missing = {BASE: metrics, **(comparisons or {})}, absent or {}
     check_measurable(gates, metrics.keys(), {})
-    check_versions(gates, [*compared, *missing])
+    check_compared_versions(gates, [*compared, *missing])
     results: list[GateResult] = []
     skipped: list[str] = []
     for name, gate in gates:

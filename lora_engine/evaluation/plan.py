@@ -19,9 +19,9 @@ from lora_engine.evaluation.real_images import (
     DatasetImage,
     LeftOut,
     find_heldout_images,
-    group_kin,
     leave_out_images,
     to_real_image,
+    with_groups,
 )
 from lora_engine.evaluation.spec import EvaluateSettings
 from lora_engine.framing import Framing
@@ -124,9 +124,9 @@ def make_plan(
     left_out: list[LeftOut] = []
     chosen = record.chosen
     if measured_on == "training":
-        trained = images = group_kin(images)
+        trained = images = with_groups(images)
     else:
-        grouped = group_kin([*trained, *images])
+        grouped = with_groups([*trained, *images])
         trained, images = grouped[: len(trained)], grouped[len(trained) :]
         images, left_out, chosen = leave_out_images(images, trained, chosen)
     plan = _Planner(settings, manifest.trigger, manifest.class_word)

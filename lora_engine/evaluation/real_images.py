@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lora_engine.data.duplicates import find_groups, take_print
-from lora_engine.data.images import open_image
+from lora_engine.data.duplicates import group_files
 from lora_engine.data.manifest import ImageEntry, Manifest
 from lora_engine.errors import DataError
 from lora_engine.evaluation.chosen import Chosen
@@ -92,11 +91,10 @@ def _of_datasets(manifest: Manifest, dataset: Path, heldout: Sequence[Path]) -> 
                 yield DatasetImage(entry, folder)
 
 
-def group_kin(images: Sequence[DatasetImage]) -> list[DatasetImage]:
+def with_groups(images: Sequence[DatasetImage]) -> list[DatasetImage]:
     """Returns the images with their groups of kin; a group is named by its smallest digest."""
-    prints = [take_print(open_image(image.folder / image.entry.file)) for image in images]
     grouped = list(images)
-    for members in find_groups(prints):
+    for members in group_files([image.folder / image.entry.file for image in images]):
         name = min(images[index].entry.sha256 for index in members)
         for index in members:
             grouped[index] = replace(images[index], group=name)

@@ -14,11 +14,11 @@ from lora_engine.bases.source import BaseSource, resolve_base
 from lora_engine.bases.vae import resolve_vae
 from lora_engine.evaluation.chosen import read_training_record
 from lora_engine.evaluation.details import write_details
-from lora_engine.evaluation.drawing import draw_images
+from lora_engine.evaluation.drawing import draw_evaluation
 from lora_engine.evaluation.embedder import Embedder, load_embedder
 from lora_engine.evaluation.embedder_source import ChosenEmbedders, choose_embedders
 from lora_engine.evaluation.evidence import BASE, CANDIDATE, COMBINED, Evidence
-from lora_engine.evaluation.gates import check_gates, check_measurable, check_versions
+from lora_engine.evaluation.gates import check_compared_versions, check_gates, check_measurable
 from lora_engine.evaluation.gathering import gather_details
 from lora_engine.evaluation.measuring import measure
 from lora_engine.evaluation.metrics import METRICS, Available
@@ -84,7 +84,7 @@ def evaluate(
     names = [name for name in METRICS if settings.measures(name) and name not in unmet]
     check_measurable(settings.listed_gates(), names, unmet)
     both = {COMBINED: combined} if combined is not None else {}
-    check_versions(settings.listed_gates(), [*(against or {}), *(absent or {}), *both])
+    check_compared_versions(settings.listed_gates(), [*(against or {}), *(absent or {}), *both])
     embedder = load_embedder(embedders.text) if embedders.text else None
     image_embedder = load_embedder(embedders.image) if embedders.image else None
     face_embedder = load_embedder(settings.face_embedder) if settings.face_embedder else None
@@ -99,7 +99,7 @@ def evaluate(
     bundles |= {role: (adapters[CANDIDATE], adapters[role]) for role in both}
     truncated = _find_truncated(plan, embedder)
     _warn(plan, embedders, truncated)
-    drawn = draw_images(settings, plan, model=model, bundles=bundles, progress=progress)
+    drawn = draw_evaluation(settings, plan, model=model, bundles=bundles, progress=progress)
     evidence = Evidence(
         tuple(bundles),
         drawn.sets,

@@ -19,7 +19,7 @@ from lora_engine.errors import SettingsError
 from lora_engine.formats import Bundle
 from lora_engine.inference.generate import Guidance, draw_noise, sample
 from lora_engine.inference.prompts.blocks import fits_family, weight_of_module
-from lora_engine.inference.prompts.prompt import ParsedPrompt, chunks_of, is_plain, plain_text
+from lora_engine.inference.prompts.prompt import ParsedPrompt, chunks_of, is_unweighted, plain_text
 from lora_engine.inference.prompts.tags import AdapterTag
 from lora_engine.inference.textual_inversion import attach_embeddings
 from lora_engine.progress import Progress, no_progress
@@ -162,7 +162,7 @@ class _Texts:
         self._is_guided = is_guided
         every = {text for part in self._parts for _, text in part}
         chunks = max(count_chunks(base, chunks_of(text)) for text in every)
-        is_simple = chunks == 1 and all(is_plain(text) for text in every)
+        is_simple = chunks == 1 and all(is_unweighted(text) for text in every)
         self._encoded: dict[tuple[bool, str], Conditioning] = {}
         for index, part in enumerate(self._parts):
             is_negative = is_guided and index == 0

@@ -37,7 +37,7 @@ def draw_images(
     """Generates one image per seed with all adapters and their learned tokens attached.
 
     Args:
-        prompt: The prompt; see `read_prompt`.
+        prompt: The prompt; see `parse_prompt`.
         folder: The folder for the images, which are named `SEED.png`.
         base: The base; see `load_base`.
         files: File and `name@version` (or file name) of the prompt's adapters, in their order.

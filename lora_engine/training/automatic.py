@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from lora_engine.training.spec import TrainSettings
-from lora_engine.training.specs.choosing import PREFIXES, BestCheckpoint
+from lora_engine.training.specs.choosing import RANK_PREFIXES, BestCheckpoint
 from lora_engine.training.specs.schedules import Cosine
 
 RATE_FACTORS = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -53,7 +53,7 @@ def describe_cost(settings: TrainSettings) -> str:
         total = len(RATE_FACTORS) * share
         parts.append(f"{len(RATE_FACTORS)} short trainings for learning_rate, together {total:g} times the steps")
     if settings.is_auto("rank"):
-        parts.append(f"{len(PREFIXES)} ranks from the one training")
+        parts.append(f"{len(RANK_PREFIXES)} ranks from the one training")
     if settings.is_auto("targets"):
         parts.append("one backward pass for targets")
     return "; ".join(parts)
@@ -66,7 +66,7 @@ def with_first_values(settings: TrainSettings, rate: float) -> TrainSettings:
         settings: The settings; the steps are a number.
         rate: The default rate of the base.
     """
-    values = {"targets": "all", "learning_rate": rate, "rank": PREFIXES[0]}
+    values = {"targets": "all", "learning_rate": rate, "rank": RANK_PREFIXES[0]}
     changes = {name: value for name, value in values.items() if settings.is_auto(name)}
     return settings.model_copy(update=changes)
 
@@ -119,7 +119,7 @@ def choose_rate(losses: Mapping[float, Sequence[float] | None]) -> tuple[float, 
 
 def prefixes_up_to(rank: int) -> list[int]:
     """Returns the ranks that `rank: auto` chooses from, up to a highest one."""
-    return [prefix for prefix in PREFIXES if prefix <= rank]
+    return [prefix for prefix in RANK_PREFIXES if prefix <= rank]
 
 
 def choose_rank(losses: Mapping[int, Sequence[float]]) -> tuple[int, dict[str, Any]]:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lora_engine.data.duplicates import find_groups, take_print
-from lora_engine.data.images import open_image
+from lora_engine.data.duplicates import group_files
 from lora_engine.data.manifest import ImageEntry, Manifest, Split
 from lora_engine.errors import SettingsError
 from lora_engine.training.captions import Rewriter
@@ -95,10 +94,7 @@ def choice_images(settings: TrainSettings, dataset: Path, manifest: Manifest) ->
 
 def group_kin(dataset: Path, images: Sequence[ImageEntry]) -> list[list[ImageEntry]]:
     """Returns groups of images that show the same, in the order of their smallest digests; sorted within."""
-    prints = []
-    for image in images:
-        prints.append(take_print(open_image(dataset / image.file)))
-    groups = [[images[index] for index in group] for group in find_groups(prints)]
+    groups = [[images[index] for index in group] for group in group_files([dataset / image.file for image in images])]
     return sorted((sorted(group, key=_digest) for group in groups), key=lambda group: _digest(group[0]))
 
 

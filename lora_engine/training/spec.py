@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lora_engine.bases.options import Prediction
+from lora_engine.bases.options import PredictionTarget
 from lora_engine.catalog.kinds import KINDS, KindSpec, Lora
 from lora_engine.registries import NameOrOptions, spec_union
 from lora_engine.settings import AddedLater, NoEffect
@@ -140,7 +140,7 @@ class TrainSettings(BaseModel):
     save_every: Annotated[Interval, AddedLater(), NoEffect()] = 0
     optimizer_state: Annotated[bool, AddedLater()] = False
     clip_skip: Annotated[int | None, AddedLater()] = Field(default=None, ge=1, le=100)
-    prediction: Annotated[Prediction | None, AddedLater()] = None
+    prediction: Annotated[PredictionTarget | None, AddedLater()] = None
     zero_terminal_snr: Annotated[bool, AddedLater()] = False
     best_checkpoint: Annotated[BestCheckpoint | None, AddedLater()] = None
 

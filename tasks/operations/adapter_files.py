@@ -284,9 +284,9 @@ def draw(
     from lora_engine.bases.source import resolve_base
     from lora_engine.compute import fitting_threads, threads
     from lora_engine.inference.draw import draw_images
-    from lora_engine.inference.prompts.prompt import read_prompt
+    from lora_engine.inference.prompts.prompt import parse_prompt
 
-    read, against = read_prompt(prompt), read_prompt(negative, is_negative=True)
+    read, against = parse_prompt(prompt), parse_prompt(negative, is_negative=True)
     with tempfile.TemporaryDirectory(dir=find_scratch()) as name, threads(fitting_threads([resolve_base(base)])):
         files = [_fetch(tag.name, home, Path(name) / str(index)) for index, tag in enumerate(read.adapters)]
         return draw_images(

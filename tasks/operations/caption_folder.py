@@ -21,8 +21,8 @@ from tasks.operations.captions import (
     caption_cache,
     caption_labels,
     check_settings,
+    find_caption_models,
     find_caption_problems,
-    find_models,
 )
 
 _ENDING = ".txt"
@@ -65,7 +65,7 @@ def caption_folder(
         raise SettingsError(
             f"the captioner {parsed.captioner_name!r} does not look at images", remedy="give --captioner or --tagger"
         )
-    models = find_models(parsed, Path())
+    models = find_caption_models(parsed, Path())
     with tempfile.TemporaryDirectory(prefix="loraline-") as work:
         dataset, out = Path(work) / "images", Path(work) / "captions"
         before = {image.source: image for image in ingest(images, dataset, IngestSettings()).pictures}

@@ -78,7 +78,7 @@ def caption_labels(settings: CaptionSettings, models: Mapping[str, Mapping[str, 
     return {role: models[role]["label"] for role in settings.models()}
 
 
-def located(settings: CaptionSettings, folder: Path) -> CaptionSettings:
+def with_located_models(settings: CaptionSettings, folder: Path) -> CaptionSettings:
     """Returns settings in which paths of models, which are relative to a folder, are full."""
     values = settings.model_dump(mode="json")
     for part in (values["captioner"] if settings.models() else None, values["check"]):
@@ -94,7 +94,7 @@ def _locate(part: Any, folder: Path) -> None:
         _locate(part.get("tagger"), folder)
 
 
-def find_models(settings: CaptionSettings, folder: Path) -> dict[str, dict[str, str]]:
+def find_caption_models(settings: CaptionSettings, folder: Path) -> dict[str, dict[str, str]]:
     """Returns the models of captioner and checks; see `StepKind.models`.
 
     Args:

@@ -11,10 +11,10 @@ from lora_engine.data.spec import CaptionSettings
 from tasks.operations.captions import (
     caption_cache,
     caption_labels,
-    find_models,
-    located,
+    find_caption_models,
     log_findings,
     report_captions,
+    with_located_models,
 )
 from tasks.spec import Input, StepSpec
 from tasks.step import Context, step
@@ -58,14 +58,14 @@ def find_imports(spec: Caption, folder: Path) -> Iterator[str]:
     summary="manifest.json",
     imports=find_imports,
     entries=lambda spec: [(CAPTIONERS, spec.captioner_name)],
-    models=lambda spec, folder, _: find_models(spec, folder),
+    models=lambda spec, folder, _: find_caption_models(spec, folder),
 )
 def caption(spec: Caption, context: Context) -> None:
     """Writes a manifest of the same images with all captions set, and `captions.json` if the captions are checked."""
     from lora_engine.data.caption import caption as describe
 
-    settings = located(spec.narrow(CaptionSettings), context.folder_of_spec)
-    models = find_models(settings, Path())
+    settings = with_located_models(spec.narrow(CaptionSettings), context.folder_of_spec)
+    models = find_caption_models(settings, Path())
     manifest = describe(
         context.folder("dataset"),
         context.out,

@@ -61,6 +61,6 @@ def _parts(data: dict[str, Any]) -> dict[str, Any]:
 @step(Combine, produces="manifest", revision=1, imports=always("lora_engine.data.combine"))
 def combine(spec: Combine, context: Context) -> None:
     """Writes a manifest with the images of all datasets."""
-    from lora_engine.data.combine import combine as combine_datasets
+    from lora_engine.data.combine import combine_datasets
 
     combine_datasets(context.inputs["datasets"], context.out, spec.narrow(CombineSettings))

@@ -30,7 +30,7 @@ class Ingest(StepSpec, IngestSettings):
     """
 
     uses: Literal["ingest"] = "ingest"
-    images: Annotated[str, External("folder or file")]
+    images: Annotated[str, External("folder or archive")]
     consent: Annotated[str | None, External("file")] = None
     masks: Annotated[str | None, External("folder")] = None
     consent_policy: Annotated[ConsentPolicy | None, AddedLater()] = None

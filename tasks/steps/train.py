@@ -98,11 +98,10 @@ def describe_progress(spec: Train, origin: str, home: Home, last_key: str | None
     return f"begins at step 0, not at step {file.step} of the last run ({reasons or RATES_OR_INPUTS})"
 
 
-def describe_cost(spec: Train) -> str:
-    """Returns what the automatic settings of a training add to its steps; empty without any."""
-    from lora_engine.training.automatic import describe_cost as describe
+def _describe_cost(spec: Train) -> str:
+    from lora_engine.training.automatic import describe_cost
 
-    return describe(spec)
+    return describe_cost(spec)
 
 
 @step(
@@ -113,7 +112,7 @@ def describe_cost(spec: Train) -> str:
     entries=find_entries,
     stops=True,
     describe_progress=describe_progress,
-    describe_cost=describe_cost,
+    describe_cost=_describe_cost,
 )
 def train(spec: Train, context: Context) -> None:
     """Writes the adapter and `training.json`."""

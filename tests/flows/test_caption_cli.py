@@ -22,7 +22,7 @@ from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.store.artifacts import open_store
 from tasks.job import prepare_job
-from tasks.operations.captions import find_models, report_captions
+from tasks.operations.captions import find_caption_models, report_captions
 from tasks.operations.rebuild import pin_models
 from tasks.steps.caption import Caption
 from tests.flows.commands import loraline_here, say
@@ -353,11 +353,11 @@ def test_scores_are_in_the_report_of_the_step(scenes_folder: Path, tmp_path: Pat
     settings = CaptionSettings(check={"clip": clip})
     ingest(scenes_folder, tmp_path / "dataset", IngestSettings())
     manifest = caption_dataset(tmp_path / "dataset", tmp_path / "out", settings)
-    models = find_models(settings, Path())
+    models = find_caption_models(settings, Path())
     findings = report_captions(tmp_path / "out", manifest, settings, models)
     assert [finding.kind for finding in findings if finding.kind == "unlike"] == ["unlike"]
     report = json.loads((tmp_path / "out" / "captions.json").read_text())
     assert all(-1 <= item["clip_score"] <= 1 for item in report["images"])
     assert "path" not in report["models"]["clip"]
     with pytest.raises(SettingsError, match=r"check\.clip is 'nowhere'"):
-        find_models(CaptionSettings(check={"clip": "nowhere"}), tmp_path)
+        find_caption_models(CaptionSettings(check={"clip": "nowhere"}), tmp_path)

@@ -170,7 +170,7 @@ def test_a_run_reads_an_archive_and_keeps_its_result(tmp_path: Path) -> None:
     assert changed["photos"]["ref"] != first["photos"]["ref"]
     spec.write_text(KOHYA.replace("images/", "gone.tar"))
     refused = loraline_here("run", spec, home=tmp_path / "home")
-    assert "photos.images is 'gone.tar', which does not exist. Allowed: a folder or file" in refused.stderr
+    assert "photos.images is 'gone.tar', which does not exist. Allowed: a folder or archive" in refused.stderr
 
 
 def test_of_duplicates_the_one_with_a_caption_wins_and_differing_captions_are_named(odd: Path, tmp_path: Path) -> None:

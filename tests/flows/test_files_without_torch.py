@@ -123,4 +123,5 @@ def test_the_command_itself_imports_no_torch(files: dict[str, Path]) -> None:
         assert "kohya" in out
         names = {line.rpartition("|")[2].strip() for line in imported.splitlines()}
         assert "lora_engine.formats" in names
-        assert ("torch" in names) is expected
+        # Not `torch` itself: Python times no import by `import_module`, which is the lazy one.
+        assert ("torch._utils" in names) is expected

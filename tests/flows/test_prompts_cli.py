@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lora_engine.inference.prompts.prompt import read_prompt
+from lora_engine.inference.prompts.prompt import parse_prompt
 from tests.flows.commands import loraline_here, say
 from tests.flows.shared import Trained, copy_trained
 
@@ -70,7 +70,7 @@ def test_each_tag_of_the_page_is_read() -> None:
     tags = re.findall(r"`(<lora:[^`]+>)`", PAGE.read_text())
     assert len(tags) > 6
     for tag in tags:
-        assert read_prompt(f"a {tag}").adapters[0].name.startswith(("zorb@3", "NAME"))
+        assert parse_prompt(f"a {tag}").adapters[0].name.startswith(("zorb@3", "NAME"))
 
 
 @pytest.mark.parametrize(

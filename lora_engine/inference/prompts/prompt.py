@@ -52,7 +52,7 @@ class ParsedPrompt:
     parts: tuple[PromptPart, ...]
 
 
-def read_prompt(text: str, *, is_negative: bool = False) -> ParsedPrompt:
+def parse_prompt(text: str, *, is_negative: bool = False) -> ParsedPrompt:
     """Reads a prompt.
 
     Args:
@@ -91,7 +91,7 @@ def chunks_of(text: str) -> list[WeightedPieces]:
     return [chunk or [("", 1.0)] for chunk in chunks]
 
 
-def is_plain(text: str) -> bool:
+def is_unweighted(text: str) -> bool:
     """Returns True if no word has a weight and no BREAK divides the text; it is then `plain_text(text)`."""
     chunks = chunks_of(text)
     return len(chunks) == 1 and all(weight == 1.0 for _, weight in chunks[0])

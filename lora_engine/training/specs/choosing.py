@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 """Value of a setting that the training chooses."""
-PREFIXES = (1, 2, 4, 8, 16, 32)
+RANK_PREFIXES = (1, 2, 4, 8, 16, 32)
 """Ranks that `rank: auto` chooses from."""
 
 ChoiceScore = Literal["validation_loss", "dvar"]

@@ -13,7 +13,7 @@ from lora_engine.data.spec import CaptionSettings
 from lora_engine.data.text_files import clean_text, printable
 from lora_engine.errors import SettingsError, WordedError
 from lora_engine.files import atomic_write, is_file_name, write_within
-from lora_engine.inference.prompts.prompt import chunks_of, read_prompt
+from lora_engine.inference.prompts.prompt import chunks_of, parse_prompt
 from lora_engine.merging.spec import parse_options
 from lora_engine.merging.weights import weights_by_module
 from registry.entities import check_alias, check_name
@@ -88,7 +88,7 @@ def check_setting(text: str, output: Path) -> None:
 
 def check_prompt(text: str, output: Path) -> None:
     """Reads a prompt; the texts of all steps have only its characters in their order, and each weight is finite."""
-    prompt = read_prompt(text)
+    prompt = parse_prompt(text)
     for tag in prompt.adapters:
         assert tag.name
         assert all(math.isfinite(tag.denoiser_weight(step, 7)) for step in range(7))

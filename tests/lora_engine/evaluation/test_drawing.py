@@ -9,7 +9,7 @@ from PIL import Image
 
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.data.manifest import Manifest
-from lora_engine.evaluation.drawing import draw_images
+from lora_engine.evaluation.drawing import draw_evaluation
 from lora_engine.evaluation.embedder import load_embedder
 from lora_engine.evaluation.evidence import Evidence
 from lora_engine.evaluation.plan import make_plan
@@ -39,7 +39,7 @@ def write_masks(folder: Path, shade: Callable[[int, int], int]) -> None:
 
 
 def losses(model: BaseModel, folder: Path) -> torch.Tensor:
-    drawn = draw_images(
+    drawn = draw_evaluation(
         SETTINGS,
         make_plan(SETTINGS, folder),
         model=model,
@@ -73,7 +73,7 @@ def test_every_size_is_drawn(model: BaseModel, make_dataset: MakeDataset) -> Non
 
     folder = make_dataset()
     resized(folder, 4, (32, 16))
-    drawn = draw_images(
+    drawn = draw_evaluation(
         SETTINGS,
         make_plan(SETTINGS, folder),
         model=model,
@@ -90,7 +90,7 @@ def test_masked_likeness_does_not_see_the_background_of_real_images(
     folder = make_dataset()
     write_masks(folder, lambda x, y: 255 * (x < 8))
     plan = make_plan(SETTINGS, folder)
-    drawn = draw_images(SETTINGS, plan, model=model, bundles={"base": (), "candidate": ()}, progress=no_progress)
+    drawn = draw_evaluation(SETTINGS, plan, model=model, bundles={"base": (), "candidate": ()}, progress=no_progress)
     images = drawn.sets["reference"][0]
     assert images.reference is not None
     changed = images.reference.clone()

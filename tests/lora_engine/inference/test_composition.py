@@ -18,7 +18,7 @@ from lora_engine.formats import Bundle, Card
 from lora_engine.inference.composition import compose, generate_composed
 from lora_engine.inference.generate import Guidance, draw_noise, generate, sample
 from lora_engine.inference.prompts.blocks import LISTS, weight_of_module
-from lora_engine.inference.prompts.prompt import read_prompt
+from lora_engine.inference.prompts.prompt import parse_prompt
 
 STEPS = 4
 
@@ -40,7 +40,7 @@ def _adapter(
 def _draw(
     base: BaseModel, prompt: str, adapters: Sequence[Adapter] = (), *, negative: str = "", guidance: float = 3.0
 ) -> Tensor:
-    read = read_prompt(prompt)
+    read = parse_prompt(prompt)
     with compose(
         base, [(tag, Bundle(adapter, Card())) for tag, adapter in zip(read.adapters, adapters, strict=True)]
     ) as made:
@@ -48,7 +48,7 @@ def _draw(
             base,
             read,
             made,
-            negative=read_prompt(negative, is_negative=True),
+            negative=parse_prompt(negative, is_negative=True),
             seeds=[1, 2],
             steps=STEPS,
             guidance=guidance,
@@ -125,7 +125,7 @@ def test_the_text_encoders_and_the_denoiser_have_their_own_weights(base: BaseMod
 def test_a_schedule_equals_fusing_the_weight_of_each_step(base: BaseModel) -> None:
     adapters = [_adapter(base, kind, seed, ["attention"]) for seed, kind in enumerate(("lora", "loha"))]
     prompt = "a ring <lora:a:0@0,1@1> <lora:b:1:start=2:stop=3>"
-    first, second = read_prompt(prompt).adapters
+    first, second = parse_prompt(prompt).adapters
     states = base.encode_text(["a ring"], (16, 16)).index([0, 0])
     latents = torch.stack([draw_noise(base.latent_shape((16, 16)), seed) for seed in (1, 2)])
     kept = {name: copy.deepcopy(module.state_dict()) for name, module in base.modules.items()}

@@ -16,15 +16,15 @@ from lora_engine.bases.samplers import SAMPLERS
 from lora_engine.data.evidence import read_evidence
 from lora_engine.data.pixels import write_png
 from lora_engine.inference.image_metadata import CHUNK, Drawing, UsedAdapter
-from lora_engine.inference.prompts.prompt import read_prompt
+from lora_engine.inference.prompts.prompt import parse_prompt
 
 
 def _drawing(
     prompt: str, adapters: list[UsedAdapter], negative: str = "", options: dict[str, Any] | None = None
 ) -> Drawing:
     return Drawing(
-        read_prompt(prompt),
-        read_prompt(negative, is_negative=True),
+        parse_prompt(prompt),
+        parse_prompt(negative, is_negative=True),
         adapters,
         base="tiny",
         fingerprint="f" * 64,
@@ -91,8 +91,8 @@ def test_an_image_holds_its_texts_and_the_same_texts_give_the_same_bytes(tmp_pat
 
 def test_a_value_that_a_reader_would_tear_is_quoted() -> None:
     drawing = Drawing(
-        read_prompt("a"),
-        read_prompt(""),
+        parse_prompt("a"),
+        parse_prompt(""),
         [],
         base="my, base",
         fingerprint="",

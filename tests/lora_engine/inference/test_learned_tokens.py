@@ -16,7 +16,7 @@ from lora_engine.formats import Card, read_bundle, write_adapter
 from lora_engine.formats.embedding_files import read_embeddings
 from lora_engine.formats.embeddings import Embedding
 from lora_engine.inference.draw import draw_images
-from lora_engine.inference.prompts.prompt import read_prompt
+from lora_engine.inference.prompts.prompt import parse_prompt
 from lora_engine.inference.textual_inversion import attach_embeddings
 from tests.support.untrained import write_untrained_base
 
@@ -137,11 +137,11 @@ def test_images_are_generated_with_the_tokens_of_a_file(tmp_path: Path) -> None:
 
     def draw(name: str, *files: str) -> Tensor:
         paths = draw_images(
-            read_prompt(" ".join(["a zorb", *(f"<lora:{file}>" for file in files)])),
+            parse_prompt(" ".join(["a zorb", *(f"<lora:{file}>" for file in files)])),
             tmp_path / name,
             base=str(folder),
             files=[(tmp_path / file, file) for file in files],
-            negative=read_prompt(""),
+            negative=parse_prompt(""),
             seeds=[1],
             steps=2,
         )

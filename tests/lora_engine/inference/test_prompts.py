@@ -9,7 +9,7 @@ from lora_engine.errors import SettingsError
 from lora_engine.families import families
 from lora_engine.inference.prompts.blocks import LISTS, block_of, fits_family, parse_block_weights, weight_of_module
 from lora_engine.inference.prompts.editing import texts_by_step
-from lora_engine.inference.prompts.prompt import chunks_of, is_plain, plain_text, read_prompt
+from lora_engine.inference.prompts.prompt import chunks_of, is_unweighted, parse_prompt, plain_text
 from lora_engine.inference.prompts.step_weights import ALWAYS, parse_step_weights
 from lora_engine.inference.prompts.tags import AdapterTag, parse_tags
 
@@ -180,7 +180,7 @@ def test_a_bracket_that_programs_read_differently_is_refused_by_its_place(text: 
     ],
 )
 def test_and_divides_a_prompt_into_weighted_parts(text: str, parts: list[tuple[str, float]]) -> None:
-    assert [(part.text, part.weight) for part in read_prompt(text).parts] == parts
+    assert [(part.text, part.weight) for part in parse_prompt(text).parts] == parts
 
 
 def test_break_begins_a_chunk_also_within_brackets() -> None:
@@ -191,11 +191,11 @@ def test_break_begins_a_chunk_also_within_brackets() -> None:
 
 
 def test_a_plain_text_has_neither_weights_nor_breaks() -> None:
-    assert is_plain("a red zorb")
-    assert is_plain(r"a \(red\) zorb")
+    assert is_unweighted("a red zorb")
+    assert is_unweighted(r"a \(red\) zorb")
     assert plain_text(r"a \(red\) zorb") == "a (red) zorb"
     for text in ("a (red) zorb", "a [red] zorb", "a BREAK b"):
-        assert not is_plain(text)
+        assert not is_unweighted(text)
 
 
 @pytest.mark.parametrize(
@@ -204,13 +204,13 @@ def test_a_plain_text_has_neither_weights_nor_breaks() -> None:
 )
 def test_a_prompt_without_end_is_refused(text: str, problem: str) -> None:
     with pytest.raises(SettingsError, match=problem):
-        read_prompt(text)
+        parse_prompt(text)
 
 
 def test_a_negative_prompt_names_no_adapter_and_has_one_part() -> None:
-    assert [part.text for part in read_prompt("a AND b", is_negative=True).parts] == ["a AND b"]
+    assert [part.text for part in parse_prompt("a AND b", is_negative=True).parts] == ["a AND b"]
     with pytest.raises(SettingsError, match="names the adapter 'z'"):
-        read_prompt("ugly <lora:z:1>", is_negative=True)
+        parse_prompt("ugly <lora:z:1>", is_negative=True)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from lora_engine.training.choice_images import choice_images
 from lora_engine.training.choosing import Check, Chooser
 from lora_engine.training.schedules import PhaseRates, RateStage
 from lora_engine.training.spec import TrainSettings
-from lora_engine.training.specs.choosing import PREFIXES
+from lora_engine.training.specs.choosing import RANK_PREFIXES
 from tests.lora_engine.training.runs import Ending, Runs, curves_of, digests, factors_of
 
 CHOICE: dict[str, Any] = {"by": "validation_loss", "every": 1, "patience": 0, "anneal": 0}
@@ -279,7 +279,7 @@ def test_automatic_settings_resume_to_the_same_bytes(runs: Runs, make_dataset: C
         recipe["rank"]
     }
     # The narrowest layers of the base have 8 columns.
-    assert [rank for rank, _ in automatic["rank"]["losses"]] == [rank for rank in PREFIXES if rank <= 8]
+    assert [rank for rank, _ in automatic["rank"]["losses"]] == [rank for rank in RANK_PREFIXES if rank <= 8]
 
 
 def test_the_cut_adapter_is_the_prefix_that_was_measured(runs: Runs, make_dataset: Callable[..., Path]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lora_engine.bases.base import BaseModel
-from lora_engine.data.combine import CombineSettings, combine
+from lora_engine.data.combine import CombineSettings, combine_datasets
 from lora_engine.data.manifest import ImageEntry, Manifest
 from lora_engine.data.pixels import write_png
 from lora_engine.training.batches import BatchBuilder
@@ -40,7 +40,7 @@ def mixed(tmp_path: Path) -> Callable[..., Path]:
     def make(first: dict[str, Any], second: dict[str, Any], shared: int = 0) -> Path:
         stars, rings = write_part(tmp_path / "stars", "star", 2), write_part(tmp_path / "rings", "ring", 3, 2 - shared)
         settings = CombineSettings.model_validate({"parts": (first, second)})
-        combine([stars, rings], tmp_path / "mixed", settings)
+        combine_datasets([stars, rings], tmp_path / "mixed", settings)
         return tmp_path / "mixed"
 
     return make
