@@ -181,32 +181,37 @@ def generate(
         typer.Option(min=1, help="Layer of the CLIP text encoders from the last. Default: that of the training."),
     ] = None,
     vae: Annotated[str | None, typer.Option(help="Another autoencoder: a folder or a hub id.")] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            "-x", metavar="AXIS", help="Grid: seed, steps, guidance, sampler or a word of the prompt, =A,B,C."
+        ),
+    ] = None,
+    rows: Annotated[str | None, typer.Option("-y", metavar="NAME=A,B", help="Second axis of the grid.")] = None,
+    animated: Annotated[bool, typer.Option("--gif", help="Write the first row of the grid as a GIF, too.")] = False,
 ) -> None:
-    """Generate images with the adapters that the prompt names."""
+    """Generate images with the adapters that the prompt names, or a grid of images."""
     from rich.console import Console
 
     from flows.cli.display import show_run
     from flows.cli.output import home_path
-    from tasks.operations.adapter_files import draw
+    from lora_engine.errors import SettingsError
+    from lora_engine.inference.grid import parse_axis
+    from tasks.operations.images import DrawRequest, draw, draw_grid
     from tasks.progress import StepEvent, publish
 
+    request = DrawRequest(
+        prompt, base, negative, count, seed, steps, guidance, size, sampler=sampler, clip_skip=clip_skip, vae=vae
+    )
+    axes = [parse_axis(text) for text in (columns, rows) if text is not None]
+    if columns is None and (rows is not None or animated):
+        raise SettingsError("a grid needs its first axis", remedy="set -x")
     with show_run(["generate"], Console()):
         publish(StepEvent("generate", "started"))
-        images = draw(
-            prompt,
-            output,
-            home_path(),
-            base=base,
-            count=count,
-            seed=seed,
-            steps=steps,
-            guidance=guidance,
-            negative=negative,
-            sampler=sampler,
-            size=size,
-            clip_skip=clip_skip,
-            vae=vae,
-        )
+        if axes:
+            images = draw_grid(request, axes, output, home_path(), animated=animated)
+        else:
+            images = draw(request, output, home_path())
         publish(StepEvent("generate", "completed"))
     for path in images:
         print(path)

@@ -1,4 +1,4 @@
-"""Implements the verbs on files: converts and resizes adapters, converts models, generates images."""
+"""Implements the verbs on files: converts and resizes adapters, converts models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from registry.home import Home
 from registry.store.snapshot import find_scratch
 from tasks.errors import SpecError
 from tasks.operations.inspect_files import existing_file, module_shapes_of, open_bundle
-from tasks.progress import StepEvent, publish
 
 if TYPE_CHECKING:
     from lora_engine.formats import Card
@@ -222,7 +221,8 @@ def checkout_adapters(
     named = [parse_weighted(text) for text in texts]
     with tempfile.TemporaryDirectory(dir=find_scratch()) as folder:
         inputs = [
-            (_fetch(ref, home, Path(folder) / str(index))[0], weight) for index, (ref, weight) in enumerate(named)
+            (fetch_adapter(ref, home, Path(folder) / str(index))[0], weight)
+            for index, (ref, weight) in enumerate(named)
         ]
         for (ref, _), (path, _) in zip(named, inputs, strict=True):
             if recorder is not None:
@@ -242,72 +242,19 @@ class SourceRecorder(Protocol):
 def checkout_adapter(text: str, home: Path, recorder: SourceRecorder) -> Iterator[Path]:
     """Yields the file of one adapter, which has no weight; see `checkout_adapters`."""
     with tempfile.TemporaryDirectory(dir=find_scratch()) as folder:
-        path, _ = _fetch(text, home, Path(folder))
+        path, _ = fetch_adapter(text, home, Path(folder))
         recorder.add_source(text, path)
         yield path
 
 
-def draw(
-    prompt: str,
-    folder: Path,
-    home: Path,
-    *,
-    base: str,
-    count: int,
-    seed: int,
-    steps: int,
-    guidance: float,
-    size: int | None,
-    negative: str = "",
-    sampler: str | None = None,
-    clip_skip: int | None = None,
-    vae: str | None = None,
-) -> list[Path]:
-    """Generates images and writes them as PNG files, named by their seeds.
+def fetch_adapter(ref: str, home: Path, folder: Path) -> tuple[Path, str]:
+    """Returns the file of an adapter, and its `name@version` or the name of the file.
 
     Args:
-        prompt: In A1111's syntax (docs/prompts.md); may name adapters: `<lora:name@production:0.7>` or
-            `<lora:path/to/file.safetensors:0.7>`.
-        folder: The output folder.
+        ref: A file, or `name@version` or `name@alias`.
         home: The home with the named versions.
-        base: The base model.
-        count: Number of images.
-        seed: Seed of the first image; the others count up.
-        steps: Number of denoising steps.
-        guidance: Scale of classifier-free guidance.
-        size: Pixels per side; None means the base's own.
-        negative: The negative prompt.
-        sampler: Name in sd-scripts, A1111 or diffusers; None is the base's own.
-        clip_skip: Layer of the text encoders; None means that of the adapters' training.
-        vae: Another autoencoder: a folder or a hub id.
+        folder: The folder for the file of a version.
     """
-    from lora_engine.bases.source import resolve_base
-    from lora_engine.compute import fitting_threads, threads
-    from lora_engine.inference.draw import draw_images
-    from lora_engine.inference.prompts.prompt import parse_prompt
-
-    read, against = parse_prompt(prompt), parse_prompt(negative, is_negative=True)
-    with tempfile.TemporaryDirectory(dir=find_scratch()) as name, threads(fitting_threads([resolve_base(base)])):
-        files = [_fetch(tag.name, home, Path(name) / str(index)) for index, tag in enumerate(read.adapters)]
-        return draw_images(
-            read,
-            folder,
-            base=base,
-            files=files,
-            negative=against,
-            seeds=range(seed, seed + count),
-            steps=steps,
-            guidance=guidance,
-            size=size,
-            sampler=sampler,
-            clip_skip=clip_skip,
-            vae=vae,
-            progress=lambda done, total, values: publish(StepEvent("generate", "progress", done, total, values)),
-        )
-
-
-def _fetch(ref: str, home: Path, folder: Path) -> tuple[Path, str]:
-    """Returns the file of an adapter, and its `name@version` or the name of the file."""
     if "@" not in ref or is_present(ref):
         return existing_file(Path(ref)), Path(ref).name
     from registry.versions.versions import Versions

@@ -81,10 +81,10 @@ def test_a_trained_version_is_shown_promoted_rolled_back_exported_and_used(train
     assert list((tmp_path / "out").glob("*.safetensors"))
     prompt = "a red zorb <lora:small@production:0.7>"
     say("generate", prompt, "-o", tmp_path / "images", "-n", "1", "--steps", "2", home=home)
-    with Image.open(tmp_path / "images" / "0.png") as image:
-        image.load()
-        facts = json.loads(image.text["loraline"])
-        assert "<lora:small-v1:0.7>" in image.text["parameters"]
+    with Image.open(tmp_path / "images" / "0.png") as generated:
+        generated.load()
+        facts = json.loads(generated.text["loraline"])
+        assert "<lora:small-v1:0.7>" in generated.text["parameters"]
     assert [(used["reference"], used["denoiser"]) for used in facts["adapters"]] == [("small@1", "0.7")]
     assert facts["adapters"][0]["sha256"] == trained.version("production").sha256
     of_image = json.loads(say("lineage", tmp_path / "images" / "0.png", "--json", home=home))["nodes"]

@@ -47,6 +47,34 @@ def test_schedules_parts_and_negative_prompts_reach_the_image(small: Trained, tm
         assert not np.array_equal(_draw("a zorb", small, tmp_path / name, *more), plain)
 
 
+def test_a_grid_draws_each_cell_as_it_would_be_alone(small: Trained, tmp_path: Path) -> None:
+    prompt, out = "a zorb <lora:small@1:W>", tmp_path / "grid"
+    axes = ("-x", "W=0..1/3", "-y", "seed=4,5", "--gif", "--steps", 2)
+    listed = say("generate", prompt, "-o", out, *axes, home=small.home.path).split()
+    assert {path.name for path in out.iterdir()} >= {"grid.png", "animation.gif", "00-00.png", "01-02.png"}
+    assert len(listed) == 8
+    say(
+        "generate",
+        "a zorb <lora:small@1:0.5>",
+        "-o",
+        tmp_path,
+        "-n",
+        1,
+        "--seed",
+        5,
+        "--steps",
+        2,
+        home=small.home.path,
+    )
+    assert (tmp_path / "5.png").read_bytes() == (out / "01-01.png").read_bytes()
+    with Image.open(out / "animation.gif") as animation:
+        assert animation.n_frames == 3
+    refused = loraline_here("generate", prompt, "-o", tmp_path / "no", "-x", "steps=0", home=small.home.path)
+    assert refused.returncode == 1
+    assert "steps of 1 or more" in refused.stderr
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from lora_engine.adapters import Adapter, attach, create_adapter
 from lora_engine.bases.base import BaseModel, load_base
-from lora_engine.data.pixels import read_pixels
 from lora_engine.errors import AdapterError
 from lora_engine.formats import Card, read_bundle, write_adapter
 from lora_engine.formats.embedding_files import read_embeddings
 from lora_engine.formats.embeddings import Embedding
-from lora_engine.inference.draw import draw_images
+from lora_engine.inference.draw import Drawer, DrawSettings
 from lora_engine.inference.prompts.prompt import parse_prompt
 from lora_engine.inference.textual_inversion import attach_embeddings
 from tests.support.untrained import write_untrained_base
@@ -135,24 +134,21 @@ def test_images_are_generated_with_the_tokens_of_a_file(tmp_path: Path) -> None:
     write_adapter(tmp_path / "word.safetensors", empty, embeddings=tokens, card=Card(title="zorb"))
     assert read_bundle(tmp_path / "word.safetensors").embeddings == tuple(tokens)
 
-    def draw(name: str, *files: str) -> Tensor:
-        paths = draw_images(
+    def draw(*files: str) -> Tensor:
+        pixels, _ = Drawer(str(folder)).draw(
             parse_prompt(" ".join(["a zorb", *(f"<lora:{file}>" for file in files)])),
-            tmp_path / name,
-            base=str(folder),
+            DrawSettings(seeds=[1], steps=2),
             files=[(tmp_path / file, file) for file in files],
             negative=parse_prompt(""),
-            seeds=[1],
-            steps=2,
         )
-        return read_pixels(paths[0])
+        return pixels
 
-    plain, both, alone = draw("p"), draw("b", "both.safetensors"), draw("w", "word.safetensors")
+    plain, both, alone = draw(), draw("both.safetensors"), draw("word.safetensors")
     # The adapter has no effect: only the token changes the image, equally in both files.
     assert torch.equal(both, alone)
     assert not torch.equal(plain, both)
     with pytest.raises(AdapterError, match="two adapters"):
-        draw("t", "both.safetensors", "word.safetensors")
+        draw("both.safetensors", "word.safetensors")
 
 
 @pytest.mark.parametrize(("format_", "files"), [("kohya", 1), ("diffusers", 1)])
