@@ -69,7 +69,7 @@ def test_a_grid_draws_each_cell_as_it_would_be_alone(small: Trained, tmp_path: P
     assert (tmp_path / "5.png").read_bytes() == (out / "01-01.png").read_bytes()
     with Image.open(out / "animation.gif") as animation:
         assert animation.n_frames == 3
-    refused = loraline_here("generate", prompt, "-o", tmp_path / "no", "-x", "steps=0", home=small.home.path)
+    refused = loraline_here("generate", "a zorb", "-o", tmp_path / "no", "-x", "steps=0", home=small.home.path)
     assert refused.returncode == 1
     assert "steps of 1 or more" in refused.stderr
     assert not (tmp_path / "no").exists()
