@@ -97,7 +97,7 @@ def find_images(source: SettingsSource, translation: Translation, images: Path |
     if not own:
         return _one_folder(source, translation, images, by_name)
     found = [(subset, _locate(subset, source, translation, images, len(own))) for subset in own]
-    used = [(subset, path) for subset, path in found if path is not None]
+    used: list[tuple[Subset, Path | None]] = [entry for entry in found if entry[1] is not None]
     if images is not None and not used:
         used = [(own[0], images)]
     used = used or found[:1]
