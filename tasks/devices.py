@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
+from lora_engine.compute import fitting_trainings
 from lora_engine.errors import InterruptedRun
 from registry.home import Home
 from tasks.progress import StepEvent, publish, stop_requested
@@ -48,6 +49,30 @@ def device_slots(home: Home, limits: Mapping[str, int], step: str) -> Iterator[t
             for device in sorted(limits)
         ]
         yield tuple(stack.enter_context(slot) for slot in slots)
+
+
+@contextmanager
+def gpu_slot(home: Home, device: str, limit: int | None, step: str) -> Iterator[None]:
+    """Holds a slot of the GPU on which a step of this process runs a model; waits for one as a training does.
+
+    Nothing waits for a CPU, where such steps and trainings slow each other down but do not exhaust the memory.
+
+    Args:
+        home: The home whose processes share the slots.
+        device: `auto` for the fastest device, or the type of a device.
+        limit: Maximum number of holders; None means what the GPU fits.
+        step: Name of the step that waits.
+
+    Raises:
+        InterruptedRun: A stop was requested while it waited.
+    """
+    from lora_engine.bases.base import default_device, visible_gpus
+
+    chosen = default_device() if device == "auto" else device
+    names = visible_gpus(1) if chosen == "cuda" else (chosen,) if chosen == "mps" else ()
+    facts = {"cores": 1, "memory": 0, "threads": 1, "processes": 1, "base": 0}
+    with device_slots(home, {name: limit or fitting_trainings(name, **facts) for name in names}, step):
+        yield
 
 
 @contextmanager

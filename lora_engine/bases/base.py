@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
@@ -192,6 +193,15 @@ def full_mask_conditioning(base: BaseModel, conditioning: Conditioning, size: tu
         return conditioning
     full = base.encode_mask(torch.ones(1, 1, *size), torch.zeros(1, 3, *size))
     return conditioning.with_tensors(full.index([0] * len(conditioning)))
+
+
+def visible_gpus(count: int) -> tuple[str, ...]:
+    """Returns the names of the first GPUs, such as `cuda-0`.
+
+    They are numbered as in `CUDA_VISIBLE_DEVICES`, so that processes that see different GPUs name them differently.
+    """
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return tuple(f"cuda-{visible[index] if index < len(visible) else index}" for index in range(count))
 
 
 def default_device() -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from flows.plan import plan_pipeline
 from flows.spec import load_spec
@@ -25,7 +26,7 @@ from tasks.execution import execute
 from tasks.job import prepare_job
 from tests.flows.commands import say
 from tests.flows.conftest import PREPARE
-from tests.flows.made import run_line
+from tests.flows.made import run_line, write_random
 from tests.flows.shared import training_here
 from tests.support.untrained import save_tiny_vae, write_untrained_base
 
@@ -162,3 +163,23 @@ def test_a_key_without_the_new_settings_is_that_of_earlier_releases(pipeline: Wr
     assert "vae" not in job.key_parts({})
     names = {"vae", "clip_skip", "prediction", "zero_terminal_snr"}
     assert not names & set(json.loads(json.dumps(job.key_parts({})["settings"])))
+
+
+def test_marks_of_an_imported_kohya_file_are_shown_and_applied(tmp_path: Path, home: Path) -> None:
+    plain = write_random(tmp_path / "plain.safetensors", 1)
+    marks = {"ss_base_model_version": "sd_v1", "ss_clip_skip": "2", "modelspec.prediction_type": "v"}
+    with safe_open(plain, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = {key: text for key, text in file.metadata().items() if not key.startswith("loraline.")}
+    save_file(tensors, tmp_path / "marked.safetensors", header | marks)
+    save_file(tensors, tmp_path / "unmarked.safetensors", header)
+    images = {}
+    for name in ("marked", "unmarked"):
+        say("import", tmp_path / f"{name}.safetensors", "--name", name, "--license", "MIT", "--base", "tiny", home=home)
+        prompt = f"a star <lora:{name}@1:1>"
+        say("generate", prompt, "-o", tmp_path / name, "-n", 1, "--steps", 2, home=home)
+        images[name] = sha256_file(tmp_path / name / "0.png")
+    assert images["marked"] != images["unmarked"]
+    shown = json.loads(say("inspect", tmp_path / "marked.safetensors", "--json", home=home))
+    assert shown["base_options"] == {"clip_skip": 2, "prediction": "v_prediction"}
+    assert json.loads(say("inspect", tmp_path / "unmarked.safetensors", "--json", home=home))["base_options"] == {}
