@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from lora_engine.compute import fitting_trainings
 from lora_engine.errors import InterruptedRun
 from registry.home import Home
 from tasks.progress import StepEvent, publish, stop_requested
@@ -60,7 +59,7 @@ def gpu_slot(home: Home, device: str, limit: int | None, step: str) -> Iterator[
     Args:
         home: The home whose processes share the slots.
         device: `auto` for the fastest device, or the type of a device.
-        limit: Maximum number of holders; None means what the GPU fits.
+        limit: Maximum number of holders; None means 1, as for trainings.
         step: Name of the step that waits.
 
     Raises:
@@ -70,8 +69,7 @@ def gpu_slot(home: Home, device: str, limit: int | None, step: str) -> Iterator[
 
     chosen = default_device() if device == "auto" else device
     names = visible_gpus(1) if chosen == "cuda" else (chosen,) if chosen == "mps" else ()
-    facts = {"cores": 1, "memory": 0, "threads": 1, "processes": 1, "base": 0}
-    with device_slots(home, {name: limit or fitting_trainings(name, **facts) for name in names}, step):
+    with device_slots(home, dict.fromkeys(names, limit or 1), step):
         yield
 
 
