@@ -163,7 +163,7 @@ def load_base(
         dtype: Dtype of the denoiser and the text encoders; the autoencoder is always float32.
         quantise: Storage of the linear layers in the denoiser's blocks; see `quantize_base`.
         options: Changes of the base.
-        offload: Share of these layers whose weights stay in the CPU's memory, and are copied when they are used.
+        offload: Share of these layers whose weights stay in the CPU's memory; see `BlockSwapper`.
 
     Raises:
         BaseModelError: The base is not found, or its parts do not match.

@@ -30,8 +30,8 @@ class Running(BaseModel):
             lose a little precision. The adapter is trained in full precision. `8bit` and `4bit` need the extra
             `quantised`.
         offload: Share of these layers, from the last, whose weights stay in the CPU's memory and are copied to the
-            GPU for each use: less memory, more time. The numbers are the same up to rounding. With quantise `none`
-            and `fp8`.
+            GPU block by block, each while the one before it computes: less memory, more time. Two blocks are on the
+            GPU. The numbers are the same up to rounding. With quantise `none` and `fp8`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
