@@ -54,7 +54,7 @@ class BlockSwapper:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._stored: dict[str, list[list[Tensor]]] = {}
         self._copies: dict[str, _Copy] = {}
         self._last = ("", "")
@@ -92,7 +92,7 @@ class BlockSwapper:
             return _Copy([fetch(tensors, self._device) for tensors in layers], None)
         with torch.cuda.stream(self._stream):
             copies = [fetch(tensors, self._device) for tensors in layers]
-            end = torch.cuda.Event()
+            end = torch.cuda.Event()  # type: ignore[no-untyped-call]
             end.record(self._stream)
         return _Copy(copies, end)
 
