@@ -70,7 +70,7 @@ def prepare_network(base: BaseModel, running: Running) -> None:
     Raises:
         SettingsError: The network or this machine does not support a setting.
     """
-    for name, network in _networks(base):
+    for name, network in denoisers_of(base):
         if running.channels_last:
             # Bypasses the `to` of diffusers, which adds checks of dtypes.
             nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -90,11 +90,12 @@ def compile_network(base: BaseModel, running: Running) -> None:
     if running.compile == "none":
         return
     _require_compiler(base.device)
-    for name, network in _networks(base):
+    for name, network in denoisers_of(base):
         _enable(network, name, "compile_repeated_blocks", "compile")
 
 
-def _networks(base: BaseModel) -> Iterator[tuple[str, Any]]:
+def denoisers_of(base: BaseModel) -> Iterator[tuple[str, Any]]:
+    """Yields names and modules of the components that are no text encoders."""
     # Text encoders are small, and mostly do not run once their outputs are cached.
     for name, module in base.modules.items():
         if not name.startswith("text_encoder"):
