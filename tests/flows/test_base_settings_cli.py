@@ -8,9 +8,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from flows.plan import plan_pipeline
 from flows.spec import load_spec
@@ -183,3 +184,22 @@ def test_marks_of_an_imported_kohya_file_are_shown_and_applied(tmp_path: Path, h
     shown = json.loads(say("inspect", tmp_path / "marked.safetensors", "--json", home=home))
     assert shown["base_options"] == {"clip_skip": 2, "prediction": "v_prediction"}
     assert json.loads(say("inspect", tmp_path / "unmarked.safetensors", "--json", home=home))["base_options"] == {}
+
+
+@pytest.mark.nightly
+def test_a_pipeline_trains_with_a_split_network_and_with_offloaded_blocks(pipeline: Write, home: Path) -> None:
+    adapters = {}
+    for name, running in {
+        "plain": "{device: cpu}",
+        "split": "{device: cpu, processes: 2, shard: true}",
+        "offloaded": "{device: cpu, offload: 1.0}",
+    }.items():
+        text = TRAINED.replace("precision: fp32", f"precision: fp32, running: {running}, rates: {{optimiser: sgd}}")
+        path = pipeline(text.replace("name: try", f"name: {name}"))
+        say("run", path, home=home)
+        say("export", f"{load_spec(path).name}", "--to", "diffusers", "-o", path.parent / name, home=home)
+        adapters[name] = load_file(path.parent / name)
+    for name in ("split", "offloaded"):
+        assert adapters[name].keys() == adapters["plain"].keys()
+        for tensor, value in adapters["plain"].items():
+            torch.testing.assert_close(adapters[name][tensor], value, rtol=0, atol=1e-6)

@@ -29,6 +29,7 @@ from lora_engine.training.sharding import shard_network
 from lora_engine.training.spawn import _environments, train_in_child
 from lora_engine.training.spec import TrainSettings
 from tests.faults.points import forked
+from tests.support.untrained import write_untrained_base
 
 TWO = {"running": {"processes": 2, "device": "cpu"}}
 ONE = {"running": {"device": "cpu"}}
@@ -259,14 +260,15 @@ SHARDED = {"running": {"processes": 2, "device": "cpu", "shard": True}}
     ids=["lora", "dora", "gradient checkpointing", "flux", "text and validation"],
 )
 def test_two_processes_with_a_split_network_match_two_with_all_of_it(
-    job: Callable[..., dict[str, Any]], bases: dict[str, Path], change: dict[str, Any]
+    job: Callable[..., dict[str, Any]], tmp_path: Path, change: dict[str, Any]
 ) -> None:
     # Unlike Adam, SGD does not turn the rounding of a small gradient into a step of full size.
     rates = {"rates": {"optimiser": "sgd"}, "learning_rate": 1.0}
     change = {"method": "finetune", "prior": None, "steps": 3, **rates, **change}
-    base, running = change.pop("base", "small-sd"), change.pop("running", {})
+    running, base = change.pop("running", {}), tmp_path / "base"
+    write_untrained_base(base, change.pop("base", "small-sd"))
     whole, split = (
-        {**job(name, **change, running={**how["running"], **running}), "base": str(bases[base])}
+        {**job(name, **change, running={**how["running"], **running}), "base": str(base)}
         for name, how in (("whole", TWO), ("split", SHARDED))
     )
     train_forked(whole)
