@@ -41,6 +41,7 @@ from lora_engine.training.methods import MethodContext, methods
 from lora_engine.training.objective import check_objective
 from lora_engine.training.optimizers import require_optimizer
 from lora_engine.training.prepared import Attached, Prepared
+from lora_engine.training.prior import find_clip
 from lora_engine.training.record import card_of, describe_choices, with_choices, with_recipe
 from lora_engine.training.resolve import base_options, count_epoch, fit_options, in_steps
 from lora_engine.training.samples import SampleWriter
@@ -153,7 +154,8 @@ class TrainingJob:
         dtype, quantise = _PRECISIONS[settings.precision], settings.running.quantise
         options = base_options(settings, self.vae)
         offload, shard = settings.running.offload, settings.running.shard
-        if shard and settings.class_images is not None and self.class_dataset is None:
+        has_class_images = self.class_dataset is not None or manifest.of_split("class")
+        if shard and settings.class_images is not None and not has_class_images:
             raise SettingsError(
                 "running.shard is set, and the class images would be drawn by one process",
                 where="class_dataset",
@@ -180,6 +182,7 @@ class TrainingJob:
                 class_dataset=self.class_dataset,
                 work=self.work / "class",
                 on_drawn=self._report_drawn,
+                clip=find_clip(self.embedder, source),
             )
             images = TrainingImages(examples, classes, heldout)
             texts = [""] if settings.caption_dropout else []

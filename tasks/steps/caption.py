@@ -50,7 +50,7 @@ def find_imports(spec: Caption, folder: Path) -> Iterator[str]:
     yield from CAPTIONERS[spec.captioner_name].imports
     if spec.check is not None:
         yield "lora_engine.captioning.checks"
-        yield "lora_engine.evaluation.embedder"
+        yield "lora_engine.embedding.embedder"
 
 
 @step(

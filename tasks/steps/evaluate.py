@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from lora_engine.bases.source import BaseSource
-from lora_engine.evaluation.embedder_source import NO_EMBEDDER, EmbedderSource, choose_embedders, resolve_embedder
+from lora_engine.embedding.embedder_source import NO_EMBEDDER, EmbedderSource, choose_embedders, resolve_embedder
 from lora_engine.evaluation.evidence import BASE, CANDIDATE, COMBINED, PRODUCTION
 from lora_engine.evaluation.metrics import METRICS
 from lora_engine.evaluation.spec import EvaluateSettings

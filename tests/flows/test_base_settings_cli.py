@@ -197,8 +197,16 @@ def test_a_pipeline_trains_with_a_split_network_and_with_offloaded_blocks(pipeli
         text = TRAINED.replace("precision: fp32", f"precision: fp32, running: {running}, rates: {{optimiser: sgd}}")
         path = pipeline(text.replace("name: try", f"name: {name}"))
         say("run", path, home=home)
-        say("export", f"{load_spec(path).name}", "--to", "diffusers", "-o", path.parent / name, home=home)
-        adapters[name] = load_file(path.parent / name)
+        say(
+            "export",
+            f"{load_spec(path).name}",
+            "--to",
+            "diffusers",
+            "-o",
+            path.parent / f"{name}.safetensors",
+            home=home,
+        )
+        adapters[name] = load_file(path.parent / f"{name}.safetensors")
     for name in ("split", "offloaded"):
         assert adapters[name].keys() == adapters["plain"].keys()
         for tensor, value in adapters["plain"].items():
