@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flows.coming_from.read import Setting, SettingsSource
-from flows.coming_from.subset import Subset
+from flows.coming_from.source_folder import SourceFolder
 from flows.coming_from.translate import apply, translate
 from flows.coming_from.translation import Translation
 from flows.coming_from.values import is_off, truth
@@ -90,14 +90,14 @@ def find_images(source: SettingsSource, translation: Translation, images: Path |
         SpecError: An option has a value of the wrong type.
     """
     by_name = {setting.name: setting for setting in source.settings}
-    subsets = [Subset.of(subset, source.trainer) for subset in source.subsets]
+    subsets = [SourceFolder.of(subset, source.trainer) for subset in source.subsets]
     subsets = [subset for subset in subsets if subset.folder is not None and subset.is_used(translation)]
     own = [subset for subset in subsets if not subset.is_class]
     classes = [subset for subset in subsets if subset.is_class]
     if not own:
         return _one_folder(source, translation, images, by_name)
     found = [(subset, _locate(subset, source, translation, images, len(own))) for subset in own]
-    used: list[tuple[Subset, Path | None]] = [entry for entry in found if entry[1] is not None]
+    used: list[tuple[SourceFolder, Path | None]] = [entry for entry in found if entry[1] is not None]
     if images is not None and not used:
         used = [(own[0], images)]
     used = used or found[:1]
@@ -144,7 +144,7 @@ def _one_folder(
 
 
 def _class_folders(
-    subsets: Sequence[Subset], source: SettingsSource, translation: Translation
+    subsets: Sequence[SourceFolder], source: SettingsSource, translation: Translation
 ) -> Iterator[ImageFolder]:
     for subset in subsets:
         if (path := _existing(subset.folder, source, translation)) is not None:
@@ -169,7 +169,7 @@ def _translated(source: SettingsSource) -> Translation:
 
 
 def _locate(
-    subset: Subset, source: SettingsSource, translation: Translation, images: Path | None, count: int
+    subset: SourceFolder, source: SettingsSource, translation: Translation, images: Path | None, count: int
 ) -> Path | None:
     """Returns the folder of a subset, or the one with its name in the user's folder."""
     if images is None or subset.folder is None:
@@ -266,7 +266,7 @@ def _words(folder: Path) -> list[str]:
     return sorted({name for name in names if name})
 
 
-def _caption(by_name: dict[str, Setting], subset: Subset | None, translation: Translation) -> None:
+def _caption(by_name: dict[str, Setting], subset: SourceFolder | None, translation: Translation) -> None:
     if subset is not None and subset.caption is not None and not is_off(subset.caption.value):
         translation.set("caption.template", str(subset.caption.value), subset.caption.name)
     template, trigger = translation.get("caption.template"), translation.get("caption.trigger")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_engine.adapters.select import select_modules
 from lora_engine.adapters.tree import ModuleTree, module_shapes
 from lora_engine.bases.stored import Swap, WeightStorage, store_weight
-from lora_engine.bases.swapping import BlockSwapper, block_of
+from lora_engine.bases.swapping import BlockSwapper, swapped_block
 from lora_engine.errors import SettingsError
 
 Quantization = Literal["none", "8bit", "4bit", "fp8"]
@@ -128,7 +128,7 @@ def quantize_base(base: ModuleTree, quantization: Quantization, *, offload: floa
             swap = None
             if number >= first:
                 swapper = swapper or BlockSwapper(layer.weight.device)
-                swap = partial(swapper.add, block_of(name))
+                swap = partial(swapper.add, swapped_block(name))
             base.set_module(name, QuantizedLinear(layer, quantization, swap=swap))
     return swapper
 

@@ -17,7 +17,7 @@ from torch import Tensor
 _BLOCK = re.compile(r"(.*(?:blocks|resnets|layers|attentions)\.\d+)\.")
 
 
-def block_of(name: str) -> str:
+def swapped_block(name: str) -> str:
     """Returns the innermost numbered block of a layer, or the name itself for a layer outside of blocks."""
     match = _BLOCK.match(name)
     return match[1] if match is not None else name

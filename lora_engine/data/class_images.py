@@ -16,8 +16,8 @@ UNLIKE = 3.0
 """Deviations (1.4826 times the median absolute one) below the median from which an image is unlike its class.
 
 With the embedded CLIP, 1.2 % of 24 drawn images of a shape are, and 43 % of three of another shape among them."""
-USUAL = 0.05
-"""Share of drawn class images that may be unlike the others: above what chance gives; see `UNLIKE`."""
+USUAL = 0.2
+"""Share of drawn class images that may be unlike the others; of few images, chance gives one or two."""
 GIVEN = "remove or replace them"
 DRAWN = "set another prior.prompt or seed, more prior.steps, or give class images"
 

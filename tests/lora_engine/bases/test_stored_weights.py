@@ -17,7 +17,7 @@ from lora_engine.adapters.tree import module_shapes
 from lora_engine.bases import stored, swapping
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.quantized import QuantizedLinear, quantize_base
-from lora_engine.bases.swapping import BlockSwapper, block_of
+from lora_engine.bases.swapping import BlockSwapper, swapped_block
 from lora_engine.training.specs.running import Running
 
 Untrained = Callable[[str], Path]
@@ -121,7 +121,7 @@ def test_offloaded_weights_give_the_same_step_and_are_moved_by_blocks_ahead_of_t
     torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(offloaded_gradients, gradients, rtol=tolerance, atol=tolerance)
     layers = select_modules(module_shapes(plain), "linear")
-    blocks = {block_of(name) for name in layers[len(layers) - round(share * len(layers)) :]}
+    blocks = {swapped_block(name) for name in layers[len(layers) - round(share * len(layers)) :]}
     assert len(blocks) >= 3
     moves, waits = ([count[index] for count in counts] for index in (0, 1))
     # Once in the forward pass, and once more in the backward pass; the block at the turn stays.
@@ -132,12 +132,14 @@ def test_offloaded_weights_give_the_same_step_and_are_moved_by_blocks_ahead_of_t
 
 
 def test_blocks_are_the_innermost_numbered_ones() -> None:
-    assert block_of("unet.down_blocks.0.attentions.1.transformer_blocks.2.attn1.to_out.0") == (
+    assert swapped_block("unet.down_blocks.0.attentions.1.transformer_blocks.2.attn1.to_out.0") == (
         "unet.down_blocks.0.attentions.1.transformer_blocks.2"
     )
-    assert block_of("unet.up_blocks.1.resnets.0.time_emb_proj") == "unet.up_blocks.1.resnets.0"
-    assert block_of("transformer.single_transformer_blocks.37.proj_mlp") == "transformer.single_transformer_blocks.37"
-    assert block_of("unet.mid_block.proj") == "unet.mid_block.proj"
+    assert swapped_block("unet.up_blocks.1.resnets.0.time_emb_proj") == "unet.up_blocks.1.resnets.0"
+    assert (
+        swapped_block("transformer.single_transformer_blocks.37.proj_mlp") == "transformer.single_transformer_blocks.37"
+    )
+    assert swapped_block("unet.mid_block.proj") == "unet.mid_block.proj"
 
 
 def test_an_order_that_changes_costs_waits_and_no_errors() -> None:

@@ -14,7 +14,7 @@ _REPEATS = ("concepts.balancing", "num_repeats", "dataset_repeats", "datasets.nu
 
 
 @dataclass(frozen=True)
-class Subset:
+class SourceFolder:
     """A folder of images as another trainer describes it.
 
     Attributes:
@@ -34,7 +34,7 @@ class Subset:
     unused: tuple[tuple[Setting, str], ...]
 
     @classmethod
-    def of(cls, settings: Sequence[Setting], trainer: str) -> Subset:
+    def of(cls, settings: Sequence[Setting], trainer: str) -> SourceFolder:
         """Returns the subset of the settings that belong to one folder.
 
         Raises:
