@@ -136,9 +136,7 @@ def test_blocks_are_the_innermost_numbered_ones() -> None:
         "unet.down_blocks.0.attentions.1.transformer_blocks.2"
     )
     assert swapped_block("unet.up_blocks.1.resnets.0.time_emb_proj") == "unet.up_blocks.1.resnets.0"
-    assert (
-        swapped_block("transformer.single_transformer_blocks.37.proj_mlp") == "transformer.single_transformer_blocks.37"
-    )
+    assert swapped_block("transformer.single_blocks.37.proj_mlp") == "transformer.single_blocks.37"
     assert swapped_block("unet.mid_block.proj") == "unet.mid_block.proj"
 
 
