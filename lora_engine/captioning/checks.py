@@ -151,7 +151,7 @@ def check_match(
         captions: Name -> caption.
         embedder: A CLIP.
     """
-    names = [name for name in images if captions[name]]
+    names = [name for name in images if captions.get(name)]
     if not names:
         return [], {}
     seen = torch.cat([embedder.embed_images(_read(images[name])) for name in names])

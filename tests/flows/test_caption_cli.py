@@ -345,7 +345,7 @@ def test_dataset_compares_captions_with_their_images(scenes_folder: Path, tmp_pa
     assert "by CLIP" not in say("dataset", scenes_folder, home=tmp_path / "home")
     failed = loraline_here("dataset", scenes_folder, "--clip", tmp_path / "nowhere", home=tmp_path / "home")
     assert failed.returncode == 1
-    assert "CLIPModel" in failed.stderr
+    assert "unknown embedder" in failed.stderr
 
 
 def test_scores_are_in_the_report_of_the_step(scenes_folder: Path, tmp_path: Path) -> None:
