@@ -255,9 +255,11 @@ SHARDED = {"running": {"processes": 2, "device": "cpu", "shard": True}}
         pytest.param({"kind": {"name": "dora", "inner": "lora"}}, marks=pytest.mark.nightly),
         pytest.param({"running": {"gradient_checkpointing": True}}, marks=pytest.mark.nightly),
         pytest.param({"base": "small-flux"}, marks=pytest.mark.nightly),
-        pytest.param({"targets": ["attention", "text"], "validate_every": 1}, marks=pytest.mark.nightly),
+        pytest.param(
+            {"targets": "all", "validate_every": 1, "save_every": 1}, marks=pytest.mark.nightly
+        ),
     ],
-    ids=["lora", "dora", "gradient checkpointing", "flux", "text and validation"],
+    ids=["lora", "dora", "gradient checkpointing", "flux", "all and validation"],
 )
 def test_two_processes_with_a_split_network_match_two_with_all_of_it(
     job: Callable[..., dict[str, Any]], tmp_path: Path, change: dict[str, Any]
