@@ -8,8 +8,8 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.coming_from.images import Folders, ImageFolder
 from flows.coming_from.options import TRAINERS
+from flows.coming_from.parts import Folders, ImageFolder
 from flows.coming_from.read import SettingsSource
 from flows.coming_from.translation import Translation
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from flows.coming_from.finish import finish
-from flows.coming_from.images import ImageFolder, find_images
+from flows.coming_from.images import find_images
 from flows.coming_from.options import TRAINERS
+from flows.coming_from.parts import ImageFolder
 from flows.coming_from.pipeline_text import write_text
 from flows.coming_from.read import Setting, SettingsSource, read_source
 from flows.coming_from.translate import translate
