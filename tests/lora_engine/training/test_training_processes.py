@@ -255,9 +255,7 @@ SHARDED = {"running": {"processes": 2, "device": "cpu", "shard": True}}
         pytest.param({"kind": {"name": "dora", "inner": "lora"}}, marks=pytest.mark.nightly),
         pytest.param({"running": {"gradient_checkpointing": True}}, marks=pytest.mark.nightly),
         pytest.param({"base": "small-flux"}, marks=pytest.mark.nightly),
-        pytest.param(
-            {"targets": "all", "validate_every": 1, "save_every": 1}, marks=pytest.mark.nightly
-        ),
+        pytest.param({"targets": "all", "validate_every": 1, "save_every": 1}, marks=pytest.mark.nightly),
     ],
     ids=["lora", "dora", "gradient checkpointing", "flux", "all and validation"],
 )
