@@ -16,7 +16,7 @@ from benchmarks.prior import TOKEN, Examiner, make_dataset, one_caption_per_shap
 from lora_engine.adapters import attach
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.tiny import folder
-from lora_engine.evaluation.embedder import load_embedder
+from lora_engine.embedding.embedder import load_embedder
 from lora_engine.formats import read_bundle
 from lora_engine.inference.textual_inversion import attach_embeddings
 from lora_engine.training.run import train

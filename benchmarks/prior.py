@@ -21,7 +21,7 @@ from lora_engine.data.caption import caption
 from lora_engine.data.ingest import ingest
 from lora_engine.data.preprocess import preprocess
 from lora_engine.data.spec import CaptionSettings, IngestSettings, PreprocessSettings
-from lora_engine.evaluation.embedder import Embedder, load_embedder
+from lora_engine.embedding.embedder import Embedder, load_embedder
 from lora_engine.formats import read_adapter
 from lora_engine.inference.generate import generate
 from lora_engine.training.methods.dreambooth import Dreambooth

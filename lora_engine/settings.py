@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
+
+PredictionTarget = Literal["epsilon", "v_prediction"]
+"""What a network predicts: a setting of trainings and of bases."""
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,29 @@ def device_slots(home: Home, limits: Mapping[str, int], step: str) -> Iterator[t
 
 
 @contextmanager
+def gpu_slot(home: Home, device: str, limit: int | None, step: str) -> Iterator[None]:
+    """Holds a slot of the GPU on which a step of this process runs a model; waits for one as a training does.
+
+    Nothing waits for a CPU, where such steps and trainings slow each other down but do not exhaust the memory.
+
+    Args:
+        home: The home whose processes share the slots.
+        device: `auto` for the fastest device, or the type of a device.
+        limit: Maximum number of holders; None means 1, as for trainings.
+        step: Name of the step that waits.
+
+    Raises:
+        InterruptedRun: A stop was requested while it waited.
+    """
+    from lora_engine.bases.base import default_device, visible_gpus
+
+    chosen = default_device() if device == "auto" else device
+    names = visible_gpus(1) if chosen == "cuda" else (chosen,) if chosen == "mps" else ()
+    with device_slots(home, dict.fromkeys(names, limit or 1), step):
+        yield
+
+
+@contextmanager
 def device_slot(
     home: Home, device: str, limit: int, *, on_wait: Callable[[], None] = lambda: None, where: str = ""
 ) -> Iterator[int]:

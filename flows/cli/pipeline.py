@@ -85,7 +85,8 @@ def _init_from(folder: Path, source: Path, dataset: Path | None, base: str | Non
     if converted.dropped:
         print(f"Not carried over from {converted.trainer}:")
         print_table(("option", "value", "reason"), [(name, str(value), why) for name, value, why in converted.dropped])
-    print(f"Wrote {converted.path}. Images: {converted.images}. Next: loraline plan {converted.path}")
+    folders = ", ".join(map(str, converted.images))
+    print(f"Wrote {converted.path}. Images: {folders}. Next: loraline plan {converted.path}")
 
 
 def train(

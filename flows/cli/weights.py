@@ -57,6 +57,10 @@ def merge(
             help="Images for methods that learn the weights: a folder, or the dataset of a version or with a digest.",
         ),
     ] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(help="Autoencoder of the training, for methods that learn the weights: a folder or a hub id."),
+    ] = None,
     rounding: _Rounding = "nearest",
     seed: Seed = 0,
     as_json: Json = False,
@@ -69,6 +73,8 @@ def merge(
 
     options = parse_settings(settings or [])
     if are_models(models):
+        if vae is not None:
+            raise SettingsError("a merge of models reads no autoencoder", where="--vae", remedy="leave it out")
         report = merge_models(
             models,
             output,
@@ -93,6 +99,7 @@ def merge(
         base=base,
         dataset=dataset,
         seed=seed,
+        vae=vae,
     )
     _print(merged.as_json(), f"{output}: {_describe(merged)}", as_json=as_json)
     _print_assumed(merged.assumed, as_json=as_json)

@@ -52,8 +52,6 @@ def finish(translation: Translation, trainer: str, count: Callable[[], int | Non
     _set_objective(translation, trainer)
     for group in [key for key, value in train.items() if value == {} and key != "prior"]:
         train.pop(group)
-    if translation.get("preprocess.crop") != "bucket":
-        translation.steps.get("preprocess", {}).pop("buckets", None)
     samples = train.get("samples", {})
     if not samples.get("prompts"):
         train.pop("samples", None)

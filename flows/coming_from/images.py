@@ -2,51 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
 
-from flows.coming_from.options import options_of
+from flows.coming_from.parts import Folders, ImageFolder, compare_folders
 from flows.coming_from.read import Setting, SettingsSource
-from flows.coming_from.translate import apply
+from flows.coming_from.source_folder import SourceFolder
+from flows.coming_from.translate import apply, translate
 from flows.coming_from.translation import Translation
-from flows.coming_from.values import is_off, number, truth
-from lora_engine.data.folder import Tree
-from lora_engine.data.layout import FolderLayout
-from lora_engine.data.spec import IngestSettings
-from lora_engine.data.unpacking import Unpacked
-
-_REPEATS = ("concepts.balancing", "num_repeats", "dataset_repeats", "datasets.num_repeats", "repeats")
-
-
-@dataclass(frozen=True)
-class Folders:
-    """The folders of images.
-
-    Attributes:
-        images: The folder of the user's images; None if none exists on this machine.
-        classes: The folder of class images; None without one.
-        class_words: The words of the class images' folder, such as `1_star`; empty for other names.
-        repeats: `repeats` of the step `ingest`.
-        layout: `layout` of the step `ingest`.
-    """
-
-    images: Path | None
-    classes: Path | None
-    class_words: str
-    repeats: Literal["folders"] | dict[str, int]
-    layout: Literal["auto", "plain"]
-
-    def count(self) -> int | None:
-        """Returns the images of an epoch, each counted by its repeats; None without a folder."""
-        folder = self.images
-        if folder is None:
-            return None
-        tree = Tree(folder)
-        layout = FolderLayout(folder, Unpacked(tree), IngestSettings(repeats=self.repeats, layout=self.layout))
-        return sum(layout.repeats(name) for name in layout.names if tree.locate(name)[0].is_file())
+from flows.coming_from.values import is_off, truth
+from lora_engine.data.folder import Tree, list_tree
+from lora_engine.data.subsets import find_subsets
 
 
 def find_images(source: SettingsSource, translation: Translation, images: Path | None) -> Folders:
@@ -55,71 +22,104 @@ def find_images(source: SettingsSource, translation: Translation, images: Path |
     Args:
         source: The settings.
         translation: Gets the settings of `ingest` and `caption`, and those of the first folder.
-        images: The user's folder of images; None takes the one that the settings name.
+        images: The user's folder of images, or the folder of the folders that the settings name; None takes those.
 
     Raises:
         SpecError: An option has a value of the wrong type.
     """
     by_name = {setting.name: setting for setting in source.settings}
-    subsets = [_Subset.of(subset, source.trainer) for subset in source.subsets]
-    subsets = [subset for subset in subsets if subset.folder is not None]
+    subsets = [SourceFolder.of(subset, source.trainer) for subset in source.subsets]
+    subsets = [subset for subset in subsets if subset.folder is not None and subset.is_used(translation)]
     own = [subset for subset in subsets if not subset.is_class]
-    if own:
-        apply(translation, source.trainer, own[0].options)
-        _compare(own, translation)
-        named, classes = own[0].folder, next((s.folder for s in subsets if s.is_class), None)
-        if own[0].repeats > 1:
-            translation.set("ingest.repeats", {"*": own[0].repeats}, "num_repeats")
-    else:
-        named = by_name.get("train_data_dir") or by_name.get("instance_data_dir")
-        classes = by_name.get("reg_data_dir") or by_name.get("class_data_dir")
+    classes = [subset for subset in subsets if subset.is_class]
+    if not own:
+        return _one_folder(source, translation, images, by_name)
+    found = [(subset, _locate(subset, source, translation, images, len(own))) for subset in own]
+    used: list[tuple[SourceFolder, Path | None]] = [entry for entry in found if entry[1] is not None]
+    if images is not None and not used:
+        used = [(own[0], images)]
+    used = used or found[:1]
+    folders = []
+    for number, (subset, path) in enumerate(used):
+        mine = translation if number == 0 else _translated(source)
+        apply(mine, source.trainer, subset.options)
+        if path is not None and any(_is_counted(inner) for inner in path.iterdir()):
+            mine.set("ingest.layout", "plain", "names of folders have no meaning there")
+        _caption(by_name, subset, mine)
+        folders.append(ImageFolder(path, mine, {"repeats": subset.repeats} if subset.repeats > 1 else {}))
+    if len(folders) > 1:
+        folders = compare_folders(folders, translation)
+    elif used[0][0].repeats > 1:
+        translation.set("ingest.repeats", {"*": used[0][0].repeats}, "num_repeats")
+        folders = [ImageFolder(used[0][1], translation)]
+    if len(folders) == 1 and translation.get("combine.parts.weight") not in (None, 1.0):
+        origin = translation.origins["combine.parts.weight"]
+        weight = translation.get("combine.parts.weight")
+        translation.drop(Setting(origin, weight, ""), "a weight of all images; change learning_rate")
+    _set_prior(by_name, classes[0].folder if classes else None, translation)
+    return Folders(tuple(folders), tuple(_class_folders(classes, source, translation)))
+
+
+def _one_folder(
+    source: SettingsSource, translation: Translation, images: Path | None, by_name: dict[str, Setting]
+) -> Folders:
+    classes = by_name.get("reg_data_dir") or by_name.get("class_data_dir")
     _set_prior(by_name, classes, translation)
+    named = by_name.get("train_data_dir") or by_name.get("instance_data_dir")
     folder = images or _existing(named, source, translation)
-    if not own and folder is not None and source.trainer == "sd":
+    if folder is not None and source.trainer == "sd":
         _kohya_folders(folder, translation)
     elif folder is not None and any(_is_counted(path) for path in folder.iterdir()):
         translation.set("ingest.layout", "plain", "names of folders have no meaning there")
-    _caption(by_name, own[0] if own else None, translation)
-    repeats = translation.get("ingest.repeats") or {}
+    _caption(by_name, None, translation)
     class_folder = _existing(classes, source, translation)
-    words = _words(class_folder) if class_folder is not None else []
-    return Folders(
-        folder, class_folder, words[0] if len(words) == 1 else "", repeats, translation.get("ingest.layout") or "auto"
-    )
+    if class_folder is None:
+        return Folders((ImageFolder(folder, translation),), ())
+    mine = Translation()
+    if translation.get("ingest.repeats") == "folders":
+        mine.set("ingest.repeats", "folders", "")
+    return Folders((ImageFolder(folder, translation),), (_class_folder(class_folder, mine),))
 
 
-@dataclass(frozen=True)
-class _Subset:
-    folder: Setting | None
-    is_class: bool
-    repeats: int
-    caption: Setting | None
-    options: tuple[Setting, ...]
-
-    @classmethod
-    def of(cls, settings: Sequence[Setting], trainer: str) -> _Subset:
-        by_name = {setting.name: setting for setting in settings}
-        folder = next(
-            (s for name, s in by_name.items() if name.rpartition(".")[2] in ("image_dir", "folder_path", "path")), None
-        )
-        repeats = next((max(1, round(number(by_name[name]))) for name in _REPEATS if name in by_name), 1)
-        known = options_of(trainer)
-        ours = {name: known[name].ours for name in by_name if name in known}
-        outside = {"ingest.images", "ingest.repeats", "caption.template"}
-        rest = tuple(
-            s
-            for s in settings
-            if ours.get(s.name) not in outside and s.name.rpartition(".")[2] not in ("is_reg", "enabled", "name")
-        )
-        is_class = any(truth(by_name[name]) for name in ("is_reg", "datasets.is_reg") if name in by_name)
-        caption = by_name.get("class_tokens") or by_name.get("datasets.default_caption")
-        return cls(folder, is_class, repeats, caption, rest)
+def _class_folders(
+    subsets: Sequence[SourceFolder], source: SettingsSource, translation: Translation
+) -> Iterator[ImageFolder]:
+    for subset in subsets:
+        if (path := _existing(subset.folder, source, translation)) is not None:
+            mine = Translation()
+            if subset.caption is not None and not is_off(subset.caption.value):
+                mine.set("caption.template", str(subset.caption.value), subset.caption.name)
+            yield _class_folder(path, mine)
 
 
-def _compare(subsets: Sequence[_Subset], translation: Translation) -> None:
-    for subset in subsets[1:]:
-        if subset.folder is not None:
-            translation.drop(subset.folder, "one folder for a run; put all images into subfolders of one folder")
+def _class_folder(path: Path, translation: Translation) -> ImageFolder:
+    words = _words(path)
+    if len(words) == 1 and translation.get("caption.template") is None:
+        translation.set("caption.template", words[0], "the folder's name")
+    return ImageFolder(path, translation)
+
+
+def _translated(source: SettingsSource) -> Translation:
+    """Returns the shared settings without what they drop, which is noted already."""
+    translation = translate(source)
+    translation.dropped.clear()
+    return translation
+
+
+def _locate(
+    subset: SourceFolder, source: SettingsSource, translation: Translation, images: Path | None, count: int
+) -> Path | None:
+    """Returns the folder of a subset, or the one with its name in the user's folder."""
+    if images is None or subset.folder is None:
+        return _existing(subset.folder, source, translation)
+    if count == 1:
+        return images
+    with suppress(OSError):  # a name that is too long
+        inner = images / PurePosixPath(str(subset.folder.value).replace("\\", "/")).name
+        if inner != images and inner.is_dir():
+            return inner
+    translation.drop(subset.folder, "no such folder in the one of --images")
+    return None
 
 
 def _existing(setting: Setting | None, source: SettingsSource, translation: Translation) -> Path | None:
@@ -155,7 +155,7 @@ def _kohya_folders(folder: Path, translation: Translation) -> None:
     translation.set("ingest.repeats", "folders", "names such as 10_word")
     if len(words) == 1:
         translation.set("caption.template", words[0], "the folder's name")
-    elif words:
+    elif words and not find_subsets(list_tree(Tree(folder)).images):  # otherwise ingest reads them
         setting = Setting("train_data_dir", ", ".join(words), "")
         translation.drop(setting, "words of several folders as captions; write .txt files")
 
@@ -170,7 +170,7 @@ def _words(folder: Path) -> list[str]:
     return sorted({name for name in names if name})
 
 
-def _caption(by_name: dict[str, Setting], subset: _Subset | None, translation: Translation) -> None:
+def _caption(by_name: dict[str, Setting], subset: SourceFolder | None, translation: Translation) -> None:
     if subset is not None and subset.caption is not None and not is_off(subset.caption.value):
         translation.set("caption.template", str(subset.caption.value), subset.caption.name)
     template, trigger = translation.get("caption.template"), translation.get("caption.trigger")

@@ -90,6 +90,7 @@ _NUMBERS = {
     "train.objective.weighting.gamma", "train.objective.loss.delta", "train.objective.noise_offset",
     "train.objective.pyramid.discount", "train.objective.input_perturbation", "train.objective.timesteps.shift",
     "train.method.mask.floor", "train.samples.guidance", "train.rates.optimiser.eps", "ingest.heldout",
+    "combine.parts.weight",
 }  # fmt: skip
 _SWITCHES = {
     "train.captions.flip", "train.captions.shuffle", "train.captions.wildcards", "train.captions.weights",

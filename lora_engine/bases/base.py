@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
@@ -162,7 +163,7 @@ def load_base(
         dtype: Dtype of the denoiser and the text encoders; the autoencoder is always float32.
         quantise: Storage of the linear layers in the denoiser's blocks; see `quantize_base`.
         options: Changes of the base.
-        offload: Share of these layers whose weights stay in the CPU's memory, and are copied when they are used.
+        offload: Share of these layers whose weights stay in the CPU's memory; see `BlockSwapper`.
 
     Raises:
         BaseModelError: The base is not found, or its parts do not match.
@@ -192,6 +193,15 @@ def full_mask_conditioning(base: BaseModel, conditioning: Conditioning, size: tu
         return conditioning
     full = base.encode_mask(torch.ones(1, 1, *size), torch.zeros(1, 3, *size))
     return conditioning.with_tensors(full.index([0] * len(conditioning)))
+
+
+def visible_gpus(count: int) -> tuple[str, ...]:
+    """Returns the names of the first GPUs, such as `cuda-0`.
+
+    They are numbered as in `CUDA_VISIBLE_DEVICES`, so that processes that see different GPUs name them differently.
+    """
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return tuple(f"cuda-{visible[index] if index < len(visible) else index}" for index in range(count))
 
 
 def default_device() -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from lora_engine.checkpoints.scales import multiply, read_scale
 from lora_engine.checkpoints.tensor_files import StoredTensor
 from lora_engine.checkpoints.text_names import canonical_text_name
 from lora_engine.errors import AdapterError, BaseModelError
+
+_SCALE_NAMES = r"(^|\.)(scale_weight|weight_scale|scale_input|input_scale|comfy_quant|scaled_fp8)$"
 
 
 def load_component(cls: Any, source: BaseSource, component: str, dtype: torch.dtype) -> nn.Module:
@@ -50,7 +53,7 @@ def _load(
         extra = {"torch_dtype": dtype, "low_cpu_mem_usage": _has_accelerate()}
     try:
         # Building a module draws from the global generator; its state is restored.
-        with BUILDING, torch.random.fork_rng(devices=[]), without_bars():
+        with BUILDING, torch.random.fork_rng(devices=[]), without_bars(), _ignoring_scales(cls, scaled):
             module = cls.from_pretrained(
                 str(folder),
                 subfolder=component,
@@ -78,6 +81,21 @@ def _scaled_weights(folder: Path, component: str, names: Sequence[str]) -> dict[
     return {
         name: tensor for tensors, _ in stored.values() for name, tensor in tensors.items() if tensor.scale is not None
     }
+
+
+@contextmanager
+def _ignoring_scales(cls: Any, scaled: Mapping[str, StoredTensor]) -> Iterator[None]:
+    """Keeps the libraries from listing the scales, which `_apply_scales` reads, as unused weights."""
+    if not scaled:
+        yield
+        return
+    name = "_keys_to_ignore_on_load_unexpected"
+    usual = getattr(cls, name, None)
+    setattr(cls, name, [*(usual or ()), _SCALE_NAMES])
+    try:
+        yield
+    finally:
+        setattr(cls, name, usual)
 
 
 def _apply_scales(module: nn.Module, scaled: Mapping[str, StoredTensor], folder: Path) -> None:

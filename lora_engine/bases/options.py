@@ -5,19 +5,17 @@ A file's recipe has the options of its training, so that everything that uses th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from lora_engine.bases.vae import VaeSource
 from lora_engine.errors import SettingsError
+from lora_engine.formats.card import RECORDED, Card, header_options, recipe_of
+from lora_engine.settings import PredictionTarget
 
-if TYPE_CHECKING:
-    from lora_engine.formats.card import Card
-
-PredictionTarget = Literal["epsilon", "v_prediction"]
-RECORDED = ("clip_skip", "prediction", "zero_terminal_snr")
-"""Options that a recipe has under their own names; it has the digest of the autoencoder as `vae`."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,8 @@ def options_of_cards(
 ) -> BaseOptions:
     """Returns the options that adapters were trained with.
 
+    Headers of other programs are hints: they count where no recipe states an option and they agree.
+
     Args:
         cards: The cards of the adapters.
         clip_skip: Replaces that of the cards.
@@ -67,7 +67,7 @@ def options_of_cards(
     found = {name: _shared(name, cards) for name in RECORDED if name != "clip_skip" or clip_skip is None}
     trained = _shared("vae", cards)
     digest = trained.get("sha256") if isinstance(trained, Mapping) else None
-    if digest != (vae and vae.fingerprint()) and cards:
+    if digest != (vae and vae.fingerprint()) and any(recipe_of(card) for card in cards):
         name = (
             f"the autoencoder {trained.get('name')!r} ({str(digest)[:16]})" if digest else "the base's own autoencoder"
         )
@@ -89,13 +89,41 @@ def shared_options(cards: Sequence[Card]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value}
 
 
+def differing_options(card: Card, options: BaseOptions) -> list[str]:
+    """Returns `name: value, not other` of each option in which an adapter's training differs from others."""
+    other = {**options.key(), **options.recipe()}
+    # A header of another program that is silent about an option does not say that it was not set.
+    stated = {**dict.fromkeys((*RECORDED, "vae")), **recipe_of(card)} if recipe_of(card) else header_options(card.extra)
+    own = {name: stated[name] for name in (*RECORDED, "vae") if name in stated}
+    return [
+        f"{name} {_shown(value)!r}, not {_shown(other.get(name))!r}"
+        for name, value in own.items()
+        if (value or None) != other.get(name)
+    ]
+
+
+def _shown(value: Any) -> Any:
+    return value["name"] if isinstance(value, Mapping) and "name" in value else value
+
+
 def _shared(name: str, cards: Sequence[Card]) -> Any:
-    values = [card.recipe.get(name) for card in cards]
+    """Returns an option of all cards; without recipes, the one that the headers agree on."""
+    recipes = [recipe for card in cards if (recipe := recipe_of(card))]
+    values = [recipe.get(name) for recipe in recipes]
     if any(value != values[0] for value in values):
-        shown = ", ".join(repr(value["name"] if isinstance(value, Mapping) else value) for value in values)
         raise SettingsError(
-            f"the adapters were trained with different values of {name} ({shown})",
+            f"the adapters were trained with different values of {name} ({_listed(values)})",
             where=name,
             remedy="combine adapters that were trained alike" + (", or set clip_skip" if name == "clip_skip" else ""),
         )
-    return values[0] if values else None
+    stated = [header_options(card.extra) for card in cards if not recipe_of(card)]
+    hints = [header[name] for header in stated if name in header]
+    if any(hint != (values or hints)[0] for hint in hints):
+        _log.warning("the adapters were trained with different values of %s (%s); %s is used", name,
+                     _listed([*values, *hints]), repr(_shown(values[0])) if values else "that of the base")  # fmt: skip
+        return values[0] if values else None
+    return (values or hints or [None])[0]
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(repr(_shown(value)) for value in values)

@@ -9,6 +9,7 @@ fp8: see `stored`. 8 and 4 bits are those of bitsandbytes (the extra `quantised`
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from lora_engine.adapters.select import select_modules
 from lora_engine.adapters.tree import ModuleTree, module_shapes
-from lora_engine.bases.stored import WeightStorage, store_weight
+from lora_engine.bases.stored import Swap, WeightStorage, store_weight
+from lora_engine.bases.swapping import BlockSwapper, swapped_block
 from lora_engine.errors import SettingsError
 
 Quantization = Literal["none", "8bit", "4bit", "fp8"]
@@ -28,13 +30,13 @@ class QuantizedLinear(nn.Linear):
     Args:
         layer: The layer; its weight is released, its bias is kept.
         quantization: Form of the weight.
-        on_cpu: Keeps the weight in the CPU's memory; with `none` and `fp8`.
+        swap: Keeps the weight in the CPU's memory, with `none` and `fp8`; see `store_weight`.
 
     Attributes:
         meta_weight: A tensor with the shape, dtype and device of the weight, but no values.
     """
 
-    def __init__(self, layer: nn.Linear, quantization: Quantization, *, on_cpu: bool = False) -> None:
+    def __init__(self, layer: nn.Linear, quantization: Quantization, *, swap: Swap | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias = layer.bias
@@ -43,7 +45,7 @@ class QuantizedLinear(nn.Linear):
         self._apply_weight, self._restore = (
             _QUANTIZERS[quantization](weight)
             if quantization in _QUANTIZERS
-            else store_weight(weight, fp8=quantization == "fp8", on_cpu=on_cpu)
+            else store_weight(weight, fp8=quantization == "fp8", swap=swap)
         )
         self.training = layer.training
 
@@ -99,7 +101,7 @@ _QUANTIZERS: dict[Any, Callable[[Tensor], WeightStorage]] = {"8bit": _quantize_8
 
 
 @torch.no_grad()
-def quantize_base(base: ModuleTree, quantization: Quantization, *, offload: float = 0.0) -> None:
+def quantize_base(base: ModuleTree, quantization: Quantization, *, offload: float = 0.0) -> BlockSwapper | None:
     """Replaces the linear layers in the blocks of a base's denoiser by quantized layers, in place.
 
     Text encoders are not quantized: their results are computed once and cached. Neither are the first, last and
@@ -110,16 +112,25 @@ def quantize_base(base: ModuleTree, quantization: Quantization, *, offload: floa
         quantization: Form of the weights.
         offload: Share of these layers, from the last, whose weights stay in the CPU's memory.
 
+    Returns:
+        What moves the weights of the offloaded layers; None without any.
+
     Raises:
         SettingsError: The extra is not installed, or an unknown quantization.
     """
     check_quantization(quantization)
     names = [name for name in select_modules(module_shapes(base), "linear") if _is_plain(base.get_module(name))]
     first = len(names) - round(offload * len(names))
+    swapper: BlockSwapper | None = None
     for number, name in enumerate(names):
         if quantization != "none" or number >= first:
             layer = cast(nn.Linear, base.get_module(name))
-            base.set_module(name, QuantizedLinear(layer, quantization, on_cpu=number >= first))
+            swap = None
+            if number >= first:
+                swapper = swapper or BlockSwapper(layer.weight.device)
+                swap = partial(swapper.add, swapped_block(name))
+            base.set_module(name, QuantizedLinear(layer, quantization, swap=swap))
+    return swapper
 
 
 def _is_plain(layer: nn.Module) -> bool:

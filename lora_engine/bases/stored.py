@@ -16,6 +16,8 @@ _HIGHEST = 448.0
 """The largest number of float8 e4m3."""
 WeightStorage = tuple[Callable[[Tensor, Tensor | None], Tensor], Callable[[], Tensor]]
 """A function (input, bias) -> output, and one that returns the weight in its original dtype."""
+Swap = Callable[[list[Tensor]], Callable[[], list[Tensor]]]
+"""See `BlockSwapper.add`."""
 
 
 class _LinearOfStored(torch.autograd.Function):
@@ -37,20 +39,22 @@ class _LinearOfStored(torch.autograd.Function):
         return rows.view(*gradient.shape[:-1], weight.shape[1]), None, None
 
 
-def store_weight(weight: Tensor, *, fp8: bool, on_cpu: bool) -> WeightStorage:
+def store_weight(weight: Tensor, *, fp8: bool, swap: Swap | None = None) -> WeightStorage:
     """Returns the operations of a stored weight.
 
     Args:
         weight: [rows, columns]; the caller releases it.
         fp8: Stores float8 and a scale per row; False stores the weight as it is.
-        on_cpu: Keeps what is stored in the CPU's memory, and copies it to the weight's device at each use.
+        swap: Moves what is stored to the CPU's memory, and returns a function that returns it on the device; None
+            keeps it there.
     """
-    device, dtype = weight.device, weight.dtype
-    tensors = [*_to_fp8(weight)] if fp8 else [weight]
-    stored = [_to_cpu(tensor) for tensor in tensors] if on_cpu else tensors
+    dtype = weight.dtype
+    stored = [*_to_fp8(weight)] if fp8 else [weight]
+    fetch = None if swap is None else swap(stored)
+    stored = stored if fetch is None else []
 
     def restore() -> Tensor:
-        values = fetch(stored, device) if on_cpu else stored
+        values = stored if fetch is None else fetch()
         return values[0].to(dtype) * values[1].to(dtype) if fp8 else values[0]
 
     def apply(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -60,18 +64,8 @@ def store_weight(weight: Tensor, *, fp8: bool, on_cpu: bool) -> WeightStorage:
     return apply, restore
 
 
-def fetch(stored: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Returns tensors of the CPU's memory on a device."""
-    return [tensor.to(device, non_blocking=True) for tensor in stored]
-
-
 def _to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the weight as float8 [rows, columns], and its scales [rows, 1]."""
     values = weight.float()
     scales = (values.abs().amax(dim=1, keepdim=True) / _HIGHEST).clamp(min=torch.finfo(torch.float32).tiny)
     return (values / scales).to(torch.float8_e4m3fn), scales
-
-
-def _to_cpu(tensor: Tensor) -> Tensor:
-    moved = tensor.cpu()
-    return moved.pin_memory() if tensor.device.type == "cuda" else moved

@@ -25,7 +25,7 @@ _FEW = 3
 
 
 class EmbedsBoth(Protocol):
-    """The protocol of embedders of images and texts, such as `evaluation.embedder.Embedder`."""
+    """The protocol of embedders of images and texts, such as `embedding.embedder.Embedder`."""
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Embeds images [n, 3, height, width] in [-1, 1] as vectors of length 1."""

@@ -16,6 +16,8 @@ UNLIKE = 3.0
 """Deviations (1.4826 times the median absolute one) below the median from which an image is unlike its class.
 
 With the embedded CLIP, 1.2 % of 24 drawn images of a shape are, and 43 % of three of another shape among them."""
+USUAL = 0.2
+"""Share of drawn class images that may be unlike the others; of few images, chance gives one or two."""
 GIVEN = "remove or replace them"
 DRAWN = "set another prior.prompt or seed, more prior.steps, or give class images"
 
@@ -60,13 +62,16 @@ def is_blank(flaws: Iterable[str]) -> bool:
     return not _BLANK.isdisjoint(flaws)
 
 
-def find_odd(images: Sequence[ClassImage], fix: str, likeness: Likeness | None = None) -> Iterator[str]:
+def find_odd(
+    images: Sequence[ClassImage], fix: str, likeness: Likeness | None = None, *, tolerated: float = 0.0
+) -> Iterator[str]:
     """Yields what is odd about class images: the number, the first name, and the fix.
 
     Args:
         images: The class images.
         fix: What to do about them: `GIVEN` or `DRAWN`.
         likeness: See `Likeness`, in the order of the images; None means that there is no embedder.
+        tolerated: Share of images unlike the others that is not named.
     """
     blank = [image.name for image in images if image.is_blank]
     if blank:
@@ -83,7 +88,7 @@ def find_odd(images: Sequence[ClassImage], fix: str, likeness: Likeness | None =
         return
     deviation = 1.4826 * median(abs(value - middle) for value in likeness.own)
     unlike = [i.name for i, value in zip(images, likeness.own, strict=True) if value < middle - UNLIKE * deviation]
-    if unlike:
+    if len(unlike) > tolerated * len(images):
         yield _describe(unlike, images, f"are less like {likeness.prompt!r} than the others", fix)
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lora_engine.data.pixels import read_pixels
+from lora_engine.embedding.embedder import Embedder
 from lora_engine.errors import EngineError, SettingsError
-from lora_engine.evaluation.embedder import Embedder
 from lora_engine.finite import is_finite
 from lora_engine.formats.pickles import is_pickled, read_pickle
 from lora_engine.formats.safetensors_io import read_safetensors

@@ -13,7 +13,7 @@ from lora_engine.errors import SettingsError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lora_engine.evaluation.embedder import Embedder
+    from lora_engine.embedding.embedder import Embedder
     from lora_engine.evaluation.plan import Request
     from lora_engine.evaluation.statistics import Values
     from lora_engine.evaluation.subject import SubjectImages

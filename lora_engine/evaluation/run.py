@@ -12,11 +12,11 @@ from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.options import options_of_cards
 from lora_engine.bases.source import BaseSource, resolve_base
 from lora_engine.bases.vae import resolve_vae
+from lora_engine.embedding.embedder import Embedder, load_embedder
+from lora_engine.embedding.embedder_source import ChosenEmbedders, choose_embedders
 from lora_engine.evaluation.chosen import read_training_record
 from lora_engine.evaluation.details import write_details
 from lora_engine.evaluation.drawing import draw_evaluation
-from lora_engine.evaluation.embedder import Embedder, load_embedder
-from lora_engine.evaluation.embedder_source import ChosenEmbedders, choose_embedders
 from lora_engine.evaluation.evidence import BASE, CANDIDATE, COMBINED, Evidence
 from lora_engine.evaluation.gates import check_compared_versions, check_gates, check_measurable
 from lora_engine.evaluation.gathering import gather_details

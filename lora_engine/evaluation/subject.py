@@ -17,7 +17,7 @@ from lora_engine.data.pixels import read_pixels, to_image
 from lora_engine.evaluation.identity import FaceMatch, embed_faces, match_faces
 
 if TYPE_CHECKING:
-    from lora_engine.evaluation.embedder import Embedder
+    from lora_engine.embedding.embedder import Embedder
     from lora_engine.evaluation.evidence import Evidence, ImageSet, RealImage
     from lora_engine.evaluation.plan import Request
 

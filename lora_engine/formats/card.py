@@ -24,6 +24,8 @@ _OF_THE_NETWORK = (
     *("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"),
     *("lora_alpha", "network_alpha", "alpha", "lora_rank", "network_dim", "rank"),
 )
+RECORDED = ("clip_skip", "prediction", "zero_terminal_snr")
+"""Options of the base that a recipe has under their own names; it has the digest of the autoencoder as `vae`."""
 
 
 class Card(BaseModel):
@@ -104,3 +106,38 @@ def _external(header: Mapping[str, str]) -> dict[str, Any]:
         "license": header.get("modelspec.license"),
     }
     return {name: text for name, text in fields.items() if text and text != "None"}
+
+
+def recipe_of(card: Card) -> Mapping[str, Any]:
+    """Returns the recipe of the training or merge, also of an imported file; empty for one of another program."""
+    recipe: Any = card.recipe
+    while isinstance(recipe, Mapping) and "imported" in recipe:
+        recipe = recipe.get("made")
+    return recipe if isinstance(recipe, Mapping) else {}
+
+
+def stated_options(card: Card) -> dict[str, Any]:
+    """Returns what the training changed of its base, as a recipe or a header states it."""
+    recipe = recipe_of(card)
+    stated = {name: recipe.get(name) for name in (*RECORDED, "vae")} if recipe else header_options(card.extra)
+    return {name: value for name, value in stated.items() if value}
+
+
+def header_options(header: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the options that a header of sd-scripts or of the modelspec standard states; of other values, nothing.
+
+    sd-scripts ignores `clip_skip` for SDXL, and has a rescaled schedule only with v-prediction.
+    """
+    version = header.get("ss_base_model_version") or header.get("modelspec.architecture") or ""
+    is_first = version.startswith(("sd_v", "sd_1", "stable-diffusion-v")) or (not version and "ss_v2" in header)
+    is_diffusion = is_first or version.startswith(("sdxl", "stable-diffusion-xl"))
+    found: dict[str, Any] = {}
+    skipped = header.get("ss_clip_skip", "")
+    if is_first and re.fullmatch(r"[1-9][0-9]?", skipped):
+        found["clip_skip"] = None if skipped == "1" else int(skipped)
+    stated = header.get("modelspec.prediction_type", "")
+    if is_diffusion and (stated in ("v", "v_prediction") or re.fullmatch(r"sd_v2\w*_v", version)):
+        found["prediction"] = "v_prediction"
+        if header.get("ss_zero_terminal_snr") == "True":
+            found["zero_terminal_snr"] = True
+    return found

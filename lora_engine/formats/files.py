@@ -14,7 +14,7 @@ from lora_engine.catalog.formats import FORMATS
 from lora_engine.errors import AdapterError
 from lora_engine.families.names import TRANSFORMER
 from lora_engine.files import FilePath, sha256_file
-from lora_engine.formats.card import Card, read_card
+from lora_engine.formats.card import Card, read_card, stated_options
 from lora_engine.formats.codec import Codec, Names, codecs
 from lora_engine.formats.embeddings import Embedding, check_widths
 from lora_engine.formats.family import (
@@ -130,8 +130,8 @@ def _unproven(adapter: Adapter, metadata: Mapping[str, str]) -> str:
 def inspect(path: FilePath, *, read: Reader = map_safetensors) -> dict[str, Any]:
     """Describes a file as JSON values: format, family, modules, kinds, ranks, alphas, dtypes, card, metadata, digests.
 
-    Needs no base. Module names are those in the file. A file of embeddings alone has the format `embedding` and no
-    modules.
+    `base_options` has what the training changed of its base. Needs no base. Module names are those in the file. A file
+    of embeddings alone has the format `embedding` and no modules.
 
     Args:
         path: The file or folder.
@@ -175,6 +175,7 @@ def inspect(path: FilePath, *, read: Reader = map_safetensors) -> dict[str, Any]
             for embedding in raw.embeddings
         ],
         "card": card.model_dump(exclude={"extra"}),
+        "base_options": stated_options(card),
         "metadata": dict(sorted(metadata.items())),
         "files": {str(file.relative_to(_folder_of(path))): sha256_file(file) for file in sorted(raw.files)},
         "size": sum(file.stat().st_size for file in raw.files),

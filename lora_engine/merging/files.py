@@ -11,6 +11,7 @@ from lora_engine.adapters import Adapter
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.options import options_of_cards, shared_options
 from lora_engine.bases.source import resolve_base
+from lora_engine.bases.vae import resolve_vae
 from lora_engine.errors import AdapterError, SettingsError, UnknownBaseError
 from lora_engine.files import FilePath, sha256_file
 from lora_engine.formats import Card, read_adapter, write_adapter
@@ -33,6 +34,7 @@ def merge_files(
     base: str | None = None,
     dataset: Path | None = None,
     work: Path | None = None,
+    vae: str | None = None,
 ) -> Report:
     """Merges adapter files into one.
 
@@ -49,6 +51,8 @@ def merge_files(
         base: A name for `resolve_base`; loaded only if an adapter or the method needs it.
         dataset: A captioned dataset, required by methods that learn the weights.
         work: Cache folder of such a method; None means a temporary one.
+        vae: For such a method, the autoencoder that the adapters were trained with, a name for `resolve_vae`; None is
+            the base's own.
 
     Returns:
         Kind, rank and retained energy of each module of the result.
@@ -72,7 +76,7 @@ def merge_files(
     shared_options(cards)  # before the work
     model = load_base_if_read(adapters, parsed, base)
     if model is not None and learns(parsed):
-        model.configure(options_of_cards(cards))
+        model.configure(options_of_cards(cards, vae=resolve_vae(vae) if vae else None))
     final_weights = _learn(adapters, weights, parsed, model, dataset, work, seed) if learns(parsed) else weights
     merged, report = merge_adapters(adapters, final_weights, parsed, seed=seed, base=model)
     recipe = merge_recipe(parsed, seed, final_weights, report)

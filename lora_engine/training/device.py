@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_engine.bases.base import BaseModel, default_device
+from lora_engine.bases.base import BaseModel, default_device, visible_gpus
 from lora_engine.errors import SettingsError
 from lora_engine.training.specs.running import Precision, Running
 
@@ -53,8 +53,6 @@ def choose_precision(precision: Precision, device: str | None) -> Precision:
 def used_devices(running: Running) -> tuple[str, ...]:
     """Returns the names of the devices that a training uses: `cpu`, `mps`, or `cuda-0` for the first GPU.
 
-    GPUs are named as in `CUDA_VISIBLE_DEVICES`, so that processes that see different GPUs name them differently.
-
     Args:
         running: With several processes, each uses its own GPU.
     """
@@ -63,8 +61,7 @@ def used_devices(running: Running) -> tuple[str, ...]:
         device = "cpu"  # as `process_group` chooses
     if device != "cuda":
         return (device,)
-    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return tuple(f"cuda-{visible[index] if index < len(visible) else index}" for index in range(running.processes))
+    return visible_gpus(running.processes)
 
 
 def prepare_network(base: BaseModel, running: Running) -> None:
@@ -73,7 +70,7 @@ def prepare_network(base: BaseModel, running: Running) -> None:
     Raises:
         SettingsError: The network or this machine does not support a setting.
     """
-    for name, network in _networks(base):
+    for name, network in denoisers_of(base):
         if running.channels_last:
             # Bypasses the `to` of diffusers, which adds checks of dtypes.
             nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -93,11 +90,12 @@ def compile_network(base: BaseModel, running: Running) -> None:
     if running.compile == "none":
         return
     _require_compiler(base.device)
-    for name, network in _networks(base):
+    for name, network in denoisers_of(base):
         _enable(network, name, "compile_repeated_blocks", "compile")
 
 
-def _networks(base: BaseModel) -> Iterator[tuple[str, Any]]:
+def denoisers_of(base: BaseModel) -> Iterator[tuple[str, Any]]:
+    """Yields names and modules of the components that are no text encoders."""
     # Text encoders are small, and mostly do not run once their outputs are cached.
     for name, module in base.modules.items():
         if not name.startswith("text_encoder"):

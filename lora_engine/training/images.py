@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_engine.bases.base import BaseModel
 from lora_engine.data.manifest import Manifest
+from lora_engine.embedding.embedder_source import EmbedderSource
 from lora_engine.errors import DataError, SettingsError
 from lora_engine.training.captions import Rewriter
 from lora_engine.training.examples import Example, read_examples
@@ -73,6 +74,7 @@ def class_images(
     class_dataset: Path | None,
     work: Path,
     on_drawn: Callable[[int], None],
+    clip: EmbedderSource | None = None,
 ) -> tuple[Example, ...]:
     """Returns the class images of prior preservation; empty if it is disabled.
 
@@ -85,6 +87,7 @@ def class_images(
         class_dataset: A folder with another manifest. If neither has class images, the base draws them.
         work: Folder of drawn images.
         on_drawn: Called with the number of images drawn so far; may raise to stop.
+        clip: See `read_class_images`.
     """
     prior, own = settings.class_images, len(manifest.of_split("class"))
     if own and (prior is None or class_dataset is not None):
@@ -94,8 +97,8 @@ def class_images(
         return ()
     sizes = [example.size for example in examples]
     if class_dataset is not None:
-        return read_class_images(class_dataset, prior, manifest.class_word, sizes)
+        return read_class_images(class_dataset, prior, manifest.class_word, sizes, clip=clip)
     if own:
-        return read_class_images(dataset, prior, manifest.class_word, sizes, "class")
+        return read_class_images(dataset, prior, manifest.class_word, sizes, "class", clip)
     prompts = prior_prompts(prior, manifest.class_word)
-    return ClassImages(base, prior, prompts, work, settings.seed, on_drawn).draw(sizes)
+    return ClassImages(base, prior, prompts, work, settings.seed, on_drawn, clip).draw(sizes)

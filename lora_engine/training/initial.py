@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +15,14 @@ from lora_engine.adapters.adapted import innermost
 from lora_engine.adapters.layer import bias_of
 from lora_engine.adapters.tree import as_tree, module_shapes
 from lora_engine.bases.base import BaseModel
+from lora_engine.bases.options import differing_options
 from lora_engine.errors import AdapterError, SettingsError
 from lora_engine.files import sha256_file
 from lora_engine.finite import check_finite
 from lora_engine.formats import Bundle, Card, read_bundle
 from lora_engine.formats.embeddings import Embedding
 
+_log = logging.getLogger(__name__)
 _RESIZE = "loraline resize FILE --others lora --rank N --base BASE -o lora.safetensors"
 _LORA_ONLY = "; kinds lora, rslora, lora-fa and full start from a LoRA, others from their own kind and size"
 
@@ -67,6 +70,9 @@ def read_initial(file: Path, base: BaseModel) -> InitialAdapter:
                 where=str(file),
                 remedy="choose an adapter of this base, or train on the base of the adapter",
             )
+    if differing := differing_options(bundle.card, base.options):
+        _log.warning("init was trained with %s: its effect differs from that of its training; set the options alike, "
+                     "unless that is meant", "; ".join(differing))  # fmt: skip
     for name, delta in adapter.modules.items():
         check_finite(delta.factors(), f"{file}: module {name!r}")
     for embedding in bundle.embeddings:

@@ -41,10 +41,12 @@ from lora_engine.training.methods import MethodContext, methods
 from lora_engine.training.objective import check_objective
 from lora_engine.training.optimizers import require_optimizer
 from lora_engine.training.prepared import Attached, Prepared
+from lora_engine.training.prior import find_clip
 from lora_engine.training.record import card_of, describe_choices, with_choices, with_recipe
 from lora_engine.training.resolve import base_options, count_epoch, fit_options, in_steps
 from lora_engine.training.samples import SampleWriter
 from lora_engine.training.saved import SavedAdapters
+from lora_engine.training.sharding import place_beside_network, shard_network
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.continuing import fixed_settings
 from lora_engine.training.states import StateFolder, find_optimizer_state
@@ -151,10 +153,18 @@ class TrainingJob:
         choice = choice_images(settings, self.dataset, manifest) if scored else None
         dtype, quantise = _PRECISIONS[settings.precision], settings.running.quantise
         options = base_options(settings, self.vae)
-        offload = settings.running.offload
-        base = load_base(
-            source, device=self.group.device, dtype=dtype, quantise=quantise, options=options, offload=offload
-        )
+        offload, shard = settings.running.offload, settings.running.shard
+        has_class_images = self.class_dataset is not None or manifest.of_split("class")
+        if shard and settings.class_images is not None and not has_class_images:
+            raise SettingsError(
+                "running.shard is set, and the class images would be drawn by one process",
+                where="class_dataset",
+                remedy="give class images as class_dataset, or choose a method without them",
+            )
+        device = "cpu" if shard else self.group.device
+        base = load_base(source, device=device, dtype=dtype, quantise=quantise, options=options, offload=offload)
+        if shard:
+            place_beside_network(base, torch.device(self.group.device or "cpu"))
         prepare_network(base, settings.running)
         self._check_base(base, (*examples, *heldout, *(choice.examples if choice else ())))
         initial = read_initial(self.init, base) if self.init else None
@@ -172,6 +182,7 @@ class TrainingJob:
                 class_dataset=self.class_dataset,
                 work=self.work / "class",
                 on_drawn=self._report_drawn,
+                clip=find_clip(self.embedder, source),
             )
             images = TrainingImages(examples, classes, heldout)
             texts = [""] if settings.caption_dropout else []
@@ -187,6 +198,8 @@ class TrainingJob:
             attachment = stack.enter_context(attach(base, adapter, trainable=True)) if adapter.modules else None
             tokens = stack.enter_context(attach_embeddings(base, prepared.tokens, trainable=True))
             compile_network(base, settings.running)
+            if settings.running.shard:
+                shard_network(base, self.group)
             context = prepared.context(settings, attachment, dict(tokens.named_parameters()), self.embedder)
             phases = [self.group.phase(phase) for phase in methods[settings.method.name].phases(context)]
             if attachment is not None and "rank" in self.automatic:

@@ -10,10 +10,14 @@ from itertools import cycle
 from pathlib import Path
 
 from lora_engine.bases.base import BaseModel
-from lora_engine.data.class_images import DRAWN, GIVEN, find_odd, read_class_image
+from lora_engine.bases.source import TINY, BaseSource
+from lora_engine.data.class_images import DRAWN, GIVEN, USUAL, find_odd, read_class_image
 from lora_engine.data.images import open_image
 from lora_engine.data.manifest import Manifest, Split
 from lora_engine.data.pixels import write_png
+from lora_engine.embedding.class_likeness import measure_likeness
+from lora_engine.embedding.embedder import load_embedder
+from lora_engine.embedding.embedder_source import EMBEDDER_TYPES, EmbedderSource, resolve_embedder
 from lora_engine.errors import DataError, SettingsError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 from lora_engine.inference.generate import generate
@@ -43,7 +47,12 @@ def prior_prompts(prior: Prior, class_word: str | None) -> tuple[str, ...]:
 
 
 def read_class_images(
-    folder: Path, prior: Prior, class_word: str | None, sizes: Collection[ImageSize], split: Split = "train"
+    folder: Path,
+    prior: Prior,
+    class_word: str | None,
+    sizes: Collection[ImageSize],
+    split: Split = "train",
+    clip: EmbedderSource | None = None,
 ) -> tuple[Example, ...]:
     """Returns images of a dataset as class images; uncaptioned ones get the prompts in turn. Warns of useless ones.
 
@@ -53,6 +62,7 @@ def read_class_images(
         class_word: Class word of the user's images; None takes the dataset's.
         sizes: Sizes of the user's images.
         split: The images to take: `class` for those beside the user's images.
+        clip: An embedder of images and texts, which compares the images with their captions; None compares nothing.
 
     Raises:
         DataError: The dataset has no images, or joint batches would have sizes without class images.
@@ -85,13 +95,33 @@ def read_class_images(
             where=str(folder),
             remedy="preprocess both datasets alike, or set prior.batches to alternating",
         )
-    _warn_of_odd([image.source for image in images], examples, GIVEN)
+    _warn_of_odd([image.source for image in images], examples, GIVEN, clip)
     return examples
 
 
-def _warn_of_odd(names: Sequence[str], examples: Sequence[Example], fix: str) -> None:
+def find_clip(embedder: Path | None, source: BaseSource) -> EmbedderSource | None:
+    """Returns an embedder of images and texts that a training has at hand: its own one, or that of the embedded base.
+
+    Args:
+        embedder: The folder of `method.identity`, which may be of any model; None without one.
+        source: The base.
+    """
+    if embedder is None and source.name != TINY:
+        return None
+    try:
+        found = resolve_embedder(TINY if embedder is None else str(embedder))
+    except SettingsError:
+        return None  # a model of images that is no embedder of ours
+    return found if EMBEDDER_TYPES[found.model_type].reads_text else None
+
+
+def _warn_of_odd(names: Sequence[str], examples: Sequence[Example], fix: str, clip: EmbedderSource | None) -> None:
     images = [read_class_image(name, open_image(image.file)) for name, image in zip(names, examples, strict=True)]
-    for problem in find_odd(images, fix):
+    likeness = None
+    if clip is not None:
+        files = [example.file for example in examples]
+        likeness = measure_likeness(load_embedder(clip), files, [example.caption for example in examples])
+    for problem in find_odd(images, fix, likeness, tolerated=USUAL):
         _log.warning("%s", problem)
 
 
@@ -106,6 +136,7 @@ class ClassImages:
         folder: Folder of the images; subfolders are named by a digest of everything that they depend on.
         seed: Seed of the run.
         check: Called while drawing with the number of images so far; may raise to stop.
+        clip: See `read_class_images`.
     """
 
     base: BaseModel
@@ -114,6 +145,7 @@ class ClassImages:
     folder: Path
     seed: int
     check: Callable[[int], None]
+    clip: EmbedderSource | None = None
 
     def draw(self, sizes: Sequence[ImageSize]) -> tuple[Example, ...]:
         """Draws class images in the sizes of the user's images: in proportion, at least one per size.
@@ -132,7 +164,7 @@ class ClassImages:
                     Example(file, sha256_file(file), prompt, size) for file, prompt in zip(files, prompts, strict=True)
                 ]
         self.check(len(examples))
-        _warn_of_odd([f"number {number}" for number in range(len(examples))], examples, DRAWN)
+        _warn_of_odd([f"number {number}" for number in range(len(examples))], examples, DRAWN, self.clip)
         return tuple(examples)
 
     def _draw_batch(self, size: ImageSize, numbers: range, prompts: list[str]) -> list[Path]:

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lora_engine.bases.options import PredictionTarget
 from lora_engine.catalog.kinds import KINDS, KindSpec, Lora
 from lora_engine.registries import NameOrOptions, spec_union
-from lora_engine.settings import AddedLater, NoEffect
+from lora_engine.settings import AddedLater, NoEffect, PredictionTarget
 from lora_engine.training.methods import methods
 from lora_engine.training.methods.dreambooth import Dreambooth
 from lora_engine.training.specs.captions import Captions
@@ -191,6 +190,16 @@ class TrainSettings(BaseModel):
     def _processes_share_a_batch(self) -> TrainSettings:
         if self.batch % self.running.processes:
             raise ValueError(f"batch {self.batch} is not a multiple of running.processes {self.running.processes}")
+        return self
+
+    @model_validator(mode="after")
+    def _all_processes_run_a_split_network(self) -> TrainSettings:
+        if self.running.shard and self.samples is not None:
+            raise ValueError("samples are drawn by one process, which has a share of the network only with shard; "
+                             "leave samples out, and use save_every and generate")  # fmt: skip
+        if self.running.shard and self.automatic:
+            raise ValueError(f"{self.automatic[0]} auto needs the whole network in every process; set it, or leave "
+                             "shard out")  # fmt: skip
         return self
 
     @model_validator(mode="after")

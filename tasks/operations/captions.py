@@ -155,7 +155,7 @@ def find_caption_problems(
             findings = check_trigger(settings.trigger, tokenizers) + findings
     if check is not None and check.clip is not None:
         from lora_engine.captioning.checks import check_match
-        from lora_engine.evaluation.embedder import load_embedder
+        from lora_engine.embedding.embedder import load_embedder
 
         unlike, scores = check_match(images, captions, load_embedder(check.clip))
         findings += unlike

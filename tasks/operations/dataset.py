@@ -122,9 +122,9 @@ def _compare(
         if aesthetic is not None:
             raise SettingsError("--aesthetic rates the vectors of a CLIP", remedy="give its folder as --clip")
         return None, {}
+    from lora_engine.embedding.class_likeness import measure_likeness
+    from lora_engine.embedding.embedder import load_embedder
     from lora_engine.evaluation.aesthetic import load_rating_head, rate_images
-    from lora_engine.evaluation.class_likeness import measure_likeness
-    from lora_engine.evaluation.embedder import load_embedder
 
     embedder, entries = load_embedder(clip), examination.manifest.pictures
     classes = [entry for entry in entries if entry.split == "class"]

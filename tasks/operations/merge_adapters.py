@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
 
+from lora_engine.errors import SettingsError
 from lora_engine.files import is_present
 from registry.context import RegistryContext
 from registry.entities import ArtifactRef
@@ -46,6 +47,7 @@ def merge_named(
     base: str | None,
     dataset: str | None,
     seed: int,
+    vae: str | None = None,
 ) -> Report:
     """Merges adapters into one, and records the result if the registry knows one of them.
 
@@ -58,6 +60,7 @@ def merge_named(
         base: The base; None means the one that all adapters name, if the method learns weights.
         dataset: The images of a method that learns weights; see `checkout_dataset`.
         seed: Random seed.
+        vae: The autoencoder that the adapters were trained with, for a method that learns weights.
 
     Raises:
         AdapterError: An adapter is incomplete, or they are for different bases.
@@ -78,8 +81,10 @@ def merge_named(
             base = base or carried_base(files)
             if dataset is not None:
                 folder = stack.enter_context(checkout_dataset(dataset, home, base, recorder))
+        elif vae is not None:
+            raise SettingsError(f"method {method!r} reads no autoencoder", where="vae", remedy="leave it out")
         report = merge_files(
-            files, weights, output, method=method, options=parsed, seed=seed, base=base, dataset=folder
+            files, weights, output, method=method, options=parsed, seed=seed, base=base, dataset=folder, vae=vae
         )
         on_base = {"base": base} if learns(parsed) else {}
         recorder.record({"method": method, "weights": weights, **on_base})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from lora_engine.data.captioners import CAPTIONERS
 from lora_engine.data.spec import CaptionSettings
+from tasks.devices import gpu_slot
 from tasks.operations.captions import (
     caption_cache,
     caption_labels,
@@ -48,7 +50,7 @@ def find_imports(spec: Caption, folder: Path) -> Iterator[str]:
     yield from CAPTIONERS[spec.captioner_name].imports
     if spec.check is not None:
         yield "lora_engine.captioning.checks"
-        yield "lora_engine.evaluation.embedder"
+        yield "lora_engine.embedding.embedder"
 
 
 @step(
@@ -66,13 +68,17 @@ def caption(spec: Caption, context: Context) -> None:
 
     settings = with_located_models(spec.narrow(CaptionSettings), context.folder_of_spec)
     models = find_caption_models(settings, Path())
-    manifest = describe(
-        context.folder("dataset"),
-        context.out,
-        settings,
-        progress=context.progress,
-        cache=caption_cache(context.home),
-        labels=caption_labels(settings, models),
-    )
+    with ExitStack() as stack:
+        if settings.models():
+            device = str(getattr(settings.captioner, "device", "auto"))
+            stack.enter_context(gpu_slot(context.home, device, context.concurrency, context.name))
+        manifest = describe(
+            context.folder("dataset"),
+            context.out,
+            settings,
+            progress=context.progress,
+            cache=caption_cache(context.home),
+            labels=caption_labels(settings, models),
+        )
     if settings.is_reported:
         log_findings(report_captions(context.out, manifest, settings, models))

@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from lora_engine.bases.source import BaseSource
-from lora_engine.evaluation.embedder_source import NO_EMBEDDER, EmbedderSource, choose_embedders, resolve_embedder
+from lora_engine.embedding.embedder_source import NO_EMBEDDER, EmbedderSource, choose_embedders, resolve_embedder
 from lora_engine.evaluation.evidence import BASE, CANDIDATE, COMBINED, PRODUCTION
 from lora_engine.evaluation.metrics import METRICS
 from lora_engine.evaluation.spec import EvaluateSettings
 from lora_engine.settings import AddedLater
+from tasks.devices import gpu_slot
 from tasks.imports import base_module
 from tasks.spec import External, Input, StepSpec
 from tasks.step import Context, locate_base, step
@@ -139,17 +140,18 @@ def evaluate(spec: Evaluate, context: Context) -> None:
         label: context.absent[target] for label in spec.against if (target := spec.target_of(label)) in context.absent
     }
     present = [label for label in spec.against if label not in absent]
-    run_evaluation(
-        settings,
-        context.base(spec.base),
-        context.folder("adapter"),
-        context.folder("dataset"),
-        context.out,
-        heldout=context.inputs.get("heldout", ()),
-        vae=context.base(spec.vae) if spec.vae else None,
-        prompts=prompts,
-        against=dict(zip(present, context.inputs.get("against", ()), strict=True)),
-        absent=absent,
-        combined=context.optional("combined"),
-        progress=context.progress,
-    )
+    with gpu_slot(context.home, "auto", context.concurrency, context.name):
+        run_evaluation(
+            settings,
+            context.base(spec.base),
+            context.folder("adapter"),
+            context.folder("dataset"),
+            context.out,
+            heldout=context.inputs.get("heldout", ()),
+            vae=context.base(spec.vae) if spec.vae else None,
+            prompts=prompts,
+            against=dict(zip(present, context.inputs.get("against", ()), strict=True)),
+            absent=absent,
+            combined=context.optional("combined"),
+            progress=context.progress,
+        )

@@ -43,6 +43,7 @@ class Merge(StepSpec):
 
     uses: Literal["merge"] = "merge"
     base: str | None = None
+    vae: str | None = None
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     adapters: Annotated[tuple[str, ...], Input("adapter"), Field(min_length=1)]
     weights: tuple[Weight, ...] | None = None
@@ -66,7 +67,9 @@ class Merge(StepSpec):
         duplicates = sorted(inline.keys() & options.keys())
         if duplicates:
             raise ValueError(f"{', '.join(duplicates)} is set both beside the method and under options; remove one")
-        rest = {name: value for name, value in data.items() if name not in own}
+        # The file's autoencoder is inherited; only methods that learn read one.
+        unread = own if METHODS[method].learn is not None else {*own, "vae"}
+        rest = {name: value for name, value in data.items() if name not in unread}
         return {**rest, "options": {"method": method, **options, **inline}}
 
     @model_validator(mode="after")
@@ -120,4 +123,5 @@ def merge(spec: Merge, context: Context) -> None:
         base=None if spec.base is None else context.base(spec.base),
         dataset=context.optional("dataset"),
         work=context.work,
+        vae=context.base(spec.vae) if spec.vae else None,
     )

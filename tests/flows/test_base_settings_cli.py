@@ -8,8 +8,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from flows.plan import plan_pipeline
 from flows.spec import load_spec
@@ -25,7 +27,7 @@ from tasks.execution import execute
 from tasks.job import prepare_job
 from tests.flows.commands import say
 from tests.flows.conftest import PREPARE
-from tests.flows.made import run_line
+from tests.flows.made import run_line, write_random
 from tests.flows.shared import training_here
 from tests.support.untrained import save_tiny_vae, write_untrained_base
 
@@ -162,3 +164,50 @@ def test_a_key_without_the_new_settings_is_that_of_earlier_releases(pipeline: Wr
     assert "vae" not in job.key_parts({})
     names = {"vae", "clip_skip", "prediction", "zero_terminal_snr"}
     assert not names & set(json.loads(json.dumps(job.key_parts({})["settings"])))
+
+
+def test_marks_of_an_imported_kohya_file_are_shown_and_applied(tmp_path: Path, home: Path) -> None:
+    plain = write_random(tmp_path / "plain.safetensors", 1)
+    marks = {"ss_base_model_version": "sd_v1", "ss_clip_skip": "2", "modelspec.prediction_type": "v"}
+    with safe_open(plain, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = {key: text for key, text in file.metadata().items() if not key.startswith("loraline.")}
+    save_file(tensors, tmp_path / "marked.safetensors", header | marks)
+    save_file(tensors, tmp_path / "unmarked.safetensors", header)
+    images = {}
+    for name in ("marked", "unmarked"):
+        say("import", tmp_path / f"{name}.safetensors", "--name", name, "--license", "MIT", "--base", "tiny", home=home)
+        prompt = f"a star <lora:{name}@1:1>"
+        say("generate", prompt, "-o", tmp_path / name, "-n", 1, "--steps", 2, home=home)
+        images[name] = sha256_file(tmp_path / name / "0.png")
+    assert images["marked"] != images["unmarked"]
+    shown = json.loads(say("inspect", tmp_path / "marked.safetensors", "--json", home=home))
+    assert shown["base_options"] == {"clip_skip": 2, "prediction": "v_prediction"}
+    assert json.loads(say("inspect", tmp_path / "unmarked.safetensors", "--json", home=home))["base_options"] == {}
+
+
+@pytest.mark.nightly
+def test_a_pipeline_trains_with_a_split_network_and_with_offloaded_blocks(pipeline: Write, home: Path) -> None:
+    adapters = {}
+    for name, running in {
+        "plain": "{device: cpu}",
+        "split": "{device: cpu, processes: 2, shard: true}",
+        "offloaded": "{device: cpu, offload: 1.0}",
+    }.items():
+        text = TRAINED.replace("precision: fp32", f"precision: fp32, running: {running}, rates: {{optimiser: sgd}}")
+        path = pipeline(text.replace("name: try", f"name: {name}"))
+        say("run", path, home=home)
+        say(
+            "export",
+            f"{load_spec(path).name}",
+            "--to",
+            "diffusers",
+            "-o",
+            path.parent / f"{name}.safetensors",
+            home=home,
+        )
+        adapters[name] = load_file(path.parent / f"{name}.safetensors")
+    for name in ("split", "offloaded"):
+        assert adapters[name].keys() == adapters["plain"].keys()
+        for tensor, value in adapters["plain"].items():
+            torch.testing.assert_close(adapters[name][tensor], value, rtol=0, atol=1e-6)

@@ -19,6 +19,7 @@ from flows.spec import Head, PipelineSpec, load_spec
 from lora_engine.data.spec import CaptionSettings
 from tasks.errors import SpecError
 from tasks.step import STEPS
+from tasks.steps.combine import Combine
 from tasks.steps.train import Train
 from tests.flows.commands import loraline_here, say
 from tests.flows.made import write_random
@@ -295,6 +296,131 @@ def test_a_dataset_file_of_sd_scripts_is_read_with_its_options(settings: Write) 
     assert spec.steps["captions"].model_dump()["template"] == "sks ring"
     assert train.class_dataset == "class_captions"
     assert train.steps == "2 epochs"
+
+
+SEVERAL = {
+    "config.toml": KOHYA.replace('train_data_dir = "img"', 'dataset_config = "dataset.toml"'),
+    "toolkit.yaml": TOOLKIT.replace(
+        "      train: {batch",
+        """\
+        - {folder_path: other, num_repeats: 3, loss_multiplier: 0.5, flip_x: true, default_caption: "old [trigger]",
+           resolution: 64}
+        - {folder_path: reg/1_star, is_reg: true, default_caption: star}
+      train: {batch""",
+    ),
+    "trainer.json": json.dumps(
+        ONE_TRAINER
+        | {
+            "concepts": [
+                {"name": "off", "path": "img", "enabled": False},
+                {"name": "a", "path": "img/10_sks star", "balancing": 3.0, "balancing_strategy": "REPEATS"},
+                {"name": "b", "path": "other", "loss_weight": 0.5, "balancing": 0.4, "type": "STANDARD",
+                 "image": {"enable_random_flip": True}, "text": {"enable_tag_shuffling": True}},
+                {"name": "c", "path": "img", "type": "VALIDATION"},
+            ]
+        }
+    ),
+}  # fmt: skip
+SECOND = """\
+  [[datasets.subsets]]
+  image_dir = "other"
+  num_repeats = 2
+  caption_prefix = "a sketch, "
+  shuffle_caption = false
+  flip_aug = true
+[[datasets]]
+resolution = 32
+batch_size = 5
+  [[datasets.subsets]]
+  image_dir = "third"
+  class_tokens = "old ring"
+  [[datasets.subsets]]
+  image_dir = "nowhere"
+"""
+PARTS: dict[str, list[dict[str, Any]]] = {
+    "config.toml": [
+        {"repeats": 4},
+        {"repeats": 2, "prefix": "a sketch, ", "shuffle": False, "keep_tokens": 1, "flip": True},
+        {"keep_tokens": 1},
+    ],
+    "toolkit.yaml": [{}, {"repeats": 3, "weight": 0.5, "flip": True, "caption_dropout": 0.0}],
+    "trainer.json": [{"repeats": 3}, {"weight": 0.5, "flip": True, "shuffle": True}],
+}
+
+
+def several(settings: Write, name: str) -> Path:
+    path = settings(name, SEVERAL[name])
+    path.with_name("dataset.toml").write_text(DATASET + SECOND)
+    for number, folder in enumerate(("other", "third")):
+        path.with_name(folder).mkdir()
+        draw_noise(path.with_name(folder) / "0.png", 20 + number)
+        (path.with_name(folder) / "0.txt").write_text("a ring, old")
+    return path
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_folders_become_datasets_with_settings_of_their_own(name: str, settings: Write) -> None:
+    spec, output = converted(several(settings, name))
+    combined = spec.steps["images"]
+    assert isinstance(combined, Combine)
+    assert [part.model_dump(exclude_unset=True) for part in combined.parts] == PARTS[name]
+    assert combined.datasets == tuple(f"captions_{number}" for number in range(1, len(PARTS[name]) + 1))
+    assert (train_of(spec).dataset, spec.steps["report"].model_dump()["dataset"]) == ("images", "images")
+    folders = [step.model_dump()["images"] for name, step in spec.steps.items() if name.startswith("photos")]
+    first = "img" if name == "toolkit.yaml" else "10_sks star"
+    assert [Path(folder).name for folder in folders] == [first, "other", "third"][: len(folders)]
+    sizes = [step.model_dump()["resolution"] for name, step in spec.steps.items() if name.startswith("prepared")]
+    assert sizes == {"config.toml": [64, 64, 32], "toolkit.yaml": [128, 64], "trainer.json": [64, 64]}[name]
+    for line in {
+        "config.toml": ["nowhere", "one value for all datasets; 3 was taken"],
+        "toolkit.yaml": ["128 was taken"],
+        "trainer.json": ["is disabled", "for validation", "repeats are whole numbers; 1 was taken"],
+    }[name]:
+        assert line in output
+
+
+def test_captions_of_several_folders_are_their_own_and_class_images_have_theirs(settings: Write) -> None:
+    spec, _ = converted(several(settings, "config.toml"))
+    captions = {name: step.model_dump() for name, step in spec.steps.items() if isinstance(step, CaptionSettings)}
+    assert {name: (settings["captioner"], settings["template"]) for name, settings in captions.items()} == {
+        "class_captions": ("files", "ring"),
+        "captions_1": ("files", "sks ring"),
+        "captions_2": ("files", captions["captions_2"]["template"]),
+        "captions_3": ("files", "old ring"),
+    }
+    assert captions["captions_2"]["template"] not in ("sks ring", "old ring")
+    assert train_of(spec).class_dataset == "class_captions"
+
+
+def test_several_folders_are_found_by_name_in_the_folder_of_the_user(settings: Write, tmp_path: Path) -> None:
+    path = several(settings, "config.toml")
+    for name in ("10_sks star", "nowhere"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        draw_noise(tmp_path / "mine" / name / "0.png", 30)
+    spec, output = converted(path, "--images", tmp_path / "mine")
+    folders = [step.model_dump()["images"] for name, step in spec.steps.items() if name.startswith("photos")]
+    assert [Path(folder).relative_to(tmp_path).as_posix() for folder in folders] == ["mine/10_sks star", "mine/nowhere"]
+    assert "no such folder in the one of --images" in output
+
+
+def test_words_of_several_folders_of_sd_scripts_are_captions(settings: Write, tmp_path: Path) -> None:
+    path = settings("config.toml")
+    (tmp_path / "img" / "2_old ring").mkdir()
+    draw_noise(tmp_path / "img" / "2_old ring" / "0.png", 30)
+    assert "words of several folders" not in converted(path)[1]
+    draw_noise(tmp_path / "img" / "outside.png", 31)
+    (tmp_path / "out" / "pipeline.yaml").unlink()
+    assert "words of several folders" in converted(path)[1]
+
+
+@pytest.mark.nightly
+def test_a_converted_configuration_with_several_folders_runs(settings: Write, tmp_path: Path) -> None:
+    path = several(settings, "config.toml")
+    path.write_text(path.read_text().replace("max_train_epochs = 2", "max_train_steps = 2").replace("= 16", "= 2"))
+    path.with_name("dataset.toml").write_text((DATASET + SECOND).replace("64", "32"))
+    spec, _ = converted(path)
+    done = loraline_here("run", spec.folder / "pipeline.yaml", home=tmp_path / "home")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_file_of_ai_toolkit_becomes_a_pipeline(settings: Write) -> None:

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from registry.home import Home
+from tasks.devices import device_slot
 from tests.faults.points import forked
 from tests.faults.work import Tell, without_mlflow
+from tests.flows.commands import loraline_here
 from tests.flows.conftest import PREPARE, draw_noise
 from tests.flows.made import bring_in, run_line, write_random
 from tests.flows.shared import DATABASE
+from tests.support.color_tagger import write_tagger
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -133,3 +137,25 @@ def test_a_run_without_models_does_not_import_torch(prepared: Path, tmp_path: Pa
     command = [sys.executable, "-c", code, str(tmp_path / "pipeline.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+def test_evaluations_and_captioners_wait_for_the_gpu(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tagger(tmp_path / "tagger")
+    tagger = f"{{name: tagger, model: {tmp_path / 'tagger'}, device: cuda}}"
+    steps = {
+        "report": EVALUATE.format(0),
+        "words": f"{{uses: caption, dataset: prepared, captioner: {tagger}, trigger: sks}}",
+    }
+    monkeypatch.setattr("lora_engine.bases.base.default_device", lambda: "cuda")
+    monkeypatch.setattr("tasks.devices.stop_requested", lambda: True)
+    shutil.copytree(prepared / "images", tmp_path / "images")
+    shutil.copytree(prepared / "home", tmp_path / "home")
+    for name, step in steps.items():
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(line_of({name: step}))
+        with device_slot(Home.open(tmp_path / "home"), "cuda-0", 1):
+            done = loraline_here("run", path, home=tmp_path / "home")
+        assert f"step '{name}': stopped while waiting for device 'cuda-0'" in done.stderr
+        assert done.returncode != 0

@@ -17,7 +17,7 @@ from lora_engine.bases.tiny import folder
 from lora_engine.data.images import encode_png, open_image
 from lora_engine.data.manifest import Manifest
 from lora_engine.data.pixels import to_pixels
-from lora_engine.evaluation.embedder import load_embedder
+from lora_engine.embedding.embedder import load_embedder
 from registry.entities import ArtifactRef
 from registry.home import Home
 from registry.store.artifacts import open_store

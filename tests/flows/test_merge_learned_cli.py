@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from lora_engine.bases.vae import resolve_vae
 from lora_engine.files import sha256_file
-from lora_engine.formats import read_bundle
+from lora_engine.formats import Card, read_bundle
 from registry.policy.ancestry import trace
 from registry.versions.revocation import revoke
 from registry.versions.versions import Versions
 from tests.flows.commands import loraline_here, say
 from tests.flows.made import bring_in, write_random
 from tests.flows.shared import Trained, draw_noise
+from tests.support.untrained import save_tiny_vae
 
 LEARN = ("-m", "learned", "--set", "steps=1", "--set", "timesteps=1", "--set", "learning_rate=0.25")
 
@@ -73,3 +75,23 @@ def test_what_names_no_dataset_is_refused(home: Path, tmp_path: Path, text: str,
     )
     assert (refused.returncode, problem in refused.stderr) == (2, True), refused.stderr
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_weights_are_learned_with_the_autoencoder_of_the_training(trained: Trained, tmp_path: Path) -> None:
+    save_tiny_vae(tmp_path / "vae")
+    images = tmp_path / "images"
+    images.mkdir()
+    draw_noise(images / "one.png", 99)
+    (images / "one.txt").write_text("a red zorb")
+    vae = {"name": "vae", "sha256": resolve_vae(str(tmp_path / "vae")).fingerprint()}
+    files = [
+        write_random(tmp_path / f"{seed}.safetensors", seed, form="loraline", card=Card(recipe={"vae": vae}))
+        for seed in (1, 2)
+    ]
+    learn = ("merge", *files, *LEARN, "--dataset", images, "--base", "tiny", "-o", tmp_path / "out.safetensors")
+    refused = loraline_here(*learn, home=trained.home.path)
+    assert (refused.returncode, "set vae to the one of the training" in refused.stderr) == (1, True), refused.stderr
+    say(*learn, "--vae", tmp_path / "vae", home=trained.home.path)
+    assert read_bundle(tmp_path / "out.safetensors").card.recipe["vae"] == vae
+    unread = loraline_here("merge", *files, "--vae", "x", "-o", tmp_path / "no.safetensors", home=trained.home.path)
+    assert (unread.returncode, "reads no autoencoder" in unread.stderr) == (1, True)

@@ -17,7 +17,7 @@ from lora_engine.errors import InterruptedRun
 from lora_engine.training.device import used_devices
 from lora_engine.training.specs.running import Running
 from registry.home import Home
-from tasks.devices import count_holders, device_slot, device_slots
+from tasks.devices import count_holders, device_slot, device_slots, gpu_slot
 from tasks.progress import StepEvent, clear_stop, listening, request_stop
 from tests.faults.points import Trial, forked
 
@@ -164,6 +164,17 @@ def test_a_stop_ends_a_step_that_waits_and_leaves_the_slot_alone(opened, stoppin
             pytest.fail("it did not wait")
         assert count_holders(opened, "cpu") == 1
     assert events == [StepEvent("adapter", "waiting", text="waiting for device cpu")]
+
+
+def test_a_model_in_a_step_waits_for_its_gpu_and_not_for_a_cpu(opened, stopping, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with gpu_slot(opened, "cuda", None, "report"):
+        assert count_holders(opened, "cuda-0") == 1
+        with gpu_slot(opened, "cpu", None, "captions"), gpu_slot(opened, "cuda", 2, "captions"):
+            assert (count_holders(opened, "cuda-0"), count_holders(opened, "cpu")) == (2, 0)
+        stopping()
+        with pytest.raises(InterruptedRun, match="cuda-0"), gpu_slot(opened, "cuda", None, "captions"):
+            pytest.fail("it did not wait")
 
 
 def test_a_step_of_several_devices_gives_back_the_first_when_it_stops_waiting_for_the_second(opened, stopping):

@@ -30,8 +30,10 @@ class Running(BaseModel):
             lose a little precision. The adapter is trained in full precision. `8bit` and `4bit` need the extra
             `quantised`.
         offload: Share of these layers, from the last, whose weights stay in the CPU's memory and are copied to the
-            GPU for each use: less memory, more time. The numbers are the same up to rounding. With quantise `none`
-            and `fp8`.
+            GPU block by block, each while the one before it computes: less memory, more time. Two blocks are on the
+            GPU. The numbers are the same up to rounding. With quantise `none` and `fp8`.
+        shard: Splits the frozen network among the processes (FSDP): each keeps a share of its weights and gathers those
+            of a block while it computes. For bases that do not fit one GPU. Not with quantise, offload and compile.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +47,17 @@ class Running(BaseModel):
     deterministic: bool = False
     quantise: Literal["none", "8bit", "4bit", "fp8"] = "none"
     offload: Annotated[float, AddedLater()] = Field(default=0.0, ge=0.0, le=1.0, allow_inf_nan=False)
+
+    shard: Annotated[bool, AddedLater()] = False
+
+    @model_validator(mode="after")
+    def _shards_are_of_plain_weights(self) -> Running:
+        if self.shard and self.processes == 1:
+            raise ValueError("shard splits the network among processes; set processes to the number of GPUs")
+        for name, unset in (("quantise", "none"), ("offload", 0.0), ("compile", "none")):
+            if self.shard and getattr(self, name) != unset:
+                raise ValueError(f"shard does not go with {name}; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _offloaded_weights_have_a_form(self) -> Running:

@@ -16,7 +16,7 @@ from lora_engine.captioning.checks import (
     check_trigger,
     load_base_tokenizers,
 )
-from lora_engine.evaluation.embedder import load_embedder
+from lora_engine.embedding.embedder import load_embedder
 from tools.tiny_base.images import write_images
 from tools.tiny_base.world import full_caption, scenes
 

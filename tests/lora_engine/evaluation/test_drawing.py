@@ -9,8 +9,8 @@ from PIL import Image
 
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.data.manifest import Manifest
+from lora_engine.embedding.embedder import load_embedder
 from lora_engine.evaluation.drawing import draw_evaluation
-from lora_engine.evaluation.embedder import load_embedder
 from lora_engine.evaluation.evidence import Evidence
 from lora_engine.evaluation.plan import make_plan
 from lora_engine.evaluation.spec import EvaluateSettings

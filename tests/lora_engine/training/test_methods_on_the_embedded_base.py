@@ -19,7 +19,7 @@ from lora_engine.data.ingest import ingest
 from lora_engine.data.pixels import read_pixels
 from lora_engine.data.preprocess import preprocess
 from lora_engine.data.spec import CaptionSettings, IngestSettings, PreprocessSettings
-from lora_engine.evaluation.embedder import load_embedder
+from lora_engine.embedding.embedder import load_embedder
 from lora_engine.formats import read_bundle
 from lora_engine.inference.generate import generate
 from lora_engine.inference.textual_inversion import attach_embeddings

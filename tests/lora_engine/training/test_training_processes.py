@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from lora_engine.adapters import attach, create_adapter
+from lora_engine.bases.base import load_base
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.errors import BaseModelError, EngineError, InterruptedRun, SettingsError, TrainingError
 from lora_engine.files import sha256_file
@@ -23,9 +25,11 @@ from lora_engine.training.batches import Batch
 from lora_engine.training.distributed import ProcessGroup, process_group
 from lora_engine.training.preservation import PreservationBatch
 from lora_engine.training.run import train
+from lora_engine.training.sharding import shard_network
 from lora_engine.training.spawn import _environments, train_in_child
 from lora_engine.training.spec import TrainSettings
 from tests.faults.points import forked
+from tests.support.untrained import write_untrained_base
 
 TWO = {"running": {"processes": 2, "device": "cpu"}}
 ONE = {"running": {"device": "cpu"}}
@@ -238,6 +242,91 @@ def test_two_processes_match_a_single_one_with_every_method(job: Callable[..., d
     train_here(one)
     train_in_child(two)
     require_same_training(one, two)
+
+
+SHARDED = {"running": {"processes": 2, "device": "cpu", "shard": True}}
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "lora"},
+        pytest.param({"kind": {"name": "dora", "inner": "lora"}}, marks=pytest.mark.nightly),
+        pytest.param({"running": {"gradient_checkpointing": True}}, marks=pytest.mark.nightly),
+        pytest.param({"base": "small-flux"}, marks=pytest.mark.nightly),
+        pytest.param({"targets": "all", "validate_every": 1, "save_every": 1}, marks=pytest.mark.nightly),
+    ],
+    ids=["lora", "dora", "gradient checkpointing", "flux", "all and validation"],
+)
+def test_two_processes_with_a_split_network_match_two_with_all_of_it(
+    job: Callable[..., dict[str, Any]], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    # Unlike Adam, SGD does not turn the rounding of a small gradient into a step of full size.
+    rates = {"rates": {"optimiser": "sgd"}, "learning_rate": 1.0}
+    change = {"method": "finetune", "prior": None, "steps": 3, **rates, **change}
+    running, base = change.pop("running", {}), tmp_path / "base"
+    write_untrained_base(base, change.pop("base", "small-sd"))
+    whole, split = (
+        {**job(name, **change, running={**how["running"], **running}), "base": str(base)}
+        for name, how in (("whole", TWO), ("split", SHARDED))
+    )
+    train_forked(whole)
+    train_forked(split)
+    require_same_training(whole, split)
+
+
+def test_each_process_keeps_a_share_of_a_split_network(bases: dict[str, Path], tmp_path: Path) -> None:
+    def run(say: Callable[[str], None]) -> None:
+        with process_group(2, "cpu") as group:
+            base = load_base(str(bases["small-sd"]), device="cpu")
+            (network,) = (module for name, module in base.modules.items() if name == "unet")
+            count = sum(value.numel() for value in network.parameters())
+            adapter = create_adapter(base, "attention", rank=2)
+            with attach(base, adapter, trainable=True) as attachment:
+                shard_network(base, group)
+                own = {id(value) for value in attachment.parameters()}
+                kept = [value for value in network.parameters() if id(value) not in own]
+                assert all(value.requires_grad for value in attachment.parameters())
+            say(str(sum(value.to_local().numel() for value in kept) / count < 0.6))
+
+    trials = [
+        forked(run, before=partial(os.environ.update, environment))
+        for environment in _environments(2, tmp_path / "rendezvous")
+    ]
+    assert [trial.finish() for trial in trials] == [(0, ["True"])] * 2
+
+
+@pytest.mark.nightly
+def test_two_processes_with_a_split_network_resume_to_the_same_bytes(job: Callable[..., dict[str, Any]]) -> None:
+    change = {"method": "finetune", "prior": None}
+    straight, halted = job("straight", **change, **SHARDED), job("halted", **change, **SHARDED)
+    train_in_child(straight)
+    halt_and_resume(halted)
+    assert digest(halted) == digest(straight)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"running": {"shard": True}}, "set processes to the number of GPUs"),
+        ({"running": {**SHARDED["running"], "quantise": "fp8"}}, "shard does not go with quantise"),
+        ({"running": {**SHARDED["running"], "offload": 0.5}}, "shard does not go with offload"),
+        ({"running": {**SHARDED["running"], "compile": "regional"}}, "shard does not go with compile"),
+        ({**SHARDED, "samples": {"prompts": ("a star",), "every": 2}}, "samples are drawn by one process"),
+        ({**SHARDED, "rank": "auto"}, "rank auto needs the whole network"),
+    ],
+)
+def test_what_a_split_network_cannot_do_is_refused(
+    settings: Callable[..., TrainSettings], change: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ValueError, match=problem):
+        settings(**{"batch": 4, **change})
+
+
+def test_class_images_are_not_drawn_with_a_split_network(job: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(SettingsError, match="class images would be drawn by one process"):
+        train_in_child(job("drawn", **SHARDED))
 
 
 @pytest.mark.parametrize(

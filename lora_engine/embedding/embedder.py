@@ -16,13 +16,13 @@ from transformers import AutoTokenizer
 from lora_engine.bases.source import TINY
 from lora_engine.building import BUILDING, align_weights, without_bars
 from lora_engine.data.pixels import to_image
-from lora_engine.errors import SettingsError
-from lora_engine.evaluation.embedder_source import (
+from lora_engine.embedding.embedder_source import (
     EMBEDDER_TYPES,
     EmbedderSource,
     read_configuration,
     resolve_embedder,
 )
+from lora_engine.errors import SettingsError
 
 _IMAGE_BATCH, _TEXT_BATCH = 32, 128
 

@@ -9,7 +9,7 @@ import torch
 
 from lora_engine.data.class_images import Likeness
 from lora_engine.data.pixels import read_pixels
-from lora_engine.evaluation.embedder import Embedder
+from lora_engine.embedding.embedder import Embedder
 
 _NEUTRAL = "a picture"
 

@@ -11,9 +11,9 @@ import torch
 
 from lora_engine.bases.source import resolve_base
 from lora_engine.data.pixels import to_image
+from lora_engine.embedding.embedder import load_embedder
+from lora_engine.embedding.embedder_source import EMBEDDER_TYPES, choose_embedders, resolve_embedder
 from lora_engine.errors import SettingsError
-from lora_engine.evaluation.embedder import load_embedder
-from lora_engine.evaluation.embedder_source import EMBEDDER_TYPES, choose_embedders, resolve_embedder
 from lora_engine.families import families
 from tests.lora_engine.evaluation.embedders import BUILDERS, write_random_embedder
 

@@ -1,0 +1,1 @@
+"""Embeds images and texts as vectors: CLIP, SigLIP, DINO and models like them."""
