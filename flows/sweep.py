@@ -71,7 +71,7 @@ def run_sweep(sweep: Sweep, home: Home, report: Callable[[TrialRecord], None] = 
         EngineError, RegistryError, OSError: A trial failed for another reason than its settings.
     """
     require_optuna()
-    run = _SweepRun(sweep, home, trial_folder(home, _key(sweep, home)), report)
+    run = _SweepRun(sweep, home, trial_folder(home, sweep_key(sweep, home)), report)
     with prefect_server():
         trials = run_as_flow(f"{sweep.spec.name} sweep", run.run_trials)()
         best = best_trial(sweep.settings, trials)
@@ -174,7 +174,7 @@ class _Trial:
         return record
 
 
-def _key(sweep: Sweep, home: Home) -> str:
+def sweep_key(sweep: Sweep, home: Home) -> str:
     """Returns a digest of everything that the trials depend on, except their number."""
     settings = sweep.settings.model_dump(mode="json", exclude={"trials"})
     plan = plan_pipeline(replace(sweep.spec, steps=_only(sweep)), home)

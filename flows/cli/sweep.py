@@ -40,8 +40,9 @@ def sweep(
     from flows.sweep_file import load_sweep
     from tasks.sweep.search import require_optuna
 
+    loaded = load_sweep(spec, changes or ())
     require_optuna()
-    loaded, home = load_sweep(spec, changes or ()), open_home()
+    home = open_home()
     configure_prefect(home)
     console = Console(stderr=as_json)
     with stoppable(), show_run(list(loaded.spec.steps), console):
