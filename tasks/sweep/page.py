@@ -81,7 +81,7 @@ def _figure(
     """Returns a plot of all completed trials, with the line of those that no other one dominates."""
     completed = [record for record in records if record.state == "completed"]
     front = pareto_front(settings, records, cost)
-    x = _scale([cost(record) for record in completed], _MARGIN, _WIDTH - 16)
+    x = _scale([cost(record) for record in completed], _MARGIN, _WIDTH - 44)
     y = _scale([record.value or 0.0 for record in completed], _HEIGHT - _MARGIN, 16)
     points = {record.number: (x(cost(record)), y(record.value or 0.0)) for record in completed}
     line = " ".join(f"{points[record.number][0]:.1f},{points[record.number][1]:.1f}" for record in front)
@@ -89,7 +89,7 @@ def _figure(
     ends, metric = "\n".join(_ends(completed, cost, x, y)), escape(settings.metric)
     return f"""<figure id="{name}"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img">
 <title>{metric} against {escape(label)}; the line is the Pareto front</title>
-<path d="M{_MARGIN} 16V{_HEIGHT - _MARGIN}H{_WIDTH - 16}" fill="none" stroke="#888"/>
+<path d="M{_MARGIN} 16V{_HEIGHT - _MARGIN}H{_WIDTH - 44}" fill="none" stroke="#888"/>
 <polyline points="{line}" fill="none" stroke="#1b6ca8" stroke-width="1.5"/>
 {dots}
 {ends}
@@ -121,9 +121,9 @@ def _ends(
     costs, values = [cost(record) for record in completed], [record.value or 0.0 for record in completed]
     for number in sorted({min(costs), max(costs)}):
         top = _HEIGHT - _MARGIN + 18
-        yield f'<text x="{x(number):.1f}" y="{top}" text-anchor="middle" font-size="12">{number:.4g}</text>'
+        yield f'<text x="{x(number):.1f}" y="{top}" text-anchor="middle" font-size="12">{number:.5g}</text>'
     for number in sorted({min(values), max(values)}):
-        yield f'<text x="{_MARGIN - 6}" y="{y(number) + 4:.1f}" text-anchor="end" font-size="12">{number:.4g}</text>'
+        yield f'<text x="{_MARGIN - 6}" y="{y(number) + 4:.1f}" text-anchor="end" font-size="12">{number:.5g}</text>'
 
 
 def _scale(values: Sequence[float], start: float, end: float) -> Callable[[float], float]:

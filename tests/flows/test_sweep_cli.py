@@ -36,6 +36,7 @@ STEPS = """\
   report:   {uses: evaluate, adapter: adapter, dataset: captions, seeds: 1, steps: 1, max_pictures: 1}
   release:  {uses: register, adapter: adapter}
 """
+EXAMPLE = Path(__file__).parents[2] / "examples" / "zorb" / "sweep.yaml"
 Write = Callable[..., Path]
 
 
@@ -184,3 +185,12 @@ def test_a_file_without_a_sweep_or_a_registration_is_refused(swept: Write) -> No
     four = SWEEP.replace("trials: 3", "trials: 4").partition("    adapter.learning_rate")[0]
     with pytest.raises(SpecError, match="have only 3 combinations"):
         load_sweep(swept(four))
+
+
+def test_the_example_is_a_sweep_over_its_training() -> None:
+    sweep = load_sweep(EXAMPLE)
+    assert (sweep.adapter, sweep.registering()) == ("adapter", ["release"])
+    assert sweep.trial_steps == {"photos", "prepared", "captions", "adapter", "report"}
+    trial = sweep.with_values({"adapter.rank": 16})
+    assert set(trial.steps) == sweep.trial_steps
+    assert trial.steps["adapter"].model_dump()["rank"] == 16
