@@ -82,11 +82,11 @@ class PipelineSpec:
 
 
 def load_spec(path: Path, overrides: Iterable[str] = ()) -> PipelineSpec:
-    """Reads and validates a pipeline file; see `read_pipeline`."""
-    return check_document(read_pipeline(path, overrides))
+    """Reads and validates a pipeline file; see `read_pipeline_file`."""
+    return check_document(read_pipeline_file(path, overrides))
 
 
-def read_pipeline(path: Path, overrides: Iterable[str] = ()) -> Document:
+def read_pipeline_file(path: Path, overrides: Iterable[str] = ()) -> Document:
     """Reads a pipeline file without validating it.
 
     Args:

@@ -18,7 +18,7 @@ from flows.prefect import run_as_flow, submit_work
 from flows.result import PipelineResult
 from flows.server import prefect_server
 from flows.spec import PipelineSpec
-from flows.sweep_file import Sweep
+from flows.sweep_file import DeclaredSweep
 from lora_engine.errors import InterruptedRun, NonFiniteError, TrainingError
 from lora_engine.files import atomic_write, canonical_json, sha256_bytes
 from registry.entities import ArtifactRef
@@ -58,7 +58,9 @@ class SweepResult:
     page: Path
 
 
-def run_sweep(sweep: Sweep, home: Home, report: Callable[[TrialRecord], None] = lambda record: None) -> SweepResult:
+def run_sweep(
+    sweep: DeclaredSweep, home: Home, report: Callable[[TrialRecord], None] = lambda record: None
+) -> SweepResult:
     """Runs the trials that did not end yet, and registers the best one.
 
     Args:
@@ -91,7 +93,7 @@ def run_sweep(sweep: Sweep, home: Home, report: Callable[[TrialRecord], None] = 
 
 @dataclass(frozen=True)
 class _SweepRun:
-    sweep: Sweep
+    sweep: DeclaredSweep
     home: Home
     folder: Path
     report: Callable[[TrialRecord], None]
@@ -174,7 +176,7 @@ class _Trial:
         return record
 
 
-def sweep_key(sweep: Sweep, home: Home) -> str:
+def sweep_key(sweep: DeclaredSweep, home: Home) -> str:
     """Returns a digest of everything that the trials depend on, except their number."""
     settings = sweep.settings.model_dump(mode="json", exclude={"trials"})
     plan = plan_pipeline(replace(sweep.spec, steps=_only(sweep)), home)
@@ -191,5 +193,5 @@ def sweep_key(sweep: Sweep, home: Home) -> str:
     return sha256_bytes(canonical_json([settings, parts]))
 
 
-def _only(sweep: Sweep) -> dict[str, Any]:
+def _only(sweep: DeclaredSweep) -> dict[str, Any]:
     return {name: step for name, step in sweep.spec.steps.items() if name in sweep.trial_steps}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.refusals import nearest
-from flows.spec import PipelineSpec, check_document, read_pipeline, set_value
+from flows.spec import PipelineSpec, check_document, read_pipeline_file, set_value
 from lora_engine.documents import Document
 from lora_engine.evaluation.metrics import METRICS
 from tasks.errors import SpecError
@@ -22,7 +22,7 @@ _TRAINING_LOSSES = ("validation_loss", "choice_loss")
 
 
 @dataclass(frozen=True)
-class Sweep:
+class DeclaredSweep:
     """A pipeline file with a valid section `sweep`.
 
     Attributes:
@@ -68,19 +68,19 @@ class Sweep:
         return [name for name, step in steps if isinstance(step, Register) and step.adapter == self.adapter]
 
 
-def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
+def load_sweep(path: Path, overrides: Sequence[str] = ()) -> DeclaredSweep:
     """Reads a pipeline file with a section `sweep`, and validates it with the ends of every range.
 
     Raises:
         SpecError: The file is not valid, has no such section, or a trial would not be.
     """
-    document = read_pipeline(path, overrides)
+    document = read_pipeline_file(path, overrides)
     spec = check_document(document)
     settings = spec.sweep
     if settings is None:
         raise SpecError("the file declares no sweep", where=str(path), remedy="add sweep: with parameters and a metric")
     adapter = _find_adapter(settings, spec, document)
-    sweep = Sweep(document, settings, spec, adapter, frozenset(_upstream(spec, settings.step)))
+    sweep = DeclaredSweep(document, settings, spec, adapter, frozenset(_upstream(spec, settings.step)))
     if not sweep.registering():
         raise SpecError(
             f"no step registers {adapter!r}, so the winner would be lost",
@@ -137,7 +137,7 @@ def _find_adapter(settings: SweepSettings, spec: PipelineSpec, document: Documen
     return settings.step
 
 
-def _check_path(sweep: Sweep, path: str) -> None:
+def _check_path(sweep: DeclaredSweep, path: str) -> None:
     where = sweep.document.where(("sweep", "parameters", path))
     keys = path.removeprefix("steps.").split(".")
     if keys[0] in sweep.spec.steps:
@@ -154,7 +154,7 @@ def _check_path(sweep: Sweep, path: str) -> None:
         raise SpecError(f"{path!r} names no step", where=where, **nearest(keys[0], sweep.trial_steps))
 
 
-def _check_value(sweep: Sweep, path: str, value: Any) -> None:
+def _check_value(sweep: DeclaredSweep, path: str, value: Any) -> None:
     try:
         sweep.with_values({path: value})
     except SpecError as error:

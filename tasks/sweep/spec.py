@@ -13,7 +13,7 @@ MOST_TRIALS = 1_000
 SWEEP = "sweep"
 """Name of the entry about a sweep under `done` in the recipe of a version."""
 TrialState = Literal["completed", "pruned", "failed"]
-Direction = Literal["maximize", "minimize"]
+SweepDirection = Literal["maximize", "minimize"]
 Number = Annotated[int | float, Field(allow_inf_nan=False)]
 
 
@@ -104,7 +104,7 @@ class SweepSettings(BaseModel):
 
     parameters: dict[str, SweepParameter] = Field(min_length=1, max_length=32)
     metric: str = Field(pattern=r"^[A-Za-z0-9_-]+\.[a-z0-9_]+$")
-    direction: Direction
+    direction: SweepDirection
     trials: int = Field(default=20, ge=2, le=MOST_TRIALS)
     seed: int = Field(default=0, ge=0, lt=2**31)
     parallel: int = Field(default=1, ge=1, le=64)
@@ -161,7 +161,7 @@ class SweepWinner(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     metric: str
-    direction: Direction
+    direction: SweepDirection
     value: float
     trials: tuple[SweptTrial, ...] = Field(max_length=MOST_TRIALS)
 
