@@ -81,7 +81,7 @@ def run_sweep(
             raise TrainingError(
                 f"none of {len(trials)} trials completed",
                 where="sweep",
-                remedy="narrow the ranges; the table above says why each trial ended",
+                remedy="narrow the ranges; the lines above say why each trial ended",
             )
         winner = describe_winner(sweep.settings, trials, best)
         spec = sweep.with_values(best.values, winner)
@@ -153,6 +153,8 @@ class _Trial:
         return self._record(state="completed", value=value, curve=curve, **measure_adapter(home, adapter))
 
     def _watch(self, event: StepEvent, stop: threading.Event) -> None:
+        if event.step != self.sweep_run.sweep.adapter:
+            return
         for point in event.points:
             loss = point.values.get("choice_loss", point.values.get("validation_loss"))
             if loss is None or not point.step:

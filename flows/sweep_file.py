@@ -125,6 +125,12 @@ def _find_adapter(settings: SweepSettings, spec: PipelineSpec, document: Documen
                 where=where,
                 remedy=f"add {settings.measure} to {settings.step}.extra",
             )
+        if step.adapter not in spec.steps:
+            raise SpecError(
+                f"metric is {settings.metric!r}, but {settings.step!r} evaluates {step.adapter!r}, which no trial makes",
+                where=where,
+                allowed="an evaluation of a step of the file",
+            )
         return step.adapter
     if settings.measure == "choice_loss" and step.best_checkpoint is None and not step.is_auto("steps"):
         raise SpecError(

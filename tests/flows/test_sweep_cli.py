@@ -182,6 +182,9 @@ def test_a_file_without_a_sweep_or_a_registration_is_refused(swept: Write) -> No
     path = swept(steps=STEPS.replace("  release:  {uses: register, adapter: adapter}\n", ""))
     with pytest.raises(SpecError, match="the winner would be lost"):
         load_sweep(path)
+    evaluated = STEPS.replace("evaluate, adapter: adapter", "evaluate, adapter: other@1")
+    with pytest.raises(SpecError, match="which no trial makes"):
+        load_sweep(swept(SWEEP.replace("adapter.validation_loss", "report.drift"), evaluated))
     four = SWEEP.replace("trials: 3", "trials: 4").partition("    adapter.learning_rate")[0]
     with pytest.raises(SpecError, match="have only 3 combinations"):
         load_sweep(swept(four))

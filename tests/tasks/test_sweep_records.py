@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from lora_engine.evaluation.choices import describe_training_choices
 from tasks.sweep.page import render_sweep
 from tasks.sweep.records import best_trial, describe_winner, pareto_front
 from tasks.sweep.search import comparable_curve, find_pruned_step, propose
@@ -71,6 +72,15 @@ def test_the_front_has_the_trials_that_no_other_one_dominates() -> None:
     assert best is trials[0]
     assert best_trial(settings(), trials[4:5]) is None
     assert "chosen among 6 trials (5 completed)" in describe_winner(settings(), trials, best).describe()["why"]
+
+
+def test_the_report_of_a_winner_says_among_how_many_it_was_chosen() -> None:
+    trials = [record(0, 1.0), record(1, 2.0)]
+    sweep = describe_winner(settings(), trials, trials[1]).describe()
+    ((name, figure, reason),) = describe_training_choices({"sweep": sweep})
+    assert (name, figure) == ("sweep", "report.clip_t 2")
+    assert "chosen among 2 trials" in reason
+    assert list(describe_training_choices({})) == []
 
 
 def test_the_page_escapes_names_and_reasons() -> None:
