@@ -127,7 +127,7 @@ def _find_adapter(settings: SweepSettings, spec: PipelineSpec, document: Documen
             )
         if step.adapter not in spec.steps:
             raise SpecError(
-                f"metric is {settings.metric!r}, but {settings.step!r} evaluates {step.adapter!r}, which no trial makes",
+                f"metric is {settings.metric!r}, but {settings.step!r} measures {step.adapter!r}, which no trial makes",
                 where=where,
                 allowed="an evaluation of a step of the file",
             )
