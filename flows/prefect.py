@@ -175,6 +175,16 @@ def submit_step(
     return future
 
 
+def submit_work(name: str, work: Callable[[], _Result]) -> PrefectFuture[_Result]:
+    """Submits a function as a Prefect task of this name, to the task runner of the current flow."""
+    from prefect import task
+    from prefect.cache_policies import NO_CACHE
+
+    declare = task(name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
+    future: PrefectFuture[_Result] = declare(work).submit()
+    return future
+
+
 @lru_cache(maxsize=1)
 def _task() -> Any:
     from prefect import task

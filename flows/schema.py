@@ -29,7 +29,8 @@ def pipeline_schema() -> dict[str, Any]:
         "propertyNames": {"pattern": f"^{STEP_NAME.pattern}$"},
         "additionalProperties": {"type": "object", "required": ["uses"], "allOf": [names, *steps]},
     }
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **head, "$defs": definitions["$defs"]}
+    own = head.pop("$defs", {})
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **head, "$defs": own | definitions["$defs"]}
     described: dict[str, Any] = _described(schema)
     return described
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -46,6 +47,14 @@ class StepEvent:
 
 Listener = Callable[[StepEvent], None]
 
+
+@dataclass(frozen=True)
+class _Scope:
+    listener: Listener
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+_scope: ContextVar[_Scope | None] = ContextVar("scope", default=None)
 _listeners: list[Listener] = []
 _stop = threading.Event()
 
@@ -64,6 +73,8 @@ def publish(event: StepEvent) -> None:
     """Sends an event to all listeners."""
     for listener in list(_listeners):
         listener(event)
+    if (scope := _scope.get()) is not None:
+        scope.listener(event)
 
 
 def request_stop() -> None:
@@ -77,5 +88,21 @@ def clear_stop() -> None:
 
 
 def stop_requested() -> bool:
-    """Returns True if a stop was requested."""
-    return _stop.is_set()
+    """Returns True if a stop was requested, of all steps or of those of the caller's scope."""
+    scope = _scope.get()
+    return _stop.is_set() or (scope is not None and scope.stop.is_set())
+
+
+@contextmanager
+def step_scope(listener: Listener) -> Iterator[threading.Event]:
+    """Listens to the steps that start inside a `with` block alone, and yields what stops them alone.
+
+    Args:
+        listener: Called from the steps' threads, which Prefect starts with the context of the block.
+    """
+    scope = _Scope(listener)
+    token = _scope.set(scope)
+    try:
+        yield scope.stop
+    finally:
+        _scope.reset(token)

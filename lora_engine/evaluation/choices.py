@@ -7,7 +7,9 @@ from typing import Any
 
 
 def describe_training_choices(training: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yields what a training chose: the setting, its value with the figures, and the reason."""
+    """Yields what a training, and the sweep that it won, chose: the setting, its value with figures, the reason."""
+    if sweep := training.get("sweep"):
+        yield "sweep", f"{sweep['metric']} {_figure(sweep['value'])}", str(sweep["why"])
     if chosen := training.get("chosen"):
         yield "checkpoint", _checkpoint(chosen), str(training.get("candidates", {}).get("why", ""))
     for name, entry in sorted(training.get("automatic", {}).items()):

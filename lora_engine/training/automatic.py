@@ -53,7 +53,8 @@ def describe_cost(settings: TrainSettings) -> str:
         total = len(RATE_FACTORS) * share
         parts.append(f"{len(RATE_FACTORS)} short trainings for learning_rate, together {total:g} times the steps")
     if settings.is_auto("rank"):
-        parts.append(f"{len(RANK_PREFIXES)} ranks from the one training")
+        scored = ", of which each candidate is scored at all" if scores_prefixes(settings, settings.automatic) else ""
+        parts.append(f"{len(RANK_PREFIXES)} ranks from the one training{scored}")
     if settings.is_auto("targets"):
         parts.append("one backward pass for targets")
     return "; ".join(parts)
@@ -120,6 +121,18 @@ def choose_rate(losses: Mapping[float, Sequence[float] | None]) -> tuple[float, 
 def prefixes_up_to(rank: int) -> list[int]:
     """Returns the ranks that `rank: auto` chooses from, up to a highest one."""
     return [prefix for prefix in RANK_PREFIXES if prefix <= rank]
+
+
+def scores_prefixes(settings: TrainSettings, automatic: Sequence[str]) -> bool:
+    """Returns True if a training scores candidates or short trainings at each of these ranks.
+
+    Args:
+        settings: The settings.
+        automatic: Names of the settings that it chooses.
+    """
+    return "rank" in automatic and (
+        settings.best_checkpoint is not None or not {"steps", "learning_rate"}.isdisjoint(automatic)
+    )
 
 
 def choose_rank(losses: Mapping[int, Sequence[float]]) -> tuple[int, dict[str, Any]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_engine.training.checkpoint import Checkpoint
 from lora_engine.training.checkpoint_files import CheckpointFile
-from lora_engine.training.choosing import Check, Chooser, read_checks
+from lora_engine.training.choosing import Check, Chooser, read_checks, write_checks
 from lora_engine.training.schedules import PhaseRates, common_steps
 
 _PREFIX = "best/"
@@ -63,7 +63,7 @@ class Candidates:
     def export(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Returns the tensors and the facts of a checkpoint."""
         tensors = {f"{_PREFIX}{name}": value for name, value in self._best.items()}
-        return tensors, {"checks": [[check.step, *check.losses] for check in self.checks]} if self.checks else {}
+        return tensors, write_checks(self.checks)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Restores what `export` returned."""

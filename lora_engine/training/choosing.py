@@ -23,15 +23,20 @@ _CANDIDATES = 20
 
 @dataclass(frozen=True)
 class Check:
-    """A candidate: the steps done, and the loss of each unit (a group of images that show the same)."""
+    """A candidate: the steps done, and the loss of each unit (a group of images that show the same).
+
+    Attributes:
+        step: The steps done.
+        rows: Losses of the units. With `rank: auto` one row per prefix of the ranks, otherwise one.
+    """
 
     step: int
-    losses: tuple[float, ...]
+    rows: tuple[tuple[float, ...], ...]
 
     @property
     def score(self) -> float:
-        """Mean loss of the units."""
-        return statistics.fmean(self.losses)
+        """Mean loss of the units; with `rank: auto` that of the best prefix."""
+        return statistics.fmean(best_row(self.rows))
 
 
 @dataclass(frozen=True)
@@ -112,17 +117,14 @@ class Chooser:
     def leave_one_out(self, checks: Sequence[Check]) -> float | None:
         """Returns the score of a choice on all units but one, measured on that one, as a mean over the units.
 
-        The winner's own score is too good, because it was chosen for it; this figure is not. None for fewer than two
-        units, and where the score chooses nothing.
+        The winner's own score is too good, because it was chosen for it; this figure is not. A prefix of the ranks is
+        chosen with the step. None for fewer than two units, and where the score chooses nothing.
         """
-        units = len(checks[0].losses)
+        rows = [row for check in checks for row in check.rows]
+        units = len(rows[0])
         if units < 2 or self.by == "dvar":
             return None
-        left_out = []
-        for unit in range(units):
-            winner = min(checks, key=lambda check: sum(check.losses) - check.losses[unit])
-            left_out.append(winner.losses[unit])
-        return statistics.fmean(left_out)
+        return statistics.fmean(min(rows, key=lambda row: sum(row) - row[unit])[unit] for unit in range(units))
 
     def describe(self, start: Check, checks: Sequence[Check], planned: int) -> dict[str, Any]:
         """Returns what was chosen and why, for `training.json`: the entries `chosen` and `candidates`.
@@ -173,6 +175,22 @@ def make_chooser(settings: TrainSettings, by: ChoiceScore, images: Sequence[str]
     return Chooser(by, every, wanted.patience, wanted.min_delta, wanted.anneal, tuple(images))
 
 
+def best_row(rows: Sequence[Sequence[float]]) -> Sequence[float]:
+    """Returns the losses of the lowest mean."""
+    return min(rows, key=statistics.fmean)
+
+
+def write_checks(checks: Sequence[Check]) -> dict[str, Any]:
+    """Returns the facts of a checkpoint that `read_checks` reads; empty without checks."""
+    rows = [[check.step, *(check.rows[0] if len(check.rows) == 1 else check.rows)] for check in checks]
+    return {"checks": rows} if rows else {}
+
+
 def read_checks(facts: Mapping[str, Any]) -> list[Check]:
     """Returns the checks in the facts of a checkpoint; empty without a chooser."""
-    return [Check(int(step), tuple(map(float, losses))) for step, *losses in facts.get("checks", ())]
+    return [Check(int(step), _read_rows(losses)) for step, *losses in facts.get("checks", ())]
+
+
+def _read_rows(losses: Sequence[Any]) -> tuple[tuple[float, ...], ...]:
+    rows = losses if losses and isinstance(losses[0], list) else [losses]
+    return tuple(tuple(map(float, row)) for row in rows)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lora_engine.adapters import Adapter, Attachment, attach
+from lora_engine.adapters import Adapter, attach
 from lora_engine.adapters.regularization import cut_ranks
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.defaults import training_defaults
@@ -24,7 +24,7 @@ from lora_engine.formats.embeddings import Embedding
 from lora_engine.inference.textual_inversion import attach_embeddings
 from lora_engine.progress import Progress, no_progress
 from lora_engine.settings import without_later
-from lora_engine.training.automatic import choose_rank, prefixes_up_to, with_first_values
+from lora_engine.training.automatic import choose_rank, prefixes_up_to, scores_prefixes, with_first_values
 from lora_engine.training.checkpoint import Checkpoint, Checkpoints
 from lora_engine.training.choice_images import choice_images
 from lora_engine.training.choosing import Chooser, make_chooser
@@ -234,36 +234,39 @@ class TrainingJob:
                 save_weights=saved.save if saved else lambda done, loss: None,
                 continue_from=lambda checkpoint, done: _take_over(checkpoint, done, samples, saved),
                 begin=prepared.warm.restore if prepared.warm else lambda optimizer: None,
-                score=lambda: self.scores(prepared, attached.context),
+                score=lambda: self.scores(prepared, attached),
             )
             if samples:
                 samples.copy(self.out)
             files = saved.copy(self.out, settings.total_steps) if saved else ()
             (result, embeddings), choices = current(), dict(evidence)
             if attached.attachment is not None and "rank" in self.automatic:
-                rank, choices["rank"] = choose_rank(
-                    self._losses_by_rank(prepared, attached.context, attached.attachment)
-                )
+                losses = self.scores(prepared, attached)
+                rank, choices["rank"] = choose_rank(dict(zip(prefixes_up_to(settings.rank), losses, strict=True)))
                 result, card = cut_ranks(result, rank), with_recipe(card, rank=rank)
         outcome = describe_choices(chooser, history.checks, settings, self.automatic, choices)
         trained_on = sorted({image.sha256 for image in prepared.manifest.of_split("train")})
         bundle = Bundle(result, with_choices(card, outcome), embeddings)
         return TrainingResult(bundle, history, trained_on, files, outcome)
 
-    def scores(self, prepared: Prepared, context: MethodContext) -> list[float]:
-        """Returns the loss of each unit of the images that score candidates, the same in all processes."""
+    def scores(self, prepared: Prepared, attached: Attached) -> list[list[float]]:
+        """Returns the loss of each unit of the images that score candidates, the same in all processes.
+
+        Returns:
+            One row; with `rank: auto` one per prefix of the ranks.
+        """
+        attachment, rows = attached.attachment, list[list[float]]()
+        if attachment is None or "rank" not in self.automatic:
+            return [self._unit_losses(prepared, attached.context)]
+        for rank in prefixes_up_to(self.settings.rank):
+            with attachment.first_ranks(rank):
+                rows.append(self._unit_losses(prepared, attached.context))
+        return rows
+
+    def _unit_losses(self, prepared: Prepared, context: MethodContext) -> list[float]:
         losses = torch.tensor(prepared.unit_losses(context), dtype=torch.float32, device=self.group.device)
         self.group.average([losses])
         return [float(loss) for loss in losses.tolist()]
-
-    def _losses_by_rank(
-        self, prepared: Prepared, context: MethodContext, attachment: Attachment
-    ) -> dict[int, list[float]]:
-        losses = {}
-        for rank in prefixes_up_to(self.settings.rank):
-            with attachment.first_ranks(rank):
-                losses[rank] = self.scores(prepared, context)
-        return losses
 
     def _chooser(self, prepared: Prepared) -> Chooser | None:
         choice = prepared.choice
@@ -361,6 +364,7 @@ class TrainingJob:
             **({"choice": [example.identity() for example in choice.examples]} if choice else {}),
             **({"every": chooser.every} if chooser else {}),
             **({"prefixes": prefixes_up_to(self.settings.rank)} if "rank" in self.automatic else {}),
+            **({"scored": "best prefix"} if scores_prefixes(self.settings, self.automatic) else {}),
         }
         vae = prepared.base.options.vae
         job |= {"vae": vae.fingerprint()} if vae else {}

@@ -51,7 +51,7 @@ def fit(
     save_weights: Callable[[int, float | None], None] = lambda done, loss: None,
     continue_from: Callable[[Checkpoint, int], None] = lambda checkpoint, done: None,
     begin: Callable[[torch.optim.Optimizer], None] = lambda optimizer: None,
-    score: Callable[[], Sequence[float]] = tuple,
+    score: Callable[[], Sequence[Sequence[float]]] = tuple,
 ) -> History:
     """Runs the phases, resuming from the newest usable checkpoint if there is one.
 
@@ -72,7 +72,8 @@ def fit(
             validation), while the parameters hold what would be written; must change nothing.
         continue_from: Called with the checkpoint that the run resumes from, and the steps done.
         begin: Takes the optimizer of the first phase of a run that starts at step 0.
-        score: Returns the losses of the chooser's units; a pure function of the weights, the same in all processes.
+        score: Returns the losses of the chooser's units, in rows as in `Check`; a pure function of the weights, the
+            same in all processes.
 
     Returns:
         The whole history, including the part before a resume.
@@ -112,7 +113,7 @@ class _Run:
         average: Callable[[Sequence[Tensor]], None],
         observe: Callable[[int], None],
         save_weights: Callable[[int, float | None], None],
-        score: Callable[[], Sequence[float]],
+        score: Callable[[], Sequence[Sequence[float]]],
     ) -> None:
         self._average, self._observe, self._save_weights, self._score = average, observe, save_weights, score
         self.phases, self.options = phases, options
@@ -298,7 +299,7 @@ class _Run:
     def _record_check(self) -> None:
         if self.candidates.is_due(self.done):
             with self.to_export():
-                check = Check(self.done, tuple(self._score()))
+                check = Check(self.done, tuple(map(tuple, self._score())))
                 self._require_finite("the loss of a candidate", check.score)
                 self.candidates.add(check, self.values)
 

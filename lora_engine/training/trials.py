@@ -36,6 +36,7 @@ from lora_engine.training.automatic import (
     prefixes_up_to,
     probe_of,
 )
+from lora_engine.training.choosing import best_row
 from lora_engine.training.denoising import predict
 from lora_engine.training.loop import fit
 from lora_engine.training.phases import Phase
@@ -169,7 +170,7 @@ def _probe(job: TrainingJob, prepared: Prepared, title: str, number: int) -> lis
                 stop=lambda: job.group.any(job.stop()),
                 average=job.group.average,
             )
-            losses = job.scores(prepared, attached.context)
+            losses = list(best_row(job.scores(prepared, attached)))
         except NonFiniteError as error:
             _log.warning("%s with learning rate %g diverged: %s", title, job.settings.learning_rate, error.problem)
             losses = None

@@ -18,6 +18,7 @@ from registry.store.artifacts import open_store
 from registry.versions.versions import Versions
 from tasks.operations.promote import find_version
 from tasks.operations.rights import describe_rights
+from tasks.sweep.spec import SWEEP
 from tasks.warnings import warnings_of
 
 
@@ -56,7 +57,7 @@ def write_report(home: Home, ref: str, output: Path | None = None) -> Path | Non
             json.loads((folders["report"] / "report.json").read_bytes()),
             folders["report"],
             adapter_folder=folders["adapter"],
-            training=json.loads(training.read_bytes()) if training.is_file() else None,
+            training=(json.loads(training.read_bytes()) if training.is_file() else {}) | _sweep_of(version) or None,
             dataset_folder=folders["dataset"] if dataset is not None else None,
             recipe=dict(version.params),
             lineage=steps,
@@ -107,6 +108,12 @@ def read_warnings(home: Home, outputs: Mapping[str, ArtifactRef]) -> list[tuple[
             made = [entry for entry in lineage.executions(output=ref.sha256) if entry.status == "COMPLETED"]
             entries += [(name, text) for text in warnings_of(made[-1].environment)] if made else []
         return entries
+
+
+def _sweep_of(version: AdapterVersion) -> dict[str, Any]:
+    """Returns the choice of a version by a sweep, as an entry beside those of its training; empty without one."""
+    sweep = version.card.get("recipe", {}).get("done", {}).get(SWEEP)
+    return {SWEEP: sweep} if sweep else {}
 
 
 def _rights(home: Home, version: AdapterVersion) -> dict[str, Any]:

@@ -8,19 +8,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from lora_engine.files import atomic_write, canonical_json
+from lora_engine.settings import AddedLater
 from registry.home import Home
 from tasks.spec import Input, StepSpec
 from tasks.step import Context, always, step
+from tasks.sweep.spec import SWEEP, SweepWinner
 
 
 class Register(StepSpec):
-    """The adapter, its report, the name to register, and the alias to request."""
+    """The adapter, its report, the name to register, and the alias to request.
+
+    Attributes:
+        sweep: The sweep that chose its settings; set by `loraline sweep`.
+    """
 
     uses: Literal["register"] = "register"
     name: str
     adapter: Annotated[str, Input("adapter")]
     report: Annotated[str | None, Input("report")] = None
     alias: str | None = None
+    sweep: Annotated[SweepWinner | None, AddedLater()] = None
 
 
 def is_still_registered(home: Home, summary: bytes) -> bool:
@@ -53,6 +60,9 @@ def register(spec: Register, context: Context) -> None:
 
     adapter_folder, report_folder = context.folder("adapter"), context.optional("report")
     card = read_bundle(adapter_folder / "adapter.safetensors").card
+    if spec.sweep is not None:
+        done = {**card.recipe.get("done", {}), SWEEP: spec.sweep.describe()}
+        card = card.model_copy(update={"recipe": {**card.recipe, "done": done}})
     report = json.loads((report_folder / "report.json").read_bytes()) if report_folder else {}
     versions = Versions(context.home)
     version = versions.register(

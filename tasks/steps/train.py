@@ -6,7 +6,7 @@ go to the work folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ from lora_engine.training.methods import methods
 from lora_engine.training.spec import TrainSettings
 from registry.home import Home
 from tasks.devices import device_slots
+from tasks.digests import PathDigest
 from tasks.spec import External, Input, StepSpec
 from tasks.step import Context, always, step
 from tasks.watching import watching
@@ -59,6 +60,16 @@ class Train(StepSpec, TrainSettings):
         if self.init is not None and self.is_auto("rank"):
             raise ValueError("rank auto cannot start from an adapter; set a rank, or leave init out")
         return self
+
+
+def find_train_revision(spec: Train, files: Mapping[str, PathDigest]) -> int:
+    """Returns the first revision that trains a spec as this release does; see `StepKind.revisions`.
+
+    From 3 on, a training with an automatic rank scores candidates at their best prefix of the ranks.
+    """
+    from lora_engine.training.automatic import scores_prefixes
+
+    return 3 if scores_prefixes(spec, spec.automatic) else 2
 
 
 def find_entries(spec: Train) -> Iterator[tuple[Registry[Any], str]]:
@@ -107,7 +118,8 @@ def _describe_cost(spec: Train) -> str:
 @step(
     Train,
     produces="adapter",
-    revision=2,
+    revision=3,
+    revisions=find_train_revision,
     imports=always("lora_engine.training.device", "lora_engine.training.spawn", "registry.versions.live_run"),
     entries=find_entries,
     stops=True,

@@ -150,6 +150,24 @@ def test_a_setting_that_was_added_later_is_in_the_key_only_if_it_differs_from_it
     assert without_later(Quality(), {"level": 1, "finer": 3}) == {"level": 1}
 
 
+@pytest.mark.parametrize(
+    ("change", "revision"),
+    [
+        ({"rank": "auto"}, 2),
+        ({"steps": "auto", "schedule": "constant"}, 2),
+        ({"rank": "auto", "learning_rate": "auto"}, 3),
+        ({"rank": "auto", "steps": "auto", "schedule": "constant"}, 3),
+        ({"rank": "auto", "best_checkpoint": {}, "schedule": "constant"}, 3),
+    ],
+    ids=str,
+)
+def test_trainings_that_score_prefixes_of_the_ranks_alone_have_a_new_revision(
+    change: dict[str, Any], revision: int
+) -> None:
+    job, inputs = job_of({"uses": "train", **STEP_CASES["train"], **change})
+    assert job.key_parts(inputs)["revision"] == revision
+
+
 def test_a_setting_without_effect_is_in_the_key_with_its_default() -> None:
     data = {"uses": "train", **STEP_CASES["train"]}
     watched = {"validate_every": 5, "save_every": 5, "samples": {"every": 5, "prompts": ("a",)}}

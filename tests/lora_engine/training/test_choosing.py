@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from lora_engine.errors import SettingsError
 from lora_engine.formats import read_bundle
 from lora_engine.training.automatic import block_of, choose_blocks, choose_rank, choose_rate, limit_steps
 from lora_engine.training.choice_images import choice_images
-from lora_engine.training.choosing import Check, Chooser
+from lora_engine.training.choosing import Check, Chooser, read_checks, write_checks
 from lora_engine.training.schedules import PhaseRates, RateStage
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.choosing import RANK_PREFIXES
@@ -32,7 +33,7 @@ def chooser(**change: Any) -> Chooser:
 
 
 def checks(*scores: float, first: int = 10, every: int = 10) -> list[Check]:
-    return [Check(first + every * number, (score, score)) for number, score in enumerate(scores)]
+    return [Check(first + every * number, ((score, score),)) for number, score in enumerate(scores)]
 
 
 def test_without_an_early_stop_the_last_share_of_the_steps_falls_to_0() -> None:
@@ -72,11 +73,25 @@ def test_dvar_stops_when_the_last_losses_hardly_vary() -> None:
 
 
 def test_leave_one_out_scores_every_unit_by_a_choice_without_it() -> None:
-    candidates = [Check(1, (0.0, 1.0, 1.0)), Check(2, (0.9, 0.8, 0.9))]
+    candidates = [Check(1, ((0.0, 1.0, 1.0),)), Check(2, ((0.9, 0.8, 0.9),))]
     assert chooser().best(candidates).step == 1
     # Without the first unit the second candidate wins: (0.9 + 1 + 1) / 3.
     assert chooser().leave_one_out(candidates) == pytest.approx((0.9 + 1.0 + 1.0) / 3)
-    assert chooser().leave_one_out([Check(1, (0.5,))]) is None
+    assert chooser().leave_one_out([Check(1, ((0.5,),))]) is None
+
+
+def test_with_an_automatic_rank_a_step_counts_by_its_best_prefix() -> None:
+    # By the last row, the highest rank, the first step would win.
+    candidates = [Check(10, ((0.5, 0.5), (0.4, 0.4))), Check(20, ((0.1, 0.3), (0.6, 0.6)))]
+    assert [check.score for check in candidates] == pytest.approx([0.4, 0.2])
+    assert chooser().best(candidates).step == 20
+    # Without a unit, the same row wins: the mean of both.
+    assert chooser().leave_one_out(candidates) == pytest.approx(0.2)
+    # Without its first unit, (0.1, 0.6) is worse than (0.5, 0.5).
+    assert chooser().leave_one_out([Check(10, ((0.5, 0.5), (0.1, 0.6)))]) == pytest.approx((0.5 + 0.6) / 2)
+    assert read_checks(json.loads(json.dumps(write_checks(candidates)))) == candidates
+    single = checks(3.0, 2.0)
+    assert read_checks(json.loads(json.dumps(write_checks(single)))) == single
 
 
 def simulate_bias(n: int, k: int, trials: int, corrected: bool) -> float:
@@ -87,7 +102,7 @@ def simulate_bias(n: int, k: int, trials: int, corrected: bool) -> float:
         values[0] = random.standard_normal(n)
         for step in range(1, k):  # neighbors correlate by .6, as in the fact paper
             values[step] = 0.6 * values[step - 1] + 0.8 * random.standard_normal(n)
-        candidates = [Check(step, tuple(row)) for step, row in enumerate(values.tolist())]
+        candidates = [Check(step, (tuple(row),)) for step, row in enumerate(values.tolist())]
         rules = chooser()
         reported = rules.leave_one_out(candidates) if corrected else rules.best(candidates).score
         assert reported is not None
@@ -275,6 +290,8 @@ def test_automatic_settings_resume_to_the_same_bytes(runs: Runs, make_dataset: C
         automatic["learning_rate"]["chosen"],
     )
     assert recipe["done"]["automatic"]["rank"]["losses"] == automatic["rank"]["losses"]
+    chosen = curves_of(out)["chosen"]
+    assert chosen["score"] == pytest.approx(min(loss for _, loss in automatic["rank"]["losses"]), rel=1e-5)
     assert {delta.rank for delta in read_bundle(out / "adapter.safetensors").adapter.modules.values()} == {
         recipe["rank"]
     }
