@@ -11,15 +11,16 @@ import pytest
 
 from flows.sweep import run_sweep, sweep_key
 from flows.sweep_file import load_sweep
-from lora_engine.errors import InterruptedRun
+from lora_engine.errors import InterruptedRun, SettingsError
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.versions.versions import Versions
 from tasks.errors import SpecError
 from tasks.progress import clear_stop, request_stop
-from tasks.sweep.records import read_trials, trial_folder, write_trial
-from tasks.sweep.spec import TrialRecord
+from tasks.sweep.records import measure_adapter, read_trials, read_value, trial_folder, write_trial
+from tasks.sweep.spec import SweepSettings, TrialRecord
 from tests.flows.commands import loraline_here, say
+from tests.flows.shared import Trained
 
 SWEEP = """\
 sweep:
@@ -197,3 +198,21 @@ def test_the_example_is_a_sweep_over_its_training() -> None:
     trial = sweep.with_values({"adapter.rank": 16})
     assert set(trial.steps) == sweep.trial_steps
     assert trial.steps["adapter"].model_dump()["rank"] == 16
+
+
+def test_the_metric_of_an_evaluation_is_that_of_its_report(trained: Trained) -> None:
+    def declare(metric: str) -> SweepSettings:
+        parameters = {"adapter.rank": {"values": [1, 2]}}
+        return SweepSettings.model_validate(
+            {"parameters": parameters, "metric": metric, "direction": "minimize", "trials": 2}
+        )
+
+    version = trained.version()
+    assert version.report is not None
+    value = read_value(trained.home, declare("report.validation_loss"), version.report)
+    assert value == version.metrics["validation_loss"]["adapter"]
+    with pytest.raises(SettingsError, match=r"'report\.class_drift', which was not measured"):
+        read_value(trained.home, declare("report.class_drift"), version.report)
+    facts = measure_adapter(trained.home, version.artifact)
+    assert facts["size"] == version.size
+    assert facts["adapter"] == version.artifact.sha256
