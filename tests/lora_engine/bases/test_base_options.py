@@ -94,6 +94,6 @@ def test_init_that_was_trained_with_other_options_is_warned_about(
     file = write_random(tmp_path / "init.safetensors", 1, form="loraline", card=Card(recipe={"clip_skip": 2}))
     with caplog.at_level(logging.WARNING):
         read_initial(file, load_base("tiny", device="cpu", options=BaseOptions(2)))
-        assert caplog.text == ""
+        assert "clip_skip" not in caplog.text
         read_initial(file, load_base("tiny", device="cpu"))
     assert "init was trained with clip_skip 2, not None" in caplog.text
