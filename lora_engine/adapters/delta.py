@@ -7,6 +7,7 @@ have mathematical names; names from files (`lora_down`, `lora_A`) stay in `forma
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
 
     from lora_engine.adapters.layer import LayerOp
     from lora_engine.adapters.low_rank import LowRankLinear
+
+
+def fill_kaiming_uniform(factor: Tensor, generator: torch.Generator | None) -> None:
+    """Fills a factor as `nn.init.kaiming_uniform_` with a = sqrt(5) does, with the same values.
+
+    Not by `nn.init`: while another thread loads a model, transformers and diffusers replace its functions by ones that
+    do nothing.
+    """
+    fan_in = math.prod(factor.shape[1:])
+    bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(fan_in))
+    factor.uniform_(-bound, bound, generator=generator)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, fill_kaiming_uniform
 from lora_engine.adapters.lora import LoraDelta, alpha_issues, check_rank
-from lora_engine.lazy_torch import F, nn, torch
+from lora_engine.lazy_torch import F, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ class GloraDelta(Delta):
         inputs, ones = weight.shape[1], [1 for _ in weight.shape[2:]]
         input_up, up = torch.empty(inputs, rank), torch.empty(weight.shape[0], rank, *ones)
         for factor in (input_up, up):
-            nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=generator)
+            fill_kaiming_uniform(factor, generator)
         down = torch.zeros(rank, *weight.shape[1:])
         return cls(input_up, torch.zeros(rank, inputs), up, down, float(alpha or rank))
 

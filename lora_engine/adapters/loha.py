@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
 from lora_engine.adapters.lora import LoraDelta, alpha_issues, check_rank
-from lora_engine.lazy_torch import nn, torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +76,9 @@ class LohaDelta(Delta):
         up = (rank, out) if has_cores else (out, rank)
 
         def normal(std: float, *shape: int) -> Tensor:
-            return nn.init.normal_(torch.empty(shape), std=std, generator=generator)
+            return torch.empty(shape).normal_(
+                0.0, std, generator=generator
+            )  # not `nn.init`: see `fill_kaiming_uniform`
 
         up1, down1, down2 = normal(0.1, *up), normal(1.0, rank, columns), normal(1.0, rank, columns)
         delta = cls(up1, down1, torch.zeros(up), down2, float(alpha or rank))

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, fill_kaiming_uniform
 from lora_engine.adapters.lora import LoraDelta, alpha_issues, check_rank
 from lora_engine.errors import SettingsError
-from lora_engine.lazy_torch import nn, torch
+from lora_engine.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +101,7 @@ class LokrDelta(Delta):
             factors |= {"right_up": torch.empty(c, rank), "right_down": torch.zeros(rank, d * math.prod(kernel))}
         for name, tensor in factors.items():
             if name not in ("right", "right_down"):
-                nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+                fill_kaiming_uniform(tensor, generator)
         return cls.from_factors(factors, float(alpha or rank))
 
     @classmethod

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward
+from lora_engine.adapters.delta import DAMAGED, OTHER_BASE, Delta, Issue, dense_forward, fill_kaiming_uniform
 from lora_engine.errors import SettingsError
-from lora_engine.lazy_torch import F, nn, torch
+from lora_engine.lazy_torch import F, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,10 +78,10 @@ class LoraDelta(Delta):
         kernel = weight.shape[2:]
         has_core = tucker and math.prod(kernel) > 1
         down = torch.empty(rank, weight.shape[1], *(1 for _ in kernel)) if has_core else _empty_like(rank, weight)
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+        fill_kaiming_uniform(down, generator)
         mid = torch.empty(rank, rank, *kernel) if has_core else None
         if mid is not None:
-            nn.init.kaiming_uniform_(mid, a=math.sqrt(5), generator=generator)
+            fill_kaiming_uniform(mid, generator)
         up = torch.zeros(weight.shape[0], rank, *(1 for _ in kernel))
         return cls(down, up, float(alpha or rank), mid)
 

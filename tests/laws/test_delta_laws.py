@@ -1,6 +1,7 @@
 """Laws for every registered adapter kind on every type of layer."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from law_adapters import (
 from torch import nn
 
 from lora_engine.adapters import Adapter, DictTree, LoraDelta, attach, collapse, create_adapter, kinds
+from lora_engine.adapters.delta import fill_kaiming_uniform
 from lora_engine.adapters.layer import bias_of
 
 PAIRS = [(kind, name) for kind in kinds for name in LAYERS if applies_to(kind, layer_of(name))]
@@ -48,6 +50,30 @@ def test_a_new_adapter_has_no_effect(kind, layer_name):
     with attach(tree_of(layer), adapter) as attachment, torch.no_grad():
         wrapped = attachment._layers["unet.0"]
         assert torch.equal(wrapped(x), layer(x))
+
+
+@pairs
+def test_a_new_adapter_is_the_same_while_another_thread_loads_a_model(kind, layer_name, monkeypatch):
+    tree = tree_of(layer_of(layer_name))
+
+    def create():
+        generator = torch.Generator().manual_seed(0)
+        return create_adapter(tree, "*", kind, rank=2, generator=generator).modules["unet.0"]
+
+    before = create()
+    # transformers and diffusers do this to the whole process.
+    for name in ("kaiming_uniform_", "normal_", "uniform_"):
+        monkeypatch.setattr(nn.init, name, lambda tensor, *_, **__: tensor.fill_(torch.nan))
+    during = create()
+    assert all(torch.equal(factor, during.factors()[name]) for name, factor in before.factors().items())
+
+
+def test_factors_are_filled_as_torch_does():
+    for shape in ((3, 5), (4, 6, 3, 3), (2, 1, 1, 1)):
+        own, expected = torch.empty(shape), torch.empty(shape)
+        fill_kaiming_uniform(own, torch.Generator().manual_seed(3))
+        nn.init.kaiming_uniform_(expected, a=math.sqrt(5), generator=torch.Generator().manual_seed(3))
+        assert torch.equal(own, expected)
 
 
 @pairs
