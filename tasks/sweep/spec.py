@@ -14,7 +14,11 @@ SWEEP = "sweep"
 """Name of the entry about a sweep under `done` in the recipe of a version."""
 TrialState = Literal["completed", "pruned", "failed"]
 SweepDirection = Literal["maximize", "minimize"]
-Number = Annotated[int | float, Field(allow_inf_nan=False)]
+_LARGEST = 10**12
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)] | _Finite
+_Step = Annotated[int, Field(gt=0, le=_LARGEST)] | Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class SweepParameter(BaseModel):
@@ -34,7 +38,7 @@ class SweepParameter(BaseModel):
     low: Number | None = None
     high: Number | None = None
     log: bool = False
-    step: Annotated[int | float, Field(gt=0, allow_inf_nan=False)] | None = None
+    step: _Step | None = None
 
     @model_validator(mode="after")
     def _is_searchable(self) -> SweepParameter:
@@ -143,7 +147,7 @@ class SweptTrial(BaseModel):
 
     values: dict[str, Any]
     state: TrialState
-    value: float | None = None
+    value: _Finite | None = None
     adapter: str | None = None
     run: str | None = None
 
@@ -162,7 +166,7 @@ class SweepWinner(BaseModel):
 
     metric: str
     direction: SweepDirection
-    value: float
+    value: _Finite
     trials: tuple[SweptTrial, ...] = Field(max_length=MOST_TRIALS)
 
     def describe(self) -> dict[str, Any]:
@@ -200,13 +204,13 @@ class TrialRecord(BaseModel):
     number: int = Field(ge=0, lt=MOST_TRIALS)
     values: dict[str, Any]
     state: TrialState
-    value: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    curve: tuple[tuple[int, float], ...] = ()
+    value: _Finite | None = None
+    curve: tuple[tuple[_Count, _Finite], ...] = ()
     run: str | None = None
     adapter: str | None = None
-    size: int = 0
-    parameters: int = 0
-    seconds: float = 0.0
+    size: _Count = 0
+    parameters: _Count = 0
+    seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
     why: str = ""
 
     def to_swept(self) -> SweptTrial:

@@ -105,10 +105,10 @@ def test_a_revision_that_was_raised_is_named_and_its_results_are_not_adopted(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_records(home, LINE, forget_options)
-    monkeypatch.setitem(STEPS._entries, "train", replace(STEPS["train"], revision=3))
+    monkeypatch.setitem(STEPS._entries, "train", replace(STEPS["train"], revision=4, revisions=None))
     adopted = planned("adopt", home)
     assert [name for name, step in adopted.items() if step["cached"]] == ["photos", "prepared", "captions"]
-    assert adopted["adapter"]["reason"] == "revision of train changed 2 -> 3"
+    assert adopted["adapter"]["reason"] == "revision of train changed 2 -> 4"
     assert adopted["report"]["reason"] == "takes from adapter, which will run"
 
 
