@@ -11,7 +11,7 @@ from PIL import Image
 from lora_engine.data.duplicates import Print, find_same, take_print
 from lora_engine.data.quality import find_flaws
 
-_BLANK = {"nearly of one color", "very dark", "very bright"}
+_BLANK = {"nearly of one color", "very dark"}  # not "very bright": a drawing or a product on white is
 UNLIKE = 3.0
 """Deviations (1.4826 times the median absolute one) below the median from which an image is unlike its class.
 
@@ -28,7 +28,7 @@ class ClassImage:
 
     Attributes:
         name: Its name for display.
-        is_blank: True if it is nearly of one color, very dark or very bright.
+        is_blank: True if it is nearly of one color or very dark.
         print: See `take_print`.
     """
 
@@ -75,7 +75,7 @@ def find_odd(
     """
     blank = [image.name for image in images if image.is_blank]
     if blank:
-        yield _describe(blank, images, "are nearly of one color, very dark or very bright", fix)
+        yield _describe(blank, images, "are nearly of one color or very dark", fix)
     shown = [image for image in images if not image.is_blank]
     repeated = sorted({second for _, second in find_same([image.print for image in shown])})
     if repeated:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from lora_engine.data.class_images import GIVEN, Likeness, find_odd, read_class_image
 from lora_engine.data.ingest import ingest
+from lora_engine.data.quality import find_flaws
 from lora_engine.data.spec import IngestSettings
 
 
@@ -34,9 +35,16 @@ def test_images_of_one_color_and_repeated_ones_are_counted_and_named() -> None:
     black, white = Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64), "white")
     copy = smooth(1).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     assert odd([smooth(0), smooth(1), black, copy, white, black]) == [
-        "3 of 6 class images are nearly of one color, very dark or very bright, first 2.png; remove or replace them",
+        "3 of 6 class images are nearly of one color or very dark, first 2.png; remove or replace them",
         "1 of 6 class images show the same as another, first 3.png; remove or replace them",
     ]
+
+
+def test_a_drawing_on_white_is_not_odd() -> None:
+    drawing = Image.new("RGB", (64, 64), "white")
+    drawing.paste((200, 30, 30), (20, 20, 32, 32))
+    assert "very bright" in find_flaws(drawing)
+    assert odd([smooth(0), drawing]) == []
 
 
 def test_images_unlike_their_class_are_named_by_their_likeness() -> None:
@@ -60,6 +68,5 @@ def test_ingest_names_odd_class_images_only(tmp_path: Path, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING):
         ingest(tmp_path / "images", tmp_path / "out", IngestSettings())
     assert [text for text in caplog.messages if "class images" in text] == [
-        "1 of 5 class images are nearly of one color, very dark or very bright, first 1_dog/black.png; "
-        "remove or replace them"
+        "1 of 5 class images are nearly of one color or very dark, first 1_dog/black.png; remove or replace them"
     ]
