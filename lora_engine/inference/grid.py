@@ -18,7 +18,8 @@ SETTINGS = ("seed", "steps", "guidance", "sampler")
 MAX_CELLS = 400
 _RANGE = re.compile(r"(-?[0-9]{1,9}(?:\.[0-9]{0,9})?)\.\.(-?[0-9]{1,9}(?:\.[0-9]{0,9})?)/([0-9]{1,3})")
 _NUMBER = re.compile(r"-?[0-9]{1,9}(?:\.[0-9]{0,9})?")
-_LABEL, _GAP = 14, 4
+_LABEL, _GAP, _LEAST_SIDE = 14, 4, 128
+_NEAREST = Image.Resampling.NEAREST
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ def cells_of(prompt: str, axes: Sequence[Axis]) -> list[list[Cell]]:
 
 
 def compose_sheet(rows: Sequence[Sequence[Image.Image]], axes: Sequence[Axis]) -> Image.Image:
-    """Returns all images of a grid with labels; each has the place of its cell."""
+    """Returns all images of a grid with labels, each in the place of its cell; small ones are enlarged."""
+    factor = max(1, _LEAST_SIDE // max(max(image.size) for row in rows for image in row))
+    rows = [[image.resize((image.width * factor, image.height * factor), _NEAREST) for image in row] for row in rows]
     font = ImageFont.load_default(size=_LABEL)
     width = max(image.width for row in rows for image in row)
     height = max(image.height for row in rows for image in row)

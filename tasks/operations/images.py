@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lora_engine.errors import SettingsError
 from lora_engine.inference.grid import Axis, Cell, cells_of
 from lora_engine.inference.prompts.prompt import ParsedPrompt, parse_prompt
+from lora_engine.progress import Progress, no_progress
 from registry.store.snapshot import find_scratch
 from tasks.operations.adapter_files import fetch_adapter
 from tasks.progress import StepEvent, publish
@@ -69,7 +70,7 @@ def draw(request: DrawRequest, folder: Path, home: Path) -> list[Path]:
 
     prompt = parse_prompt(request.prompt)
     with _drawing(request, home, [prompt]) as draw_one:
-        pixels, drawing, settings = draw_one(prompt, request)
+        pixels, drawing, settings = draw_one(prompt, request, _publish)
     paths = [folder / f"{seed}.png" for seed in settings.seeds]
     for path, seed, image in zip(paths, settings.seeds, pixels, strict=True):
         write_drawn(path, image, drawing, seed)
@@ -111,12 +112,16 @@ def draw_grid(request: DrawRequest, axes: Sequence[Axis], folder: Path, home: Pa
                 paths.append(folder / f"{number:02d}-{column:02d}.png")
                 write_drawn(paths[-1], pixels[0], drawing, settings.seeds[0])
                 sheet[-1].append(pixels[0])
-                publish(StepEvent("generate", "progress", len(paths), total))
+                _publish(len(paths), total, {})
     images = [[to_image(pixels) for pixels in row] for row in sheet]
     write_image(folder / GRID, compose_sheet(images, axes))
     if animated:
         write_animation(folder / ANIMATION, images[0])
     return [folder / GRID, *([folder / ANIMATION] if animated else []), *paths]
+
+
+def _publish(done: int, total: int, values: Mapping[str, float]) -> None:
+    publish(StepEvent("generate", "progress", done, total, values))
 
 
 def _changed(request: DrawRequest, cell: Cell) -> DrawRequest:
@@ -154,7 +159,9 @@ class _DrawOne:
     files: dict[str, tuple[Path, str]]
     negative: ParsedPrompt
 
-    def __call__(self, prompt: ParsedPrompt, request: DrawRequest) -> tuple[Tensor, Drawing, DrawSettings]:
+    def __call__(
+        self, prompt: ParsedPrompt, request: DrawRequest, progress: Progress = no_progress
+    ) -> tuple[Tensor, Drawing, DrawSettings]:
         from lora_engine.inference.draw import DrawSettings
 
         settings = DrawSettings(
@@ -169,6 +176,6 @@ class _DrawOne:
             settings,
             files=[self.files[tag.name] for tag in prompt.adapters],
             negative=self.negative,
-            progress=lambda done, total, values: publish(StepEvent("generate", "progress", done, total, values)),
+            progress=progress,
         )
         return pixels, drawing, settings
