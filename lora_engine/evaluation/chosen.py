@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
@@ -12,6 +12,7 @@ from lora_engine.documents import read_json_object
 from lora_engine.errors import DataError
 
 MAX_STEPS = 10_000_000
+_Record = TypeVar("_Record", bound=BaseModel)
 
 
 class Chosen(BaseModel):
@@ -63,11 +64,20 @@ def read_training_record(adapter: Path) -> TrainingRecord:
         DataError: The file exists and cannot be read.
     """
     path = (adapter if adapter.is_dir() else adapter.parent) / "training.json"
+    return read_record(TrainingRecord, path, remedy="train again")
+
+
+def read_record(model: type[_Record], path: Path, *, remedy: str) -> _Record:
+    """Reads a record from a JSON file; without a file, one that has nothing set.
+
+    Raises:
+        DataError: The file exists and cannot be read.
+    """
     if not path.exists():
-        return TrainingRecord()
+        return model()
     try:
-        return TrainingRecord.model_validate(read_json_object(path, DataError, remedy="train again"))
+        return model.model_validate(read_json_object(path, DataError, remedy=remedy))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         key = ".".join(map(str, first["loc"]))
-        raise DataError(f"{key}: {first['msg']}", where=str(path), remedy="train again") from None
+        raise DataError(f"{key[:200]}: {first['msg']}", where=str(path), remedy=remedy) from None

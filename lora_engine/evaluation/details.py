@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-from lora_engine.documents import read_json_object
-from lora_engine.errors import DataError
+from lora_engine.evaluation.chosen import read_record
 from lora_engine.files import atomic_write, canonical_json
 
 DETAILS = "details.json"
@@ -135,12 +134,4 @@ def read_details(folder: Path) -> Details:
     Raises:
         DataError: The file exists and is broken.
     """
-    path = folder / DETAILS
-    if not path.exists():
-        return Details()
-    try:
-        return Details.model_validate(read_json_object(path, DataError, remedy="evaluate again"))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise DataError(f"{key[:200]}: {first['msg']}", where=str(path), remedy="evaluate again") from None
+    return read_record(Details, folder / DETAILS, remedy="evaluate again")

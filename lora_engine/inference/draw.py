@@ -57,6 +57,7 @@ class Drawer:
         self._clip_skip, self._vae = clip_skip, resolve_vae(vae) if vae else None
         self._names = self._model.module_names()
         self._bundles: dict[Path, Bundle] = {}
+        self._used: dict[tuple[Path, str], UsedAdapter] = {}
 
     def draw(
         self,
@@ -107,6 +108,11 @@ class Drawer:
             self._bundles[file] = read_bundle(file, self._names)
         return self._bundles[file]
 
+    def _describe_adapter(self, file: tuple[Path, str]) -> UsedAdapter:
+        if file not in self._used:
+            self._used[file] = UsedAdapter.of_file(*file)
+        return self._used[file]
+
     def _describe(
         self, prompt: ParsedPrompt, negative: ParsedPrompt, settings: DrawSettings, files: Sequence[tuple[Path, str]]
     ) -> Drawing:
@@ -115,7 +121,7 @@ class Drawer:
         return Drawing(
             prompt,
             negative,
-            [UsedAdapter.of_file(*file) for file in files],
+            [self._describe_adapter(file) for file in files],
             base=Path(name).name if Path(name).exists() else name,  # no path of this machine
             fingerprint=self._model.fingerprint,
             scheduler=sampler.scheduler,
