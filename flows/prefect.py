@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from flows.telemetry import describe_span, is_traced, start_tracing
 from lora_engine.lean import collection_paused
 from registry.entities import ArtifactRef
 from registry.home import Home
@@ -53,6 +54,8 @@ def configure_prefect(home: Home) -> None:
         "DO_NOT_TRACK": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
+    if is_traced():
+        settings["PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY"] = "true"  # spans of flow and task runs
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 
@@ -75,6 +78,7 @@ def run_as_flow(
     with collection_paused():
         from prefect import flow, tags
 
+    start_tracing()
     results: list[_Result] = []
 
     def run(*args: Any) -> Any:
@@ -204,6 +208,15 @@ def _execute(job: Job, inputs: Mapping[str, list[Outcome | ArtifactRef]], home: 
         for field, items in inputs.items()
     }
     outcome = execute(job, refs, home, run_id, force=force)
+    describe_span(
+        {
+            "loraline.run": run_id,
+            "loraline.step": job.name,
+            "loraline.uses": job.kind.name,
+            "loraline.cached": outcome.cached,
+            "loraline.artifact": outcome.ref.sha256,
+        }
+    )
     return Completed(name="Cached", data=outcome) if outcome.cached else outcome
 
 

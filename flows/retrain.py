@@ -16,11 +16,13 @@ from flows.pipeline import run_pipeline
 from flows.prefect import logs_of_flow_run, to_prefect
 from flows.result import PipelineResult, final_state
 from flows.spec import load_spec
+from flows.telemetry import start_tracing
 from lora_engine.lean import optional_hidden
 from registry.home import Home
 from registry.store.redaction import SecretFreeErrors
 
 _log = logging.getLogger("flows.retrain")  # a worker loads this file under another module name
+start_tracing()  # before the span of the flow run starts
 
 
 @dataclass(frozen=True)

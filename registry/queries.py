@@ -290,6 +290,14 @@ def read_events(session: Session, name: str | None = None, alias: str | None = N
     return [_event(row) for row in session.scalars(query)]
 
 
+def read_moves(session: Session, name: str | None = None) -> dict[tuple[str, str], Event]:
+    """Returns the event that moved each alias to where it points, by (name, alias); of one name, or of all."""
+    query = select(EventRow).join(AliasRow, AliasRow.seq == EventRow.seq)
+    if name is not None:
+        query = query.where(AliasRow.name == name)
+    return {(event.name, event.alias): event for event in map(_event, session.scalars(query))}
+
+
 def entities(session: Session, rows: Sequence[VersionRow]) -> list[AdapterVersion]:
     """Returns the versions of rows with their artifacts, aliases and parents; uses a few queries for all rows."""
     digests = {digest for row in rows for digest in (row.artifact, row.report) if isinstance(digest, str)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +131,7 @@ def _run(
     live: bool,
 ) -> Outcome:
     publish(StepEvent(job.name, "started"))
+    start = time.monotonic()
     outcome, compute = _work(job, inputs, home, store, execution, force=force, live=live)
     user_files = _store_files(job, store)
     if not job.files_are_current():
@@ -144,6 +146,8 @@ def _run(
     _record(lineage, execution, outcome.ref, store)
     shutil.rmtree(home.work / execution.key, ignore_errors=True)
     publish(StepEvent(job.name, "completed"))
+    seconds = time.monotonic() - start
+    _log.info("step %s: completed in %.1f s: %s %s", job.name, seconds, outcome.ref.kind, outcome.ref.sha256)
     return outcome
 
 

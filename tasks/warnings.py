@@ -32,7 +32,7 @@ _current: ContextVar[_Collected | None] = ContextVar("warnings", default=None)
 
 class _Collector(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        if not logging.getLogger().handlers and logging.lastResort is not None:
+        if not _is_shown(record) and logging.lastResort is not None:
             logging.lastResort.handle(record)  # which `logging` leaves out because of this handler
         collected = _current.get()
         # What an artifact lists itself, such as quarantined files, is shown from there.
@@ -44,7 +44,21 @@ class _Collector(logging.Handler):
             publish(StepEvent(collected.step, "warning", text=text))
 
 
+def _is_shown(record: logging.LogRecord) -> bool:
+    """Returns True if a handler of the package or of the root writes a record to a stream."""
+    package = logging.getLogger(record.name.partition(".")[0])
+    return bool(logging.getLogger().handlers) or any(
+        isinstance(handler, logging.StreamHandler) for handler in package.handlers
+    )
+
+
 _collector = _Collector(logging.WARNING)
+
+
+def current_step() -> str:
+    """Returns the name of the step that runs in this thread; an empty string outside of steps."""
+    collected = _current.get()
+    return collected.step if collected is not None else ""
 
 
 @contextmanager

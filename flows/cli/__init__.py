@@ -62,10 +62,12 @@ def start() -> None:
 def main() -> None:
     """Runs the command in `sys.argv` and exits with its exit code."""
     from flows.cli.output import explain
+    from flows.logs import configure_logs
     from lora_engine.errors import EngineError, InterruptedRun
     from registry.errors import RegistryError
 
     try:
+        configure_logs()
         app(standalone_mode=True)
     except (InterruptedRun, KeyboardInterrupt) as error:
         explain(error)

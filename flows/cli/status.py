@@ -1,7 +1,8 @@
-"""Defines the verb `status`: shows the runs in progress, the latest results, and the aliases with their policies."""
+"""Defines the verbs that watch a home: status and metrics."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,13 +13,14 @@ from flows.cli.verbs import Access, add_verb
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from flows.queued import QueuedRun
     from registry.policy.conditions import AliasState
-    from tasks.operations.status import RunState, StepStatus
+    from tasks.operations.status import AdapterSummary, RunState, StepStatus
 
 
 def add_verbs(app: typer.Typer) -> None:
-    """Adds this module's verb to the command."""
-    add_verb(app, Access.READ, status)
+    """Adds this module's verbs to the command."""
+    add_verb(app, Access.READ, status, metrics)
 
 
 def status(
@@ -26,35 +28,81 @@ def status(
     limit: Annotated[int, typer.Option("-n", "--limit", min=0, help="Number of ended runs to show.")] = 3,
     as_json: Json = False,
 ) -> None:
-    """Show running steps, the latest results, and aliases with their policies. Exit code 1 if a policy is not met."""
+    """Show runs, adapters, and aliases with who moved them and their policies. Exit code 1 if a policy is not met."""
     from flows.cli.output import print_json
-    from tasks.operations.status import read_aliases, read_status
+    from flows.queued import read_queued
+    from tasks.operations.status import read_adapters, read_aliases, read_status
 
     home = open_home()
-    runs = read_status(home, limit, name)
+    runs, adapters = read_status(home, limit, name), read_adapters(home, name)
     aliases, lockouts = read_aliases(home, name)
+    queued = read_queued()
     if as_json:
-        print_json({"runs": [state.to_json() for state in runs], "aliases": aliases, "lockouts": lockouts})
+        shown = {"runs": [state.to_json() for state in runs], "adapters": adapters, "aliases": aliases}
+        print_json({**shown, "lockouts": lockouts, "queued": queued})
     else:
         if not runs:
             print("no runs")
         for state in runs:
             _print_run(state)
+        _print_queued(queued)
+        _print_adapters(adapters)
         _print_aliases(aliases, lockouts)
     if any(state.reasons for state in aliases):
         raise typer.Exit(1)
 
 
-def _print_aliases(aliases: Sequence[AliasState], lockouts: Mapping[str, str]) -> None:
+def metrics(
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="File to write, such as loraline.prom.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print counts of versions, aliases, runs and steps in the text format of Prometheus."""
+    from flows.cli.output import print_json
+    from lora_engine.files import atomic_write
+    from tasks.operations.metrics import read_metrics, render_metrics
+
+    found = read_metrics(open_home())
+    if as_json:
+        samples = [sample for metric in found for sample in metric.samples]
+        print_json([{"name": name, "labels": labels, "value": value} for name, labels, value, *_ in samples])
+    elif output is None:
+        typer.echo(render_metrics(found), nl=False)
+    else:
+        atomic_write(output, render_metrics(found).encode())
+
+
+def _print_queued(queued: Sequence[QueuedRun] | None) -> None:
+    from flows.cli.output import print_table
+
+    rows = [(run.name, run.deployment, run.state, f"{run.due:%Y-%m-%d %H:%M:%S}") for run in queued or ()]
+    if rows:
+        print_table(("queued run", "deployment", "state", "due (UTC)"), rows)
+
+
+def _print_adapters(adapters: Sequence[AdapterSummary]) -> None:
     from flows.cli.output import print_table
 
     rows = [
-        (f"{state.name}@{state.alias}", state.version, "NOT MET" if state.reasons else "met", reason)
-        for state in aliases
-        for reason in state.reasons or (_overridden(state.overridden),)
+        (adapter.name, f"@{adapter.version}", f"{adapter.created_at:%Y-%m-%d %H:%M}", adapter.gates, adapter.versions)
+        for adapter in adapters
     ]
     if rows:
-        print_table(("alias", "version", "policy", "reason"), rows)
+        print_table(("adapter", "latest", "registered (UTC)", "gates", "versions"), rows)
+
+
+def _print_aliases(aliases: Sequence[AliasState], lockouts: Mapping[str, str]) -> None:
+    from flows.cli.output import print_table
+
+    columns = ("alias", "version", "since (UTC)", "by", "because", "policy", "reason")
+    rows = []
+    for state in aliases:
+        moved = (f"{state.name}@{state.alias}", state.version, f"{state.since:%Y-%m-%d %H:%M}", state.actor)
+        for reason in state.reasons or (_overridden(state.overridden),):
+            rows.append((*moved, state.moved_because, "NOT MET" if state.reasons else "met", reason))
+    if rows:
+        print_table(columns, rows)
     for problem in lockouts.values():
         print(f"Nobody can use a policy: {problem}")
 

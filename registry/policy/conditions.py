@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -34,6 +35,9 @@ class AliasState:
         version: Number of the version.
         reasons: Reasons for which the version does not meet the policy; empty if it does.
         overridden: Reasons that a user overrode.
+        since: Time at which the alias was moved to the version.
+        actor: The user who moved it.
+        moved_because: The reason that the user gave.
     """
 
     name: str
@@ -41,6 +45,9 @@ class AliasState:
     version: int
     reasons: tuple[str, ...]
     overridden: tuple[str, ...]
+    since: datetime
+    actor: str
+    moved_because: str
 
 
 def judge_alias(
@@ -99,11 +106,14 @@ def read_alias_states(context: RegistryContext, session: Session, name: str | No
         PolicyError: The home's policy or table of licenses cannot be used.
     """
     states = []
+    moves = queries.read_moves(session, name)
     for version in queries.read_versions(session, name):
         for alias in version.aliases:
             decision = judge_alias(context, version, alias, session=session)
-            overridden = sorted(overridden_reasons(session, version, alias))
-            states.append(AliasState(version.name, alias, version.version, decision.reasons, tuple(overridden)))
+            overridden = tuple(sorted(overridden_reasons(session, version, alias)))
+            move = moves[version.name, alias]
+            moved = (move.at, move.actor, move.reason)
+            states.append(AliasState(version.name, alias, version.version, decision.reasons, overridden, *moved))
     return sorted(states, key=lambda state: (state.name, state.alias))
 
 

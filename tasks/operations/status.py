@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from registry import queries
@@ -73,6 +75,47 @@ class RunState:
             for version in self.versions
         ]
         return {**run, **times, "steps": [vars(step) for step in self.steps], "versions": versions}
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """An adapter, as the latest of its versions that is neither withdrawn nor deleted.
+
+    Attributes:
+        name: Its name.
+        version: Number of that version.
+        created_at: Time at which it was registered.
+        gates: Its gate status.
+        versions: Number of such versions.
+    """
+
+    name: str
+    version: int
+    created_at: datetime
+    gates: str
+    versions: int
+
+
+def read_adapters(home: Home, name: str | None = None) -> list[AdapterSummary]:
+    """Returns a summary of each adapter with an active version, by name.
+
+    Args:
+        home: The home.
+        name: The adapter to show; None shows all.
+    """
+    if not _has_tables(home):
+        return []
+    with closing(Lineage(home.lineage_url)) as lineage, lineage.database.read() as session:
+        active = [version for version in queries.read_versions(session, name) if version.state == "ACTIVE"]
+    latest: dict[str, AdapterVersion] = {}
+    for version in active:
+        if version.name not in latest or version.version > latest[version.name].version:
+            latest[version.name] = version
+    numbers = Counter(version.name for version in active)
+    return [
+        AdapterSummary(adapter, version.version, version.created_at, version.gate_status, numbers[adapter])
+        for adapter, version in sorted(latest.items())
+    ]
 
 
 def read_status(home: Home, limit: int = 5, name: str | None = None) -> list[RunState]:
