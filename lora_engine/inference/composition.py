@@ -5,13 +5,19 @@ Texts are encoded once, before the first step, with the text encoders' weights o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lora_engine.adapters.attachment import Attachment, attach
+from lora_engine.adapters import Adapter
+from lora_engine.adapters.attachment import Attachment, attach, check_fit
+from lora_engine.adapters.layer import meta_weight
+from lora_engine.adapters.merged_weights import MergedWeights, can_merge
 from lora_engine.bases.base import BaseModel, full_mask_conditioning
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.long_text import count_chunks, encode_divided
@@ -24,44 +30,61 @@ from lora_engine.inference.prompts.tags import AdapterTag
 from lora_engine.inference.textual_inversion import attach_embeddings
 from lora_engine.progress import Progress, no_progress
 
+ComposedEngine = Literal["auto", "merged", "attached"]
+"""How adapters act on a base: `merged` computes weights whenever a multiplier changes, `attached` adds to outputs."""
+
 
 class Composition:
-    """Attached adapters whose weights follow the tags of a prompt. Created by `compose`.
+    """Adapters on a base whose weights follow the tags of a prompt. Created by `compose`.
 
     Args:
-        base: The model.
-        attached: The tags with their attached adapters; None for a file of learned tokens alone.
+        family: Family of the base.
+        tags: The tags, one per adapter.
+        merged: What of the adapters is merged into the base's weights; None if nothing is.
+        attached: What of each adapter is attached, by its number.
     """
 
-    def __init__(self, base: BaseModel, attached: Sequence[tuple[AdapterTag, Attachment | None]]) -> None:
-        self._family = base.family
-        self._attached = [(tag, attachment) for tag, attachment in attached if attachment is not None]
-        self._weights: dict[int, tuple[float, float]] = {}
+    def __init__(
+        self, family: str, tags: Sequence[AdapterTag], merged: MergedWeights | None, attached: Mapping[int, Attachment]
+    ) -> None:
+        self._family, self._tags, self._merged, self._attached = family, tags, merged, attached
+        self._weights: list[tuple[float, float]] = []
 
     def set_step(self, step: int, steps: int) -> None:
         """Sets the weights of all adapters for a step, from 0."""
-        for index, (tag, attachment) in enumerate(self._attached):
-            text_encoder, denoiser = tag.text_encoder.at(0, steps), tag.denoiser_weight(step, steps)
-            if self._weights.get(index) == (text_encoder, denoiser):
-                continue
-            self._weights[index] = text_encoder, denoiser
+        weights = [(tag.text_encoder.at(0, steps), tag.denoiser_weight(step, steps)) for tag in self._tags]
+        if weights == self._weights:
+            return
+        self._weights = weights
+        if self._merged is not None:
+            self._merged.set_multipliers(self._weight_of)
+        for index, attachment in self._attached.items():
+            attachment.set_multipliers(partial(self._weight_of, index))
 
-            def weight_of(
-                module: str, tag: AdapterTag = tag, texts: float = text_encoder, images: float = denoiser
-            ) -> float:
-                block = 1.0 if tag.blocks is None else weight_of_module(module, tag.blocks, self._family)
-                return block * (texts if module.startswith("text_encoder") else images)
-
-            attachment.set_multipliers(weight_of)
+    def _weight_of(self, index: int, module: str) -> float:
+        tag, (texts, images) = self._tags[index], self._weights[index]
+        block = 1.0 if tag.blocks is None else weight_of_module(module, tag.blocks, self._family)
+        return block * (texts if module.startswith("text_encoder") else images)
 
 
 @contextmanager
-def compose(base: BaseModel, adapters: Sequence[tuple[AdapterTag, Bundle]]) -> Iterator[Composition]:
-    """Attaches adapters and their learned tokens while the context is open.
+def compose(
+    base: BaseModel, adapters: Sequence[tuple[AdapterTag, Bundle]], *, engine: ComposedEngine = "auto"
+) -> Iterator[Composition]:
+    """Puts adapters and their learned tokens on a base while the context is open; then the base is as it was.
+
+    Args:
+        base: The model.
+        adapters: Tags and adapters.
+        engine: `merged` computes the weights of the base with all adapters, from kept ones, when a weight of a tag
+            changes; drawing then costs what it costs without adapters. `attached` adds each difference to the outputs,
+            which costs less if the weights change with every step and images are small, and keeps differences that are
+            finer than 16-bit weights. `auto` merges into weights of 32 bits and attaches to others. Quantized weights
+            are never merged.
 
     Raises:
         SettingsError: Block weights are of another family.
-        AdapterError: An adapter does not fit the base, or two have the same learned token; nothing stays attached.
+        AdapterError: An adapter does not fit the base, or two have the same learned token; the base is unchanged.
     """
     for tag, _ in adapters:
         if tag.blocks is not None and not fits_family(tag.blocks, base.family):
@@ -69,15 +92,37 @@ def compose(base: BaseModel, adapters: Sequence[tuple[AdapterTag, Bundle]]) -> I
                 f"the block weights of {tag.name!r} are not for a base of the family {base.family!r}",
                 allowed="12, 17, 20 or 26 values for U-Nets (sd, sdxl), 61 for flux",
             )
+    bundles = [bundle for _, bundle in adapters]
+    for bundle in bundles:
+        if bundle.adapter.modules:
+            check_fit(base, bundle.adapter)
+    merges = [[name for name in bundle.adapter.modules if _merges(base, name, engine)] for bundle in bundles]
     with ExitStack() as stack:
-        attached = [
-            (tag, stack.enter_context(attach(base, bundle.adapter)) if bundle.adapter.modules else None)
-            for tag, bundle in adapters
-        ]
+        merged = None
+        if any(merges):
+            parts = [_part(bundle, names) for bundle, names in zip(bundles, merges, strict=True)]
+            merged = stack.enter_context(MergedWeights(base, parts))
+        rest = {
+            index: _part(bundle, set(bundle.adapter.modules) - set(merges[index]))
+            for index, bundle in enumerate(bundles)
+        }
+        attached = {index: stack.enter_context(attach(base, part)) for index, part in rest.items() if part.modules}
         # After the last adapter and all at once: they wrap the input embedding.
-        embeddings = [embedding for _, bundle in adapters for embedding in bundle.embeddings]
+        embeddings = [embedding for bundle in bundles for embedding in bundle.embeddings]
         stack.enter_context(attach_embeddings(base, embeddings))
-        yield Composition(base, attached)
+        yield Composition(base.family, [tag for tag, _ in adapters], merged, attached)
+
+
+def _merges(base: BaseModel, module: str, engine: ComposedEngine) -> bool:
+    layer = base.get_module(module)
+    if engine == "attached" or not can_merge(layer):
+        return False
+    return engine == "merged" or meta_weight(layer).element_size() >= 4
+
+
+def _part(bundle: Bundle, names: Collection[str]) -> Adapter:
+    adapter = bundle.adapter
+    return replace(adapter, modules={name: delta for name, delta in adapter.modules.items() if name in names})
 
 
 @torch.no_grad()
@@ -99,9 +144,9 @@ def generate_composed(
     """Generates one image per seed; see `generate`.
 
     Args:
-        base: The model, with the adapters of the composition attached.
+        base: The model, with the adapters of the composition.
         prompt: The prompt.
-        composition: The attached adapters.
+        composition: The adapters.
         negative: The negative prompt; unused without guidance.
         seeds: One per image.
         steps: Denoising steps.

@@ -24,6 +24,7 @@ from torch import nn
 from lora_engine.adapters import Adapter, DictTree, LoraDelta, attach, collapse, create_adapter, kinds
 from lora_engine.adapters.delta import fill_kaiming_uniform
 from lora_engine.adapters.layer import bias_of
+from lora_engine.adapters.merged_weights import MergedWeights
 
 PAIRS = [(kind, name) for kind in kinds for name in LAYERS if applies_to(kind, layer_of(name))]
 pairs = pytest.mark.parametrize(("kind", "layer_name"), PAIRS)
@@ -38,6 +39,27 @@ def test_the_laws_cover_every_kind_and_layer():
 
 def adapter_of(kind, layer, seed=1):
     return Adapter({"unet.0": random_delta(kind, layer.weight.shape, seed=seed)})
+
+
+@pairs
+def test_merged_weights_equal_stacked_attachments_and_removal_restores_the_parameters(kind, layer_name):
+    layer = layer_of(layer_name)
+    tree, x = tree_of(layer), input_of(layer)
+    others = adapter_of("full", layer, seed=2), adapter_of(kind, layer, seed=3)
+    adapters = [adapter_of(kind, layer), *others]
+    weight, bias, before = layer.weight, bias_of(layer), layer(x)
+    with attach(tree, adapters[0], 0.7), attach(tree, adapters[1], -0.4), attach(tree, adapters[2], 0.2):
+        stacked = tree.get_module("unet.0")(x)
+    with MergedWeights(tree, adapters) as merged, torch.no_grad():
+        assert torch.equal(layer(x), before)
+        merged.set_multipliers(lambda index, name: (0.7, -0.4, 0.2)[index])
+        torch.testing.assert_close(layer(x), stacked, rtol=1e-4, atol=1e-5)
+        merged.set_multipliers(lambda index, name: 0.0)
+        assert torch.equal(layer(x), before)
+        merged.set_multipliers(lambda index, name: 1.0)
+    assert layer.weight is weight
+    assert bias_of(layer) is bias
+    assert torch.equal(layer(x), before)
 
 
 @pairs

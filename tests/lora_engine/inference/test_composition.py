@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from lora_engine.adapters import Adapter, collapse, create_adapter
+from lora_engine.adapters.adapted import AdaptedLayer
 from lora_engine.bases.base import BaseModel
 from lora_engine.bases.long_text import count_chunks
 from lora_engine.errors import SettingsError
 from lora_engine.formats import Bundle, Card
-from lora_engine.inference.composition import compose, generate_composed
+from lora_engine.inference.composition import ComposedEngine, compose, generate_composed
 from lora_engine.inference.generate import Guidance, draw_noise, generate, sample
 from lora_engine.inference.prompts.blocks import LISTS, weight_of_module
 from lora_engine.inference.prompts.prompt import parse_prompt
@@ -38,12 +39,17 @@ def _adapter(
 
 
 def _draw(
-    base: BaseModel, prompt: str, adapters: Sequence[Adapter] = (), *, negative: str = "", guidance: float = 3.0
+    base: BaseModel,
+    prompt: str,
+    adapters: Sequence[Adapter] = (),
+    *,
+    negative: str = "",
+    guidance: float = 3.0,
+    engine: ComposedEngine = "auto",
 ) -> Tensor:
     read = parse_prompt(prompt)
-    with compose(
-        base, [(tag, Bundle(adapter, Card())) for tag, adapter in zip(read.adapters, adapters, strict=True)]
-    ) as made:
+    bundles = [(tag, Bundle(adapter, Card())) for tag, adapter in zip(read.adapters, adapters, strict=True)]
+    with compose(base, bundles, engine=engine) as made:
         return generate_composed(
             base,
             read,
@@ -103,6 +109,37 @@ def test_constant_weights_equal_fused_adapters_and_leave_the_base_as_it_was(base
     with _fused(base, list(zip(adapters, weights, strict=True))):
         _close(drawn, _plain(base, "a ring"))
     assert (drawn - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("weights", ["0.7", "1@0,0.2@1", "0.8:lbw=ALL"])
+def test_merged_and_attached_adapters_draw_the_same(base: BaseModel, weights: str) -> None:
+    if "lbw" in weights and base.family != "sd":
+        weights = "0.3"
+    adapters = [_adapter(base, kind, seed) for seed, kind in enumerate(["lora", "loha"])]
+    prompt = f"a ring <lora:a:{weights}> <lora:b:0.4>"
+    merged, attached = (_draw(base, prompt, adapters, engine=engine) for engine in ("merged", "attached"))
+    _close(merged, attached)
+    assert (merged - _draw(base, "a ring")).abs().max() > 0.01
+
+
+def test_adapters_are_merged_into_32_bit_weights_and_attached_to_others(base: BaseModel) -> None:
+    read, adapter = parse_prompt("<lora:a:1>"), _adapter(base, "lora", 1)
+    name = next(iter(adapter.modules))
+    before = base.get_module(name)
+    pairs = [(read.adapters[0], Bundle(adapter, Card()))]
+    with compose(base, pairs):
+        assert base.get_module(name) is before
+    half = {module: base.get_module(module).weight for module in adapter.modules}
+    try:
+        for module in half:
+            base.get_module(module).to(torch.bfloat16)
+        with compose(base, pairs):
+            assert isinstance(base.get_module(name), AdaptedLayer)
+        with compose(base, pairs, engine="merged"):
+            assert base.get_module(name) is before
+    finally:
+        for module, weight in half.items():
+            base.get_module(module).float().weight = weight
 
 
 def test_the_text_encoders_and_the_denoiser_have_their_own_weights(base: BaseModel) -> None:
