@@ -9,6 +9,7 @@ BENCHMARKS = (
     "benchmarks.line",
     "benchmarks.loop_overhead",
     "benchmarks.training_step",
+    "benchmarks.composing",
     "benchmarks.parameter_counts",
     "benchmarks.caching",
     "benchmarks.prior",

@@ -12,6 +12,7 @@ import typer
 
 import flows.cli.data as data_verbs
 import flows.cli.files as files_verbs
+import flows.cli.generate as generate_verbs
 import flows.cli.governance as governance_verbs
 import flows.cli.history as history_verbs
 import flows.cli.lineage as lineage_verbs
@@ -41,6 +42,7 @@ _MODULES = (
     data_verbs,
     files_verbs,
     weight_verbs,
+    generate_verbs,
     history_verbs,
     record_verbs,
     revocation_verbs,

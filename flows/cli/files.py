@@ -1,4 +1,4 @@
-"""Defines the verbs on files: inspect, validate, convert, generate. Each verb imports the engine itself."""
+"""Defines the verbs on files: inspect, validate, convert. Each verb imports the engine itself."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _Base = Annotated[str | None, typer.Option(metavar="BASE", help=BASE_HELP)]
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
     add_verb(app, Access.NONE, inspect, validate)
-    add_verb(app, Access.READ, convert, generate)
+    add_verb(app, Access.READ, convert)
 
 
 def inspect(
@@ -159,59 +159,3 @@ def convert(
             f"approximated: {len(modules)} modules keep {result['approximation']['retained']:.4%} of the squared norm, "
             f"at least {modules[worst]:.4%} ({worst})"
         )
-
-
-def generate(
-    prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help='Prompt, such as "a red zorb <lora:name@production:0.7>".')
-    ],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Output folder for the images.")],
-    base: Annotated[str, typer.Option(help="Base model: tiny, a hub id or a diffusers folder.")] = "tiny",
-    count: Annotated[int, typer.Option("-n", "--count", min=1, help="Number of images.")] = 4,
-    seed: Annotated[int, typer.Option(help="Random seed of the first image; the others count up.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Number of denoising steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance.")] = 3.0,
-    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
-    sampler: Annotated[
-        str | None, typer.Option(help="Sampler, such as euler_a or 'DPM++ 2M Karras'. Default: the base's own.")
-    ] = None,
-    size: Annotated[int | None, typer.Option(help="Image size in pixels per side. Default: the base's own.")] = None,
-    clip_skip: Annotated[
-        int | None,
-        typer.Option(min=1, help="Layer of the CLIP text encoders from the last. Default: that of the training."),
-    ] = None,
-    vae: Annotated[str | None, typer.Option(help="Another autoencoder: a folder or a hub id.")] = None,
-    columns: Annotated[
-        str | None,
-        typer.Option(
-            "-x", metavar="AXIS", help="Grid: seed, steps, guidance, sampler or a word of the prompt, =A,B,C."
-        ),
-    ] = None,
-    rows: Annotated[str | None, typer.Option("-y", metavar="NAME=A,B", help="Second axis of the grid.")] = None,
-    animated: Annotated[bool, typer.Option("--gif", help="Write the first row of the grid as a GIF, too.")] = False,
-) -> None:
-    """Generate images with the adapters that the prompt names, or a grid of images."""
-    from rich.console import Console
-
-    from flows.cli.display import show_run
-    from flows.cli.output import home_path
-    from lora_engine.errors import SettingsError
-    from lora_engine.inference.grid import parse_axis
-    from tasks.operations.images import DrawRequest, draw, draw_grid
-    from tasks.progress import StepEvent, publish
-
-    request = DrawRequest(
-        prompt, base, negative, count, seed, steps, guidance, size, sampler=sampler, clip_skip=clip_skip, vae=vae
-    )
-    axes = [parse_axis(text) for text in (columns, rows) if text is not None]
-    if columns is None and (rows is not None or animated):
-        raise SettingsError("a grid needs its first axis", remedy="set -x")
-    with show_run(["generate"], Console()):
-        publish(StepEvent("generate", "started"))
-        if axes:
-            images = draw_grid(request, axes, output, home_path(), animated=animated)
-        else:
-            images = draw(request, output, home_path())
-        publish(StepEvent("generate", "completed"))
-    for path in images:
-        print(path)

@@ -28,7 +28,7 @@ class MergedWeights:
 
     Args:
         base: See `attach`. Without attached adapters on the layers that the adapters change.
-        adapters: The adapters; their multipliers are 0 until `set_multipliers`.
+        adapters: The adapters; their multipliers are 0 until `set_multipliers`. One without modules changes nothing.
 
     Raises:
         AdapterError: An adapter does not fit, a layer has an attached adapter, or a layer is quantized. The base is
@@ -37,7 +37,8 @@ class MergedWeights:
 
     def __init__(self, base: Base, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:
-            check_fit(as_tree(base, adapter.components), adapter)
+            if adapter.modules:
+                check_fit(as_tree(base, adapter.components), adapter)
         tree = as_tree(base, sorted({component for adapter in adapters for component in adapter.components}))
         deltas: dict[str, dict[int, Delta]] = {}
         for index, adapter in enumerate(adapters):

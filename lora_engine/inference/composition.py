@@ -23,10 +23,11 @@ from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.long_text import count_chunks, encode_divided
 from lora_engine.errors import SettingsError
 from lora_engine.formats import Bundle
-from lora_engine.inference.generate import Guidance, draw_noise, sample
+from lora_engine.inference.generate import Guidance, OnStep, draw_noise, ignore_step, sample
 from lora_engine.inference.prompts.blocks import fits_family, weight_of_module
 from lora_engine.inference.prompts.prompt import ParsedPrompt, chunks_of, is_unweighted, plain_text
 from lora_engine.inference.prompts.tags import AdapterTag
+from lora_engine.inference.source_image import SourceImage
 from lora_engine.inference.textual_inversion import attach_embeddings
 from lora_engine.progress import Progress, no_progress
 
@@ -139,7 +140,9 @@ def generate_composed(
     width: int | None = None,
     batch: int = 8,
     sampler: str | None = None,
+    source: SourceImage | None = None,
     progress: Progress = no_progress,
+    on_step: OnStep = ignore_step,
 ) -> Tensor:
     """Generates one image per seed; see `generate`.
 
@@ -155,7 +158,9 @@ def generate_composed(
         width: In pixels; None takes the base's default.
         batch: Images per batch.
         sampler: See `find_sampler`; None is the base's own.
+        source: An image of that size to start from; None starts from noise.
         progress: Called after each batch.
+        on_step: Called after each step of each batch.
 
     Returns:
         float32 [n, 3, height, width] in [-1, 1], on the CPU.
@@ -166,7 +171,8 @@ def generate_composed(
     size = (height or base.default_size[0], width or base.default_size[1])
     shape = base.latent_shape(size)
     composition.set_step(0, steps)
-    texts = _Texts(base, prompt, negative, size=size, steps=steps, guidance=guidance)
+    mask = None if source is None else source.conditioning(base)
+    texts = _Texts(base, prompt, negative, size=size, steps=steps, guidance=guidance, mask=mask)
     images: list[Tensor] = []
     for first in range(0, len(seeds), batch):
         chosen = seeds[first : first + batch]
@@ -176,8 +182,21 @@ def generate_composed(
             composition.set_step(step, steps)
             return texts.guidance(step, rows)
 
-        latents = sample(base, noise, guide, seeds=chosen, steps=steps, scale=guidance, size=size, sampler=sampler)
-        images.append(base.decode_latents(latents).clamp(-1.0, 1.0).float().cpu())
+        start = None if source is None else source.start(base, len(chosen))
+        latents = sample(
+            base,
+            noise,
+            guide,
+            seeds=chosen,
+            steps=steps,
+            scale=guidance,
+            size=size,
+            sampler=sampler,
+            start=start,
+            on_step=on_step,
+        )
+        pixels = base.decode_latents(latents).clamp(-1.0, 1.0).float().cpu()
+        images.append(pixels if source is None else source.keep_unmasked(pixels))
         progress(min(first + batch, len(seeds)), len(seeds), {})
     return torch.cat(images) if images else torch.empty(0, 3, *size)
 
@@ -194,8 +213,9 @@ class _Texts:
         size: tuple[int, int],
         steps: int,
         guidance: float,
+        mask: Conditioning | None,
     ) -> None:
-        self._base, self._size, self._scale, self._steps = base, size, guidance, steps
+        self._base, self._size, self._scale, self._mask = base, size, guidance, mask
         self._weights = tuple(part.weight for part in prompt.parts)
         is_guided = not base.distilled and (guidance > 1.0 or self._weights != (1.0,))
         if base.distilled and self._weights != (1.0,):
@@ -222,7 +242,11 @@ class _Texts:
             self._encoded[self._is_guided and index == 0, _text_at(part, step + 1)].index([0] * rows)
             for index, part in enumerate(self._parts)
         ]
-        condition = full_mask_conditioning(self._base, Conditioning.cat(conditions), self._size)
+        condition = Conditioning.cat(conditions)
+        if self._mask is None:
+            condition = full_mask_conditioning(self._base, condition, self._size)
+        else:
+            condition = condition.with_tensors(self._mask.index([0] * len(condition)))
         if self._base.distilled:
             scales = torch.full((rows,), self._scale, dtype=torch.float32, device=self._base.device)
             condition = condition.with_tensors(Conditioning({"guidance": scales}))

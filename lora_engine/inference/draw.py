@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lora_engine.bases.base import load_base
 from lora_engine.bases.options import options_of_cards
 from lora_engine.bases.samplers import Sampler, find_sampler
 from lora_engine.bases.vae import resolve_vae
-from lora_engine.data.pixels import write_png
+from lora_engine.data.images import open_image
+from lora_engine.data.pixels import to_image, write_png
+from lora_engine.errors import SettingsError
+from lora_engine.files import sha256_file
 from lora_engine.formats import Bundle, read_bundle
-from lora_engine.inference.composition import compose, generate_composed
-from lora_engine.inference.image_metadata import Drawing, UsedAdapter
+from lora_engine.inference.composition import ComposedEngine, compose, generate_composed
+from lora_engine.inference.generate import OnStep, ignore_step
+from lora_engine.inference.image_metadata import Drawing, UsedAdapter, UsedImage
 from lora_engine.inference.prompts.prompt import ParsedPrompt
+from lora_engine.inference.source_image import SourceImage, fit_image, fit_mask
 from lora_engine.progress import Progress, no_progress
 
 
@@ -29,15 +36,34 @@ class DrawSettings:
         seeds: One per image.
         steps: Denoising steps.
         guidance: Scale of classifier-free guidance; 1 is none.
-        size: Width and height in pixels; None takes the base's default.
+        size: (height, width) in pixels; None takes the source image's, cut to what the base can draw, or the base's
+            default.
         sampler: See `find_sampler`; None is the base's own.
+        image: File of an image to start from; None starts from noise.
+        mask: File of a mask of that image: light parts are drawn. None draws all.
+        strength: Share of the steps that run on the image, above 0 to 1.
+        enlarge: Factor by which each image is enlarged and then drawn again, above 1 to 4; 1 does not.
+        enlarged_strength: Share of the steps that run on the enlarged image, above 0 to 1.
+        engine: How adapters act on the base; see `compose`.
     """
 
     seeds: Sequence[int]
     steps: int = 20
     guidance: float = 3.0
-    size: int | None = None
+    size: tuple[int, int] | None = None
     sampler: str | None = None
+    image: Path | None = None
+    mask: Path | None = None
+    strength: float = 0.75
+    enlarge: float = 1.0
+    enlarged_strength: float = 0.5
+    engine: ComposedEngine = "auto"
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and self.image is None:
+            raise SettingsError("a mask needs an image", remedy="name the image to start from, too")
+        if not 1.0 <= self.enlarge <= 4.0:
+            raise SettingsError(f"images are to be enlarged by {self.enlarge:g}", allowed="a factor from 1 to 4")
 
 
 class Drawer:
@@ -67,6 +93,7 @@ class Drawer:
         files: Sequence[tuple[Path, str]] = (),
         negative: ParsedPrompt,
         progress: Progress = no_progress,
+        on_step: OnStep = ignore_step,
     ) -> tuple[Tensor, Drawing]:
         """Generates one image per seed with all adapters and their learned tokens attached.
 
@@ -76,32 +103,82 @@ class Drawer:
             files: File and `name@version` (or file name) of the prompt's adapters, in their order.
             negative: The negative prompt.
             progress: Called after each batch.
+            on_step: Called after each step of each batch, but not while images are drawn again after enlarging.
 
         Returns:
             The images, float32 [n, 3, height, width] in [-1, 1], and what to write into their files.
 
         Raises:
-            SettingsError: The adapters were trained with different options of the base, or with another autoencoder.
+            SettingsError: The adapters were trained with different options of the base, or with another autoencoder;
+                the mask does not fit the image.
+            DataError: The image or mask cannot be read.
             AdapterError: An adapter is incomplete or does not match the base, or two have the same learned token.
         """
         bundles = [self._bundle(file) for file, _ in files]
         cards = [bundle.card for bundle in bundles]
         self._model.configure(options_of_cards(cards, clip_skip=self._clip_skip, vae=self._vae))
-        with compose(self._model, list(zip(prompt.adapters, bundles, strict=True))) as composition:
-            pixels = generate_composed(
+        source = self._source(settings)
+        size = source.size if source is not None else settings.size or self._model.default_size
+        larger = self._rounded(tuple(settings.enlarge * side for side in size)) if settings.enlarge > 1.0 else None
+        pairs = list(zip(prompt.adapters, bundles, strict=True))
+        with compose(self._model, pairs, engine=settings.engine) as composition:
+            drawn = partial(
+                generate_composed,
                 self._model,
                 prompt,
                 composition,
                 negative=negative,
-                seeds=list(settings.seeds),
                 steps=settings.steps,
                 guidance=settings.guidance,
-                height=settings.size,
-                width=settings.size,
                 sampler=settings.sampler,
-                progress=progress,
             )
+            pixels = drawn(
+                seeds=list(settings.seeds),
+                height=size[0],
+                width=size[1],
+                source=source,
+                progress=no_progress if larger else progress,
+                on_step=on_step,
+            )
+            if larger is not None:
+                pixels = self._enlarged(drawn, pixels, settings, larger, progress)
         return pixels, self._describe(prompt, negative, settings, files)
+
+    def _enlarged(
+        self,
+        drawn: Callable[..., Tensor],
+        pixels: Tensor,
+        settings: DrawSettings,
+        size: tuple[int, int],
+        progress: Progress,
+    ) -> Tensor:
+        images = []
+        for seed, image in zip(settings.seeds, pixels, strict=True):
+            source = SourceImage(fit_image(to_image(image), size), settings.enlarged_strength)
+            images.append(drawn(seeds=[seed], height=size[0], width=size[1], source=source))
+            progress(len(images), len(pixels), {})
+        return torch.cat(images)
+
+    def _source(self, settings: DrawSettings) -> SourceImage | None:
+        if settings.image is None:
+            return None
+        image = open_image(settings.image)
+        size = settings.size or self._rounded((image.height, image.width))
+        self._model.latent_shape(size)  # refuses a size before anything is scaled
+        mask = None if settings.mask is None else open_image(settings.mask)
+        if mask is not None and mask.size != image.size:
+            raise SettingsError(
+                f"the mask has {mask.width} x {mask.height} pixels, the image {image.width} x {image.height}",
+                where=str(settings.mask),
+                remedy="use a mask of the image's size",
+            )
+        return SourceImage(fit_image(image, size), settings.strength, None if mask is None else fit_mask(mask, size))
+
+    def _rounded(self, size: tuple[float, ...]) -> tuple[int, int]:
+        """Returns (height, width) cut to multiples of 64 pixels, or of an eighth of a small base's default size."""
+        unit = max(1, min(64, self._model.default_size[0] // 8))
+        height, width = (max(unit, int(side) // unit * unit) for side in size)
+        return height, width
 
     def _bundle(self, file: Path) -> Bundle:
         if file not in self._bundles:
@@ -129,7 +206,15 @@ class Drawer:
             steps=settings.steps,
             guidance=settings.guidance,
             version=version("loraline"),
+            source=None if settings.image is None else _used_image(settings),
+            enlarged=(settings.enlarge, settings.enlarged_strength) if settings.enlarge > 1.0 else None,
         )
+
+
+def _used_image(settings: DrawSettings) -> UsedImage:
+    assert settings.image is not None
+    mask = None if settings.mask is None else sha256_file(settings.mask)
+    return UsedImage(sha256_file(settings.image), settings.strength, mask)
 
 
 def write_drawn(path: Path, image: Tensor, drawing: Drawing, seed: int) -> None:

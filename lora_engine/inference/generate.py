@@ -13,6 +13,7 @@ from lora_engine.bases.base import BaseModel, full_mask_conditioning
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.samplers import find_sampler
 from lora_engine.errors import SettingsError
+from lora_engine.inference.source_image import Start
 from lora_engine.progress import Progress
 from lora_engine.seeds import derive_seed
 
@@ -123,6 +124,15 @@ class Guidance:
     weights: tuple[float, ...] = (1.0,)
 
 
+OnStep = Callable[[int, int, Tensor], None]
+"""Takes the number of finished steps, that of all, and the latents; may raise to stop."""
+
+
+def ignore_step(done: int, total: int, latents: Tensor) -> None:
+    """Does nothing after a step."""
+    del done, total, latents
+
+
 def sample(
     base: BaseModel,
     noise: Tensor,
@@ -133,6 +143,8 @@ def sample(
     scale: float,
     size: tuple[int, int],
     sampler: str | None = None,
+    start: Start | None = None,
+    on_step: OnStep = ignore_step,
 ) -> Tensor:
     """Denoises latents.
 
@@ -146,16 +158,26 @@ def sample(
         scale: Scale of classifier-free guidance; unused if the conditions have no negative rows.
         size: (height, width) of the images in pixels.
         sampler: See `find_sampler`; None is the base's own.
+        start: What to start from; None starts from the noise alone.
+        on_step: Called after each step.
     """
     scheduler = base.scheduler(steps, size, sampler)
     draws = [torch.Generator().manual_seed(derive_seed(seed, "steps")) for seed in seeds]
     options = {"generator": draws} if sampler and find_sampler(sampler).draws_noise else {}
     # Flow matching starts from unscaled noise, and its network takes the latents unscaled.
     scaled = base.noise.parameterization != "flow"
-    latents = noise * float(scheduler.init_noise_sigma) if scaled else noise
-    for number, step in enumerate(scheduler.timesteps):
-        # Samplers of second order predict more than once per step.
-        guide = guidance(number * steps // len(scheduler.timesteps))
+    timesteps = scheduler.timesteps
+    # Samplers of second order predict more than once per step.
+    step_of = [number * steps // len(timesteps) for number in range(len(timesteps))]
+    first = 0 if start is None else step_of.index(start.first_step(steps))
+    if start is not None and first:
+        if hasattr(scheduler, "set_begin_index"):  # of schedulers that count their steps
+            scheduler.set_begin_index(first)
+        latents = start.noisy(scheduler, noise, timesteps[first])
+    else:
+        latents = noise * float(scheduler.init_noise_sigma) if scaled else noise
+    for number, step in enumerate(timesteps[first:], first):
+        guide = guidance(step_of[number])
         copies = len(guide.condition) // len(noise)
         inputs = torch.cat([latents] * copies)
         if scaled:
@@ -166,6 +188,9 @@ def sample(
             change = sum_weighted([part - negative for part in parts], guide.weights)
             prediction = negative + scale * change
         latents = scheduler.step(prediction, step, latents, return_dict=False, **options)[0]
+        if start is not None:
+            latents = start.blend(latents, scheduler, noise, timesteps[number + 1 :])
+        on_step(step_of[number] + 1, steps, latents)
     return latents
 
 

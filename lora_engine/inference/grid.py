@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lora_engine.errors import SettingsError
 from lora_engine.files import atomic_write
 
-SETTINGS = ("seed", "steps", "guidance", "sampler")
+SETTINGS = ("seed", "steps", "guidance", "sampler", "strength")
 """Axes that are settings; any other is a text of the prompt."""
 MAX_CELLS = 400
 _RANGE = re.compile(r"(-?[0-9]{1,9}(?:\.[0-9]{0,9})?)\.\.(-?[0-9]{1,9}(?:\.[0-9]{0,9})?)/([0-9]{1,3})")

@@ -38,13 +38,14 @@ _SAMPLERS = {
     "UniPCMultistepScheduler": "UniPC",
 }
 """Class of diffusers -> name in A1111; other classes keep their name."""
-_TRAINED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+_SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+_GENERATED, _COMPOSITE = "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"
 # The packet of Adobe's XMP specification, part 1, section 7.3; the property is of IPTC's Extension schema.
 _PACKET = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
     'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
     'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"><Iptc4xmpExt:DigitalSourceType>'
-    f"{_TRAINED}</Iptc4xmpExt:DigitalSourceType></rdf:Description></rdf:RDF></x:xmpmeta>"
+    "{source_type}</Iptc4xmpExt:DigitalSourceType></rdf:Description></rdf:RDF></x:xmpmeta>"
     '<?xpacket end="w"?>'
 )
 
@@ -82,6 +83,21 @@ class UsedAdapter:
 
 
 @dataclass(frozen=True)
+class UsedImage:
+    """The image that generated images started from.
+
+    Attributes:
+        sha256: SHA-256 of its file.
+        strength: Share of the steps that ran.
+        mask_sha256: SHA-256 of the file of its mask; None without one.
+    """
+
+    sha256: str
+    strength: float
+    mask_sha256: str | None = None
+
+
+@dataclass(frozen=True)
 class Drawing:
     """How a set of images was generated.
 
@@ -96,6 +112,8 @@ class Drawing:
         steps: Denoising steps.
         guidance: Scale of classifier-free guidance.
         version: Version of Loraline.
+        source: The image that they started from; None for noise.
+        enlarged: Factor, and share of the steps that ran on the enlarged images; None if they were not enlarged.
     """
 
     prompt: ParsedPrompt
@@ -108,6 +126,8 @@ class Drawing:
     steps: int
     guidance: float
     version: str
+    source: UsedImage | None = None
+    enlarged: tuple[float, float] | None = None
 
     def texts(self, seed: int, size: tuple[int, int]) -> dict[str, str]:
         """Returns the texts of an image file by keyword.
@@ -119,8 +139,12 @@ class Drawing:
         return {
             "parameters": self._infotext(seed, size),
             CHUNK: json.dumps(self._facts(seed, size), sort_keys=True, ensure_ascii=False, separators=(",", ":")),
-            XMP: _PACKET,
+            XMP: _PACKET.replace("{source_type}", f"{_SOURCE_TYPES}{_COMPOSITE if self._is_composite else _GENERATED}"),
         }
+
+    @property
+    def _is_composite(self) -> bool:
+        return self.source is not None and self.source.mask_sha256 is not None
 
     def _infotext(self, seed: int, size: tuple[int, int]) -> str:
         """Returns A1111's text: prompt, negative prompt, and a line of settings."""
@@ -136,6 +160,12 @@ class Drawing:
             "Size": f"{size[1]}x{size[0]}",
             "Model": self.base,
         }
+        if self.enlarged is not None:
+            factor, strength = self.enlarged
+            settings |= {"Denoising strength": f"{strength:g}", "Hires upscale": f"{factor:g}"}
+            settings["Hires upscaler"] = "Lanczos"
+        elif self.source is not None:
+            settings["Denoising strength"] = f"{self.source.strength:g}"
         if self.adapters:
             hashes = ", ".join(f"{adapter.label}: {adapter.body_sha256[:12]}" for adapter in self.adapters)
             settings["Lora hashes"] = hashes
@@ -177,6 +207,8 @@ class Drawing:
             "size": list(size),
             "steps": self.steps,
             "version": self.version,
+            **({} if self.source is None else {"source": vars(self.source)}),
+            **({} if self.enlarged is None else {"enlarged": list(self.enlarged)}),
         }
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lora_engine.errors import SettingsError
 from lora_engine.inference.grid import Axis, Cell, cells_of
@@ -39,10 +40,16 @@ class DrawRequest:
         seed: Seed of the first image; the others count up.
         steps: Number of denoising steps.
         guidance: Scale of classifier-free guidance.
-        size: Pixels per side; None means the base's own.
+        size: (height, width) in pixels; None means that of the image to start from, or the base's own.
         sampler: Name in sd-scripts, A1111 or diffusers; None is the base's own.
         clip_skip: Layer of the text encoders; None means that of the adapters' training.
         vae: Another autoencoder: a folder or a hub id.
+        image: Image to start from; None starts from noise.
+        mask: Mask of that image, whose light parts are drawn; None draws all.
+        strength: Share of the steps that run on the image.
+        enlarge: Factor by which each image is enlarged and drawn again; 1 does not.
+        enlarged_strength: Share of the steps that run on the enlarged image.
+        engine: `auto`, `merged` or `attached`; see `lora_engine.inference.composition.compose`.
     """
 
     prompt: str
@@ -52,10 +59,34 @@ class DrawRequest:
     seed: int = 0
     steps: int = 20
     guidance: float = 3.0
-    size: int | None = None
+    size: tuple[int, int] | None = None
     sampler: str | None = None
     clip_skip: int | None = None
     vae: str | None = None
+    image: Path | None = None
+    mask: Path | None = None
+    strength: float = 0.75
+    enlarge: float = 1.0
+    enlarged_strength: float = 0.5
+    engine: Literal["auto", "merged", "attached"] = "auto"
+
+
+_SIZE = re.compile(r"([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,5}))?")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Reads `WIDTHxHEIGHT`, or one number for both, in pixels.
+
+    Returns:
+        Height and width.
+
+    Raises:
+        SettingsError: It is neither.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise SettingsError(f"size {text[:40]!r}", allowed="WIDTHxHEIGHT in pixels, such as 768x512, or one number")
+    return int(match[2] or match[1]), int(match[1])
 
 
 def draw(request: DrawRequest, folder: Path, home: Path) -> list[Path]:
@@ -125,7 +156,7 @@ def _publish(done: int, total: int, values: Mapping[str, float]) -> None:
 
 
 def _changed(request: DrawRequest, cell: Cell) -> DrawRequest:
-    kinds = {"seed": int, "steps": int, "guidance": float, "sampler": str}
+    kinds = {"seed": int, "steps": int, "guidance": float, "sampler": str, "strength": float}
     values = {}
     for name, text in cell.settings.items():
         try:
@@ -170,6 +201,12 @@ class _DrawOne:
             guidance=request.guidance,
             size=request.size,
             sampler=request.sampler,
+            image=request.image,
+            mask=request.mask,
+            strength=request.strength,
+            enlarge=request.enlarge,
+            enlarged_strength=request.enlarged_strength,
+            engine=request.engine,
         )
         pixels, drawing = self.drawer.draw(
             prompt,

@@ -1,0 +1,120 @@
+"""Defines the verb `generate`, which imports the engine itself."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.verbs import Access, add_verb
+
+
+class Engine(StrEnum):
+    """How adapters act on the base."""
+
+    AUTO = "auto"
+    MERGED = "merged"
+    ATTACHED = "attached"
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Adds this module's verb to the command."""
+    add_verb(app, Access.READ, generate)
+
+
+def generate(
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help='Prompt, such as "a red zorb <lora:name@production:0.7>".')
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Output folder for the images.")],
+    base: Annotated[str, typer.Option(help="Base model: tiny, a hub id or a diffusers folder.")] = "tiny",
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="Number of images.")] = 4,
+    seed: Annotated[int, typer.Option(help="Random seed of the first image; the others count up.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Number of denoising steps.")] = 20,
+    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance.")] = 3.0,
+    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    sampler: Annotated[
+        str | None, typer.Option(help="Sampler, such as euler_a or 'DPM++ 2M Karras'. Default: the base's own.")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WIDTHxHEIGHT", help="Size in pixels, or one number for both. Default: that of --image or the base."
+        ),
+    ] = None,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="Image to start from, instead of noise.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Mask of --image: its light parts are drawn, others are kept.")
+    ] = None,
+    strength: Annotated[
+        float, typer.Option(help="Share of the steps that run on --image, above 0 to 1; 1 keeps nothing of it.")
+    ] = 0.75,
+    enlarge: Annotated[
+        float, typer.Option(metavar="FACTOR", help="Enlarge each image, up to 4 times, and draw it again.")
+    ] = 1.0,
+    enlarged_strength: Annotated[
+        float, typer.Option(help="Share of the steps that run on the enlarged image, above 0 to 1.")
+    ] = 0.5,
+    clip_skip: Annotated[
+        int | None,
+        typer.Option(min=1, help="Layer of the CLIP text encoders from the last. Default: that of the training."),
+    ] = None,
+    vae: Annotated[str | None, typer.Option(help="Another autoencoder: a folder or a hub id.")] = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="Merge adapters into the base's weights or attach them; auto merges into weights of 32 bits."
+        ),
+    ] = Engine.AUTO,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            "-x", metavar="AXIS", help="Grid: seed, steps, guidance, sampler, strength or a word of the prompt, =A,B,C."
+        ),
+    ] = None,
+    rows: Annotated[str | None, typer.Option("-y", metavar="NAME=A,B", help="Second axis of the grid.")] = None,
+    animated: Annotated[bool, typer.Option("--gif", help="Write the first row of the grid as a GIF, too.")] = False,
+) -> None:
+    """Generate images with the adapters that the prompt names, or a grid of images."""
+    from rich.console import Console
+
+    from flows.cli.display import show_run
+    from flows.cli.output import home_path
+    from lora_engine.errors import SettingsError
+    from lora_engine.inference.grid import parse_axis
+    from tasks.operations.images import DrawRequest, draw, draw_grid, parse_size
+    from tasks.progress import StepEvent, publish
+
+    request = DrawRequest(
+        prompt,
+        base,
+        negative,
+        count,
+        seed,
+        steps,
+        guidance,
+        None if size is None else parse_size(size),
+        sampler=sampler,
+        clip_skip=clip_skip,
+        vae=vae,
+        image=image,
+        mask=mask,
+        strength=strength,
+        enlarge=enlarge,
+        enlarged_strength=enlarged_strength,
+        engine=engine.value,
+    )
+    axes = [parse_axis(text) for text in (columns, rows) if text is not None]
+    if columns is None and (rows is not None or animated):
+        raise SettingsError("a grid needs its first axis", remedy="set -x")
+    with show_run(["generate"], Console()):
+        publish(StepEvent("generate", "started"))
+        if axes:
+            images = draw_grid(request, axes, output, home_path(), animated=animated)
+        else:
+            images = draw(request, output, home_path())
+        publish(StepEvent("generate", "completed"))
+    for path in images:
+        print(path)
