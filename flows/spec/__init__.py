@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flows.spec.document import PipelineDocument
 from flows.spec.head import INHERITED, Head, PipelineSpec
 from flows.spec.load import load_pipelines, load_spec, read_pipeline_file, set_value
 from flows.spec.validate import check_document
@@ -9,6 +10,7 @@ from flows.spec.validate import check_document
 __all__ = [
     "INHERITED",
     "Head",
+    "PipelineDocument",
     "PipelineSpec",
     "check_document",
     "load_pipelines",

@@ -7,7 +7,7 @@ and the nearest match. Executes nothing and opens no database.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -16,7 +16,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from flows.refusals import explain, nearest
-from flows.spec.head import INHERITED, Head, PipelineSpec
+from flows.spec.document import PipelineDocument
+from flows.spec.head import EXPANDED, INHERITED, Head, PipelineSpec
 from lora_engine.data.archives import is_archive, is_table
 from lora_engine.documents import Document, Where
 from lora_engine.errors import BaseModelError
@@ -26,39 +27,70 @@ from tasks.spec import REGISTERED, SAVED, STEP_NAME, ExternalKind, StepSpec
 from tasks.step import STEPS, locate_base
 
 
-def check_document(document: Document, *, check_bases: bool = True) -> PipelineSpec:
+class Bases:
+    """Finds base models and autoencoders; each is looked for once, for all pipelines of a file."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], Any] = {}
+
+    def find(self, field: str, name: str) -> Any:
+        """Returns the base, or with the field `vae` the autoencoder, of a name or path.
+
+        Raises:
+            BaseModelError: There is none.
+        """
+        from lora_engine.bases.source import resolve_base
+        from lora_engine.bases.vae import resolve_vae
+
+        if (field, name) not in self._found:
+            try:
+                self._found[field, name] = (resolve_vae if field == "vae" else resolve_base)(name)
+            except BaseModelError as error:
+                self._found[field, name] = error
+        found = self._found[field, name]
+        if isinstance(found, BaseModelError):
+            raise found
+        return found
+
+
+def check_document(document: Document, *, check_bases: bool = True, bases: Bases | None = None) -> PipelineSpec:
     """Validates the data of a pipeline file.
 
     Args:
         document: The file. It need not exist; its folder is that of relative paths.
         check_bases: False does not look for the base models.
+        bases: The base models that were found before.
 
     Raises:
         SpecError: It is not a valid pipeline.
     """
+    for key in EXPANDED:
+        if key in document.data:
+            raise SpecError(f"{key!r} is not expanded", where=document.where((key,)), remedy="use `load_pipelines`")
     head = _validate(Head, document.data, (), document)
-    folder = document.path.resolve().parent
-    used = _families(head, folder) if check_bases else []
+    folder, bases = document.path.resolve().parent, bases or Bases()
+    used = _families(head, folder, bases) if check_bases else []
     steps = {name: _load_step(name, raw, head, used, document) for name, raw in head.steps.items()}
     steps |= dict(_saved_steps(steps, document))
     order = _order(steps, document)
     for name in order:
         _check_files(name, steps[name], folder, document)
         if check_bases:
-            _check_base(name, steps[name], folder, document)
+            _check_base(name, steps[name], folder, document, bases)
     ordered = {name: steps[name] for name in order}
-    return PipelineSpec(head.name, head.base, head.seed, ordered, folder, document.data, head.concurrency, head.sweep)
+    source, cell = document.data, None
+    if isinstance(document, PipelineDocument):
+        source, cell = document.to_record(), document.cell
+    return PipelineSpec(head.name, head.base, head.seed, ordered, folder, source, head.concurrency, head.sweep, cell)
 
 
-def _families(head: Head, folder: Path) -> list[Family]:
+def _families(head: Head, folder: Path, bases: Bases) -> list[Family]:
     """Returns the families of the bases in a pipeline; without those that are not found."""
-    from lora_engine.bases.source import resolve_base
-
-    bases = {head.base, *(raw["base"] for raw in head.steps.values() if isinstance(raw.get("base"), str))}
+    names = {head.base, *(raw["base"] for raw in head.steps.values() if isinstance(raw.get("base"), str))}
     used: list[Family] = []
-    for base in sorted(bases):
+    for base in sorted(names):
         with suppress(BaseModelError):  # `_check_base` raises it
-            used.append(families[resolve_base(locate_base(base, folder)).family])
+            used.append(families[bases.find("base", locate_base(base, folder)).family])
     return used
 
 
@@ -162,15 +194,11 @@ def _is_of_kind(path: Path, kind: ExternalKind) -> bool:
     return kind == "file" or is_archive(path.name) or is_table(path.name)
 
 
-def _check_base(name: str, spec: StepSpec, folder: Path, document: Document) -> None:
-    from lora_engine.bases.source import resolve_base
-    from lora_engine.bases.vae import resolve_vae
-
-    finders: dict[str, Callable[[str], object]] = {"base": resolve_base, "vae": resolve_vae}
-    for field, resolve in finders.items():
+def _check_base(name: str, spec: StepSpec, folder: Path, document: Document, bases: Bases) -> None:
+    for field in ("base", "vae"):
         if (written := getattr(spec, field, None)) is not None:
             with _at_its_line(name, field, document):
-                resolve(locate_base(written, folder))
+                bases.find(field, locate_base(written, folder))
 
 
 @contextmanager

@@ -52,7 +52,9 @@ class Document:
         return ":".join(map(str, (self.path, *self.lines.get(location, (1, 1)))))
 
 
-def read_document(path: Path, error: type[WordedError], *, allowed: str, optional: bool = False) -> Document:
+def read_document(
+    path: Path, error: type[WordedError], *, allowed: str, optional: bool = False, as_list: bool = False
+) -> Document:
     """Reads a YAML file, or a JSON file whose name ends in `.json`.
 
     Args:
@@ -60,6 +62,7 @@ def read_document(path: Path, error: type[WordedError], *, allowed: str, optiona
         error: The class of the errors.
         allowed: The mapping that the file must contain, for errors.
         optional: True reads a missing file and a file without a value as an empty mapping.
+        as_list: True expects a list, which is the value of the key `rows` of the data.
 
     Raises:
         WordedError: An `error`: the file is missing, not text, not YAML, too large or too deep, or has a duplicate key,
@@ -86,7 +89,9 @@ def read_document(path: Path, error: type[WordedError], *, allowed: str, optiona
             builder.parse(text.replace("\t", " "))
     if data is None and optional:
         data = {}
-    if not isinstance(data, dict):
+    if as_list and isinstance(data, list):
+        return Document(path, {"rows": data}, {("rows", *location): line for location, line in builder.lines.items()})
+    if as_list or not isinstance(data, dict):
         raise error(f"the file contains {_NOUNS[type(data)]}", where=str(path), allowed=allowed)
     return Document(path, data, builder.lines)
 
@@ -114,6 +119,7 @@ _NOUNS = {
     float: "a number",
     str: "text",
     list: "a list",
+    dict: "a mapping",
 }
 
 
