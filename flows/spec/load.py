@@ -13,7 +13,7 @@ from flows.refusals import nearest
 from flows.spec.document import PipelineDocument, refuse_secrets, secret_error, setting_of, texts_of
 from flows.spec.head import EXPANDED, Head, PipelineSpec
 from flows.spec.matrix import Cell, MatrixReader, describe_cell, find_axes
-from flows.spec.overlays import read_overlays, relocate_paths
+from flows.spec.overlays import Relocation, read_overlays
 from flows.spec.parameters import read_declared, resolve_parameters
 from flows.spec.references import References, Resolved, escape
 from flows.spec.validate import Bases, check_document
@@ -154,6 +154,7 @@ class _Template:
         self.data = {key: value for key, value in document.data.items() if key not in EXPANDED}
         texts = list(texts_of(self.data))
         self.size = len(document.lines)
+        self._relocation = Relocation(document)
         self._touched: set[Where] = set()
         for location, text in texts:
             if "$" in text:
@@ -182,7 +183,8 @@ class _Template:
         written: dict[Where, tuple[Any, str]] = {}
         data = self._expand(self.data, (), references, written)
         source = self.document
-        return relocate_paths(PipelineDocument(source.path, data, source.lines, source.files, written, cell))
+        moved = self._relocation.apply(data)
+        return PipelineDocument(source.path, moved, source.lines, source.files, written, cell)
 
     def _expand(
         self, value: Any, location: Where, references: References, written: dict[Where, tuple[Any, str]]

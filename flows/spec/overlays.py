@@ -136,45 +136,57 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any], location: Where, re
     return merged
 
 
-def relocate_paths(document: PipelineDocument) -> PipelineDocument:
-    """Returns the document with the paths that are written in another file made relative to that of the document."""
-    if not document.files:
-        return document
-    folder = document.path.resolve().parent
-    data = dict(document.data)
-    for key in ("base", "vae"):
-        _relocate_model(data, (key,), document, folder)
-    steps = data.get("steps")
-    if isinstance(steps, Mapping):
-        data["steps"] = {name: _relocate_step(name, raw, document, folder) for name, raw in steps.items()}
-    return PipelineDocument(document.path, data, document.lines, document.files, document.written, document.cell)
+@dataclass
+class Relocation:
+    """Makes paths that are written in other files relative to the folder of the document."""
 
+    document: PipelineDocument
+    _folders: dict[Path, Path] = field(default_factory=dict)
 
-def _relocate_step(name: str, raw: Any, document: PipelineDocument, folder: Path) -> Any:
-    if not isinstance(raw, Mapping) or not isinstance(raw.get("uses"), str) or raw["uses"] not in STEPS:
-        return raw
-    step, spec = dict(raw), STEPS[raw["uses"]].spec
-    for key in ("base", "vae"):
-        _relocate_model(step, ("steps", name, key), document, folder)
-    keys = [key for key, _ in marked_fields(spec, External)]
-    keys += [
-        key
-        for key, marker in marked_fields(spec, Input)
-        if marker.or_file and isinstance(step.get(key), str) and is_path(step[key])
-    ]
-    for key in keys:
-        source = document.file_of(("steps", name, key)).resolve().parent
-        if isinstance(step.get(key), str) and source != folder and step[key] and "\0" not in step[key]:
-            step[key] = _relative(source, step[key], folder)
-    return step
+    def apply(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the expanded data of the document with relocated paths."""
+        moved = dict(data)
+        if not self.document.files:
+            return moved
+        self._move_models(moved, ())
+        if isinstance(steps := moved.get("steps"), Mapping):
+            moved["steps"] = {name: self._move_step(name, raw) for name, raw in steps.items()}
+        return moved
 
+    def _move_step(self, name: str, raw: Any) -> Any:
+        if not isinstance(raw, Mapping) or not isinstance(raw.get("uses"), str) or raw["uses"] not in STEPS:
+            return raw
+        step, spec = dict(raw), STEPS[raw["uses"]].spec
+        self._move_models(step, ("steps", name))
+        keys = [key for key, _ in marked_fields(spec, External)]
+        inputs = [key for key, marker in marked_fields(spec, Input) if marker.or_file]
+        keys += [key for key in inputs if isinstance(step.get(key), str) and is_path(step[key])]
+        for key in keys:
+            if (source := self._other_folder(step.get(key), ("steps", name, key))) is not None:
+                step[key] = self._relative(source, step[key])
+        return step
 
-def _relocate_model(data: dict[str, Any], location: Where, document: PipelineDocument, folder: Path) -> None:
-    """Makes a base or an autoencoder relative if it is a path, as `locate_base` decides it."""
-    name, source = data.get(str(location[-1])), document.file_of(location).resolve().parent
-    if isinstance(name, str) and name and "\0" not in name and source != folder and (source / name).exists():
-        data[str(location[-1])] = _relative(source, name, folder)
+    def _move_models(self, data: dict[str, Any], parent: Where) -> None:
+        """Moves a base and an autoencoder if they are paths, as `locate_base` decides it."""
+        for key in ("base", "vae"):
+            source = self._other_folder(data.get(key), (*parent, key))
+            if source is not None and (source / data[key]).exists():
+                data[key] = self._relative(source, data[key])
 
+    def _other_folder(self, value: Any, location: Where) -> Path | None:
+        """Returns the folder of the other file in which a text is written; None if it is written in the document."""
+        file = self.document.file_of(location)
+        if not isinstance(value, str) or not value or "\0" in value or file == self.document.path:
+            return None
+        source = self._folder(file)
+        return None if source == self._folder(self.document.path) else source
 
-def _relative(source: Path, written: str, folder: Path) -> str:
-    return written if Path(written).is_absolute() else Path(os.path.relpath(source / written, folder)).as_posix()
+    def _folder(self, file: Path) -> Path:
+        if file not in self._folders:
+            self._folders[file] = file.resolve().parent
+        return self._folders[file]
+
+    def _relative(self, source: Path, written: str) -> str:
+        if Path(written).is_absolute():
+            return written
+        return Path(os.path.relpath(source / written, self._folder(self.document.path))).as_posix()
