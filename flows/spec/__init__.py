@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from flows.spec.document import PipelineDocument
 from flows.spec.head import INHERITED, Head, PipelineSpec
-from flows.spec.load import load_pipelines, load_spec, read_pipeline_file, set_value
+from flows.spec.load import load_pipelines, load_spec, pipeline_names, read_file, read_pipeline_file, set_value
+from flows.spec.parameters import parse_parameters
 from flows.spec.validate import check_document
 
 __all__ = [
@@ -15,6 +16,9 @@ __all__ = [
     "check_document",
     "load_pipelines",
     "load_spec",
+    "parse_parameters",
+    "pipeline_names",
+    "read_file",
     "read_pipeline_file",
     "set_value",
 ]

@@ -81,6 +81,14 @@ def read_pipeline_file(
     return documents[0]
 
 
+def pipeline_names(
+    path: Path, overrides: Iterable[str] = (), *, parameters: Mapping[str, Any] = _NONE
+) -> tuple[str, ...]:
+    """Returns the names of the pipelines of a file, without validating them; see `load_pipelines`."""
+    documents = _expand_file(read_file(path, overrides), parameters, ())
+    return tuple(str(document.data.get("name")) for document in documents)
+
+
 def read_file(path: Path, overrides: Iterable[str] = ()) -> PipelineDocument:
     """Returns a file merged with those that it extends, with overrides; references are not resolved."""
     document = read_overlays(path)

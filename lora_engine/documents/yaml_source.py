@@ -27,6 +27,13 @@ _FLOAT = re.compile(r"[-+]?((0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+|(0|[1-9][0-9]*)(\.[
 _BOOLEAN = re.compile(r"(true|false)$")
 _NULL = re.compile(r"(null|~|)$")
 _SCALARS = {"int": _INTEGER, "float": _FLOAT, "bool": _BOOLEAN, "null": _NULL}
+SCALAR_RESOLVERS = (
+    ("tag:yaml.org,2002:bool", _BOOLEAN, list("tf")),
+    ("tag:yaml.org,2002:null", _NULL, ["n", "~", ""]),
+    ("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789")),
+    ("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789")),
+)
+"""Tag, form and first characters of the scalars that are no text."""
 
 Where = tuple[str | int, ...]
 
@@ -143,13 +150,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-for _tag, _pattern, _first in (
-    ("tag:yaml.org,2002:bool", _BOOLEAN, "tf"),
-    ("tag:yaml.org,2002:null", _NULL, "n~\0"),
-    ("tag:yaml.org,2002:int", _INTEGER, "-+0123456789"),
-    ("tag:yaml.org,2002:float", _FLOAT, "-+.0123456789"),
-):
-    _Loader.add_implicit_resolver(_tag, _pattern, list(_first) if _tag[-4:] != "null" else ["n", "~", ""])
+for _tag, _pattern, _first in SCALAR_RESOLVERS:
+    _Loader.add_implicit_resolver(_tag, _pattern, _first)
 
 
 class _Builder:
