@@ -54,9 +54,9 @@ def complete_adapters(incomplete: str) -> list[str]:
 
 def _steps(ctx: Any) -> Iterator[str]:
     with suppress(Exception):  # a file that is not valid completes nothing
-        from flows.spec import read_file
+        from flows.spec import read_unexpanded
 
-        yield from read_file(Path(ctx.params["spec"])).data["steps"]
+        yield from read_unexpanded(Path(ctx.params["spec"])).data["steps"]
 
 
 def _refs(versions: Any) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flows.spec.document import PipelineDocument
 from flows.spec.head import INHERITED, Head, PipelineSpec
-from flows.spec.load import load_pipelines, load_spec, pipeline_names, read_file, read_pipeline_file, set_value
+from flows.spec.load import load_pipelines, load_spec, pipeline_names, read_pipeline_file, read_unexpanded, set_value
 from flows.spec.parameters import parse_parameters
 from flows.spec.validate import check_document
 
@@ -18,7 +18,7 @@ __all__ = [
     "load_spec",
     "parse_parameters",
     "pipeline_names",
-    "read_file",
     "read_pipeline_file",
+    "read_unexpanded",
     "set_value",
 ]

@@ -79,8 +79,12 @@ def setting_of(location: Where) -> str:
     return next((key for key in reversed(location) if isinstance(key, str)), "")
 
 
-def refuse_secrets(document: Document) -> None:
+def refuse_secrets(document: Document, place: str = "") -> None:
     """Refuses passwords and tokens in plain text.
+
+    Args:
+        document: The data.
+        place: Where the data are from; empty means the lines of the document.
 
     Raises:
         SpecError: A value has the form of a secret, or its key the name of one. Names the key, never the value.
@@ -88,7 +92,7 @@ def refuse_secrets(document: Document) -> None:
     for location, text in texts_of(document.data):
         named = is_secret_key(setting_of(location)) and text and "${" not in text
         if named or has_secret(text):
-            raise secret_error(".".join(map(str, location)), document.where(location))
+            raise secret_error(".".join(map(str, location)), place or document.where(location))
 
 
 def secret_error(name: str, where: str) -> SpecError:

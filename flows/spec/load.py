@@ -10,19 +10,17 @@ from types import MappingProxyType
 from typing import Any
 
 from flows.refusals import nearest
-from flows.spec.document import PipelineDocument, refuse_secrets, secret_error, setting_of, texts_of
-from flows.spec.head import EXPANDED, Head, PipelineSpec
-from flows.spec.matrix import Cell, MatrixReader, describe_cell, find_axes
-from flows.spec.overlays import Relocation, read_overlays
+from flows.spec.document import PipelineDocument, refuse_secrets
+from flows.spec.head import Head, PipelineSpec
+from flows.spec.matrix import MatrixCell, MatrixReader, describe_cell, find_axes
+from flows.spec.overlays import read_overlays
 from flows.spec.parameters import read_declared, resolve_parameters
-from flows.spec.references import References, Resolved, escape
+from flows.spec.template import PipelineTemplate
 from flows.spec.validate import Bases, check_document
-from lora_engine.documents import Document, Where, parse_value
-from registry.store.redaction import is_secret_key
+from lora_engine.documents import Document, parse_value
 from tasks.errors import SpecError
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
-_MAX_VALUES = 500_000
 _NAMED = 5
 
 
@@ -55,7 +53,7 @@ def load_pipelines(
     """
     bases = Bases()
     return tuple(
-        _check_cell(document, bases) for document in _expand_file(read_file(path, overrides), parameters, names)
+        _check_cell(document, bases) for document in _expand_file(read_unexpanded(path, overrides), parameters, names)
     )
 
 
@@ -68,7 +66,7 @@ def read_pipeline_file(
         SpecError: A file is no mapping, an override is not possible, a reference has no value, or there are several
             pipelines.
     """
-    documents = _expand_file(read_file(path, overrides), parameters, names)
+    documents = _expand_file(read_unexpanded(path, overrides), parameters, names)
     if len(documents) > 1:
         found = [str(document.data.get("name")) for document in documents]
         more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
@@ -85,11 +83,11 @@ def pipeline_names(
     path: Path, overrides: Iterable[str] = (), *, parameters: Mapping[str, Any] = _NONE
 ) -> tuple[str, ...]:
     """Returns the names of the pipelines of a file, without validating them; see `load_pipelines`."""
-    documents = _expand_file(read_file(path, overrides), parameters, ())
+    documents = _expand_file(read_unexpanded(path, overrides), parameters, ())
     return tuple(str(document.data.get("name")) for document in documents)
 
 
-def read_file(path: Path, overrides: Iterable[str] = ()) -> PipelineDocument:
+def read_unexpanded(path: Path, overrides: Iterable[str] = ()) -> PipelineDocument:
     """Returns a file merged with those that it extends, with overrides; references are not resolved."""
     document = read_overlays(path)
     for override in overrides:
@@ -112,7 +110,7 @@ def _expand_file(
 ) -> list[PipelineDocument]:
     declared = read_declared(document)
     has_matrix = "matrix" in document.data
-    cells: list[Cell]
+    cells: list[MatrixCell]
     if has_matrix:
         axes = find_axes(document)
         references = resolve_parameters(document, declared, parameters, axes)
@@ -122,9 +120,9 @@ def _expand_file(
             resolve_parameters(document, declared, parameters, given)  # refuses it
     else:
         references, cells = resolve_parameters(document, declared, parameters), [{}]
-    template = _Template(document)
+    template = PipelineTemplate(document)
     template.check_size(len(cells))
-    named = [(template.name(_with_cell(references, cell)), cell) for cell in cells]
+    named = [(template.name(references.with_values(cell)), cell) for cell in cells]
     if has_matrix:
         _check_names(named, document)
     selected = [(name, cell) for name, cell in named if not names or any(fnmatchcase(name, other) for other in names)]
@@ -132,17 +130,11 @@ def _expand_file(
         if not any(fnmatchcase(name, pattern) for name, _ in named):
             known = [name for name, _ in named]
             raise SpecError(f"no pipeline {pattern!r}", where="--pipeline", **nearest(pattern, known))
-    return [template.expand(_with_cell(references, cell), cell if has_matrix else None) for _, cell in selected]
+    return [template.expand(references.with_values(cell), cell if has_matrix else None) for _, cell in selected]
 
 
-def _with_cell(references: References, cell: Cell) -> References:
-    values = {**references.values, **{name: Resolved(value) for name, value in cell.items()}}
-    unset = {name: where for name, where in references.unset.items() if name not in cell}
-    return References(values, unset, references.environment)
-
-
-def _check_names(named: Iterable[tuple[str, Cell]], document: PipelineDocument) -> None:
-    cells: dict[str, Cell] = {}
+def _check_names(named: Iterable[tuple[str, MatrixCell]], document: PipelineDocument) -> None:
+    cells: dict[str, MatrixCell] = {}
     for name, cell in named:
         if name in cells:
             differing = next((axis for axis in cell if cell[axis] != cells[name].get(axis)), next(iter(cell)))
@@ -154,76 +146,6 @@ def _check_names(named: Iterable[tuple[str, Cell]], document: PipelineDocument) 
         cells[name] = cell
 
 
-class _Template:
-    """The data of a file, and the places of its references; parts without references are shared by all cells."""
-
-    def __init__(self, document: PipelineDocument) -> None:
-        self.document = document
-        self.data = {key: value for key, value in document.data.items() if key not in EXPANDED}
-        texts = list(texts_of(self.data))
-        self.size = len(document.lines)
-        self._relocation = Relocation(document)
-        self._touched: set[Where] = set()
-        for location, text in texts:
-            if "$" in text:
-                self._touched.update(location[:size] for size in range(len(location) + 1))
-
-    def check_size(self, cells: int) -> None:
-        """Refuses a matrix of a large file.
-
-        Raises:
-            SpecError: The pipelines have too many values in all.
-        """
-        if cells > 1 and cells * self.size > _MAX_VALUES:
-            raise SpecError(
-                f"{cells} pipelines of {self.size} values each",
-                where=self.document.where(("matrix",)),
-                allowed=f"at most {_MAX_VALUES} values in all",
-            )
-
-    def name(self, references: References) -> str:
-        """Returns the name of a cell's pipeline."""
-        written: dict[Where, tuple[Any, str]] = {}
-        return str(self._expand(self.data.get("name"), ("name",), references, written))
-
-    def expand(self, references: References, cell: Cell | None) -> PipelineDocument:
-        """Returns the data of a cell's pipeline, with the paths of other files made relative."""
-        written: dict[Where, tuple[Any, str]] = {}
-        data = self._expand(self.data, (), references, written)
-        source = self.document
-        moved = self._relocation.apply(data)
-        return PipelineDocument(source.path, moved, source.lines, source.files, written, cell)
-
-    def _expand(
-        self, value: Any, location: Where, references: References, written: dict[Where, tuple[Any, str]]
-    ) -> Any:
-        if location not in self._touched:
-            return value
-        if isinstance(value, Mapping):
-            return {key: self._expand(entry, (*location, key), references, written) for key, entry in value.items()}
-        if isinstance(value, list):
-            return [self._expand(entry, (*location, index), references, written) for index, entry in enumerate(value)]
-        resolved = references.resolve(value, lambda: self.document.where(location))
-        self._check_secret(resolved, location)
-        if resolved.secret is not None:
-            written[location] = (resolved.value, resolved.secret)
-        elif isinstance(resolved.value, str) and escape(resolved.value) != resolved.value:
-            written[location] = (resolved.value, escape(resolved.value))
-        return resolved.value
-
-    def _check_secret(self, resolved: Resolved, location: Where) -> None:
-        """Allows a secret only in settings whose values every record hides, and there only a reference."""
-        key, where = setting_of(location), self.document.where(location)
-        if resolved.secret is not None and not is_secret_key(key):
-            raise SpecError(
-                f"{'.'.join(map(str, location))} refers to a secret, which would be recorded with the results",
-                where=where,
-                allowed="a secret in settings such as api_key, password or hf_token",
-            )
-        if resolved.secret is None and is_secret_key(key) and resolved.value not in ("", None):
-            raise secret_error(".".join(map(str, location)), where)
-
-
 def _override(document: PipelineDocument, override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.split(".")
@@ -232,7 +154,7 @@ def _override(document: PipelineDocument, override: str) -> None:
         key = re.match(r"[\w.-]*", override)[0]  # type: ignore[index]  # it matches every text
         raise SpecError(f"{key!r} has no key or no value", where="--set", allowed="KEY=VALUE, such as adapter.rank=8")
     value = parse_value(text, f"--set {path}", SpecError)
-    refuse_secrets(Document(Path("--set"), {keys[-1]: value}, {}))
+    refuse_secrets(Document(document.path, {keys[-1]: value}, {}), f"--set {path}")
     set_value(document, path, value, "--set")
 
 

@@ -12,12 +12,12 @@ from flows.refusals import nearest
 from flows.spec.document import PipelineDocument, refuse_secrets
 from flows.spec.parameters import Parameter, check_name
 from flows.spec.references import MAX_CELLS, References, typed_value
-from lora_engine.documents import Document, Where, read_document, read_table
+from lora_engine.documents import Where, read_document, read_table
 from tasks.errors import SpecError
 
 _MAX_TABLE = 1_000_000
 _FORMS = "a mapping of lists, a list of mappings, or {file: adapters.csv}"
-Cell = Mapping[str, Any]
+MatrixCell = Mapping[str, Any]
 
 
 def find_axes(document: PipelineDocument) -> set[str]:
@@ -44,7 +44,7 @@ class MatrixReader:
     def __init__(self, document: PipelineDocument, declared: Mapping[str, Parameter], references: References) -> None:
         self._document, self._declared, self._references = document, declared, references
 
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[MatrixCell]:
         """Returns the cells in the order of the file, the last axis changing first.
 
         Raises:
@@ -73,7 +73,7 @@ class MatrixReader:
         self._count(math.prod([len(rows or [{}]), *map(len, axes.values())]), len(include))
         options = [[{name: self._value(name, value, ("matrix", name, index))} for index, value in enumerate(values)]
                    for name, values in axes.items()]  # fmt: skip
-        combined: list[dict[str, Any]] = []
+        combined: list[MatrixCell] = []
         if axes or rows:
             for row, *chosen in product(rows or [{}], *options):
                 combined.append({key: value for part in (row, *chosen) for key, value in part.items()})
@@ -83,7 +83,9 @@ class MatrixReader:
             for name in sorted(entry.keys() - names):
                 where = self._document.where(("matrix", "exclude", index))
                 raise SpecError(f"exclude names {name!r}", where=where, **nearest(name, names))
-        cells = [cell for cell in combined if not any(entry.items() <= cell.items() for entry in excluded)]
+        cells: list[MatrixCell] = [
+            cell for cell in combined if not any(entry.items() <= cell.items() for entry in excluded)
+        ]
         cells = _include(cells, [self._row(entry, ("matrix", "include", i)) for i, entry in enumerate(include)])
         if not cells:
             raise SpecError("the matrix excludes every cell", where=self._document.where(("matrix", "exclude")))
@@ -116,12 +118,12 @@ class MatrixReader:
         if not values:
             raise SpecError(f"axis {name!r} has no values", where=where, remedy="add a value, or remove the axis")
 
-    def _rows(self, rows: Sequence[Any], location: Where) -> list[Cell]:
+    def _rows(self, rows: Sequence[Any], location: Where) -> list[MatrixCell]:
         if not rows:
             raise SpecError("the matrix is empty", where=self._document.where(location), allowed=_FORMS)
         return [self._row(row, (*location, index)) for index, row in enumerate(rows)]
 
-    def _row(self, row: Any, location: Where) -> Cell:
+    def _row(self, row: Any, location: Where) -> MatrixCell:
         where = self._document.where(location)
         if not isinstance(row, Mapping) or not row:
             raise SpecError(f"a cell of the matrix is {_kind(row)}", where=where, allowed="a mapping of values")
@@ -150,7 +152,7 @@ class MatrixReader:
             return declared.parse(name, value, where()) if parsed else declared.check(name, value, where())
         return typed_value(value, where()) if parsed and isinstance(value, str) else value
 
-    def _file(self, written: str) -> list[Cell]:
+    def _file(self, written: str) -> list[MatrixCell]:
         location: Where = ("matrix", "file")
         where = self._document.where(location)
         name = self._references.resolve(written, lambda: where).value
@@ -164,7 +166,7 @@ class MatrixReader:
             raise SpecError("the file has no rows", where=str(path), remedy="add a row for each pipeline")
         return rows
 
-    def _table(self, path: Path) -> Iterator[Cell]:
+    def _table(self, path: Path) -> Iterator[MatrixCell]:
         with path.open("rb") as file:
             content = file.read(_MAX_TABLE + 1)
         if len(content) > _MAX_TABLE:
@@ -176,35 +178,24 @@ class MatrixReader:
             for name in cells:
                 check_name(name, "column", row.place(name))
             place = row.where
-            refuse_secrets(PipelineDocument(Path(place), dict(cells), {}))
+            refuse_secrets(PipelineDocument(path, dict(cells), {}), place)
             yield {name: self._checked(name, text, lambda p=place: p, parsed=True) for name, text in cells.items()}
 
-    def _listed(self, path: Path) -> Iterator[Cell]:
+    def _listed(self, path: Path) -> list[MatrixCell]:
         document = read_document(path, SpecError, allowed="a list of mappings", as_list=True)
         refuse_secrets(document)
         self._count(len(document.data["rows"]), 0)
-        listed = _RowsOf(document, self)
-        yield from (listed.row(index, row) for index, row in enumerate(document.data["rows"]))
+        if not document.data["rows"]:
+            return []
+        own = PipelineDocument(document.path, document.data, document.lines)
+        return MatrixReader(own, self._declared, self._references)._rows(document.data["rows"], ("rows",))
 
 
-class _RowsOf:
-    """The rows of a YAML file, whose errors name that file."""
-
-    def __init__(self, document: Document, reader: MatrixReader) -> None:
-        self._reader = MatrixReader(
-            PipelineDocument(document.path, document.data, document.lines), reader._declared, reader._references
-        )
-
-    def row(self, index: int, row: Any) -> Cell:
-        """Returns a row with checked values."""
-        return self._reader._row(row, ("rows", index))
-
-
-def _include(cells: Sequence[Cell], entries: Sequence[Cell]) -> list[Cell]:
+def _include(cells: Sequence[MatrixCell], entries: Sequence[MatrixCell]) -> list[MatrixCell]:
     """Adds entries as GitHub Actions does: to each cell whose own values it keeps, else as a new cell."""
     expanded = [dict(cell) for cell in cells]
     own = [set(cell) for cell in cells]
-    added: list[Cell] = []
+    added: list[MatrixCell] = []
     for entry in entries:
         matching = [
             index
@@ -218,7 +209,7 @@ def _include(cells: Sequence[Cell], entries: Sequence[Cell]) -> list[Cell]:
     return [*expanded, *added]
 
 
-def describe_cell(cell: Cell) -> str:
+def describe_cell(cell: MatrixCell) -> str:
     """Returns the values of a cell as text."""
     return ", ".join(f"{name}={value}" for name, value in cell.items())[:200]
 

@@ -51,8 +51,8 @@ class _Reader:
             where = document.where(location)
             self._check(base, (*chain, path), where)
             read = self.read(base, (*chain, path))
-            result = read if result is None else merge(result, read, path)
-        result = document if result is None else merge(result, document, path)
+            result = read if result is None else _merge_documents(result, read, path)
+        result = document if result is None else _merge_documents(result, document, path)
         if len(self.merged) >= _MAX_FILES:
             raise SpecError("the file extends too many files", where=str(path), allowed=f"at most {_MAX_FILES}")
         self.merged[resolved] = result
@@ -103,11 +103,12 @@ def _declare(data: dict[str, Any]) -> None:
                 parameters[name] = {"default": value}
 
 
-def merge(base: PipelineDocument, over: PipelineDocument, path: Path) -> PipelineDocument:
+def _merge_documents(base: PipelineDocument, over: PipelineDocument, path: Path) -> PipelineDocument:
     """Returns the document of `path` that has the data of `base` with those of `over` merged into them."""
     replaced: set[Where] = set()
     data = _merge(base.data, over.data, (), replaced)
-    lines, files = {}, {}
+    lines: dict[Where, tuple[int, int]] = {}
+    files: dict[Where, Path] = {}
     for document in (base, over):
         for location, line in document.lines.items():
             if document is base and any(location[:size] in replaced for size in range(1, len(location) + 1)):

@@ -23,7 +23,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "boolean": (bool,),
     "list": (list,),
 }
-Scalar = str | int | float | bool
+_Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+Scalar = str | bool | _Integer | _Number
 _Bound = Annotated[int | float | None, Field(ge=-1e300, le=1e300)]
 
 
@@ -193,7 +195,7 @@ def resolve_parameters(
     unset: dict[str, str] = {}
     for name, parameter in declared.items():
         where = document.where(("parameters", name))
-        if name in values or name in axes:
+        if name in values:
             continue
         if "default" not in parameter.model_fields_set:
             unset[name] = where

@@ -51,6 +51,12 @@ class References:
     unset: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
+    def with_values(self, cell: Mapping[str, Any]) -> References:
+        """Returns these references with the values of a cell of the matrix."""
+        values = {**self.values, **{name: Resolved(value) for name, value in cell.items()}}
+        unset = {name: where for name, where in self.unset.items() if name not in cell}
+        return References(values, unset, self.environment)
+
     def resolve(self, text: str, where: Callable[[], str]) -> Resolved:
         """Returns the value of a text; a text that is one reference has the type of its value.
 
@@ -103,6 +109,12 @@ class References:
                 f"environment variable {name!r} is not set",
                 where=where(),
                 remedy=f"set it, or write ${{env:{name}:-default}}",
+            )
+        if is_secret_variable(name) and default not in (None, ":-"):
+            raise SpecError(
+                f"the default of {name!r} is a secret in plain text",
+                where=where(),
+                remedy=f"write ${{env:{name}}}, and set the variable",
             )
         if is_secret_variable(name) or has_secret(value):
             return Resolved(value, f"${{env:{name}}}")

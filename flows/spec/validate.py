@@ -78,7 +78,8 @@ def check_document(document: Document, *, check_bases: bool = True, bases: Bases
         if check_bases:
             _check_base(name, steps[name], folder, document, bases)
     ordered = {name: steps[name] for name in order}
-    source, cell = document.data, None
+    source: Mapping[str, Any] = document.data
+    cell: Mapping[str, Any] | None = None
     if isinstance(document, PipelineDocument):
         source, cell = document.to_record(), document.cell
     return PipelineSpec(head.name, head.base, head.seed, ordered, folder, source, head.concurrency, head.sweep, cell)

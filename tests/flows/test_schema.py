@@ -75,8 +75,8 @@ def test_every_entry_that_a_pipeline_can_name_is_in_the_schema(validator: Any) -
     assert steps["additionalProperties"]["allOf"][0]["properties"]["uses"]["enum"] == list(STEPS)
     assert train["kind"]["anyOf"][0]["enum"] == [name for name, kind in KINDS.items() if kind.spec]
     assert train["method"]["anyOf"][0]["enum"] == list(methods)
-    assert convert["to"]["items"]["enum"] == list(written_formats())
-    assert definitions["Merge"]["properties"]["method"]["enum"] == list(METHODS)
+    assert convert["to"]["anyOf"][0]["items"]["anyOf"][0]["enum"] == list(written_formats())
+    assert definitions["Merge"]["properties"]["method"]["anyOf"][0]["enum"] == list(METHODS)
     assert train["rank"]["description"].startswith("Rank of every adapted layer.")
 
 
