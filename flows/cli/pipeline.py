@@ -151,10 +151,11 @@ def plan(
     from flows.plan import plan_pipeline
 
     pipelines = load_selected(spec, changes, given, selected)
+    forced = {loaded.name: _check_force(force, loaded) for loaded in pipelines}
     home = open_home()
 
     def plan_one(loaded: PipelineSpec) -> tuple[Any, bool]:
-        planned = plan_pipeline(loaded, home, force=_check_force(force, loaded))
+        planned = plan_pipeline(loaded, home, force=forced[loaded.name])
         if as_json:
             return [_planned(step) for step in planned.steps], True
         _print_plan(planned)
@@ -206,6 +207,7 @@ def run(
     from flows.prefect import configure_prefect
 
     pipelines = load_selected(spec, changes, given, selected)
+    forced = {loaded.name: _check_force(force, loaded) for loaded in pipelines}
     home = open_home()
     configure_prefect(home)
 
@@ -213,7 +215,7 @@ def run(
         if concurrency is not None:
             loaded = replace(loaded, concurrency=concurrency)
         with stoppable(), show_run(list(loaded.steps), Console(stderr=as_json)):
-            result = run_pipeline(loaded, home, force=_check_force(force, loaded))
+            result = run_pipeline(loaded, home, force=forced[loaded.name])
         if not as_json:
             _print_summary(loaded, home, result)
             return None, not result.refusals

@@ -54,11 +54,8 @@ class Parameter(BaseModel):
         """Returns the type of the values."""
         if self.type is not None:
             return self.type
-        examples = [value for value in (self.default, *self.choices) if value is not None]
-        return next(
-            (name for example in examples for name in ("boolean", "integer", "number", "list") if _is(example, name)),
-            "string",
-        )
+        example = next((value for value in (self.default, *self.choices) if value is not None), "")
+        return next((name for name in ("boolean", "integer", "number", "list") if _is(example, name)), "string")
 
     def check(self, name: str, value: Any, where: str) -> Any:
         """Returns a value, if it is allowed.
@@ -90,6 +87,8 @@ class Parameter(BaseModel):
 
 
 def _is(value: Any, type_name: str) -> bool:
+    if isinstance(value, list) and not all(isinstance(item, str | int | float) for item in value):
+        return False
     return isinstance(value, _TYPES[type_name]) and isinstance(value, bool) == (type_name == "boolean")
 
 

@@ -131,7 +131,7 @@ def typed_value(text: str, where: str) -> Any:
 
 def escape(text: str) -> str:
     """Returns a text that resolves to the given one."""
-    return re.sub(r"\$(?=[${])", "$$$$", text)
+    return re.sub(r"\$(?=[${])", "$$", text)
 
 
 def _to_text(value: Any, inner: str, where: Callable[[], str]) -> str:

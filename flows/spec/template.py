@@ -24,7 +24,7 @@ class PipelineTemplate:
         self.document = document
         self.data = {key: value for key, value in document.data.items() if key not in EXPANDED}
         texts = list(texts_of(self.data))
-        self.size = len(document.lines)
+        self.size = sum(location[:1] != ("matrix",) for location in document.lines)
         self._relocation = Relocation(document)
         self._touched: set[Where] = set()
         for location, text in texts:
