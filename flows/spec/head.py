@@ -42,7 +42,7 @@ class Head(BaseModel):
 
     Attributes:
         extends: Pipeline file that this one changes, or a list of them; paths are relative to this file.
-        parameters: Name -> default, or declaration, of the values that `${name}` stands for.
+        parameters: Name -> default, or declaration, of the values that `${name}` refers to.
         matrix: Values for many pipelines: a mapping of lists, a list of mappings, or {file: adapters.csv}.
         name: Name of the pipeline, and default name of adapters that it registers.
         base: Default base model of the steps: tiny, a hub id with @revision, a diffusers folder or a checkpoint file.

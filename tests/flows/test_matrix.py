@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from flows.spec import load_pipelines, load_spec, pipeline_names
 from lora_engine.documents import Document, read_document
+from registry.home import Home
+from registry.lineage.record import Lineage
 from tasks.errors import SpecError
 from tests.flows.commands import loraline_here, say
 
@@ -297,3 +300,36 @@ def test_an_unknown_step_is_refused_before_the_first_pipeline_runs(pipeline: Wri
     assert completed.returncode == 2
     assert "unknown step 'photoz'" in completed.stderr
     assert "1 of 4" not in completed.stdout
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_run_goes_on_after_a_pipeline_that_fails(pipeline: Write, tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "0.png").write_bytes(b"no image")
+    steps = "steps: {photos: {uses: ingest, images: '${folder}'}}"
+    text = f'name: "x-${{folder}}"\nmatrix: {{folder: [broken, images]}}\n{steps}\n'
+    path, home = pipeline(text), tmp_path / "home"
+    completed = loraline_here("run", path, home=home)
+    assert completed.returncode == 1
+    assert "x-images (2 of 2: folder=images)" in completed.stdout
+    assert "1 of 2 pipelines failed: x-broken" in completed.stderr
+    broken, good = json.loads(say("run", path, "--json", home=home, code=1))
+    assert "0.png" in broken["error"]
+    assert good["result"]["outcomes"]["photos"]["cached"]
+    assert say("run", path, "--pipeline", "x-images", home=home)
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_the_record_of_a_run_needs_no_other_file(pipeline: Write, tmp_path: Path) -> None:
+    pipeline("name: x-${word}\nmatrix: {word: [a]}\nsteps: {photos: {uses: ingest, images: images/}}\n")
+    over = tmp_path / "deep" / "over.yaml"
+    over.parent.mkdir()
+    over.write_text("extends: ../pipeline.yaml\nseed: 3\n")
+    say("run", over, home=tmp_path / "home")
+    with closing(Lineage(Home.open(tmp_path / "home").lineage_url)) as lineage:
+        (run,) = lineage.runs()
+    assert run.spec == {
+        "name": "x-a",
+        "seed": 3,
+        "steps": {"photos": {"uses": "ingest", "images": "../images"}},
+    }
