@@ -54,7 +54,7 @@ def _step(kind: StepKind, ref: str, definitions: dict[str, Any]) -> tuple[dict[s
     definition["properties"]["uses"].pop("default", None)
     # The pipeline's own base, seed and name are the defaults of its steps.
     required = [field for field in definition.pop("required", ()) if field not in INHERITED]
-    condition = {"properties": {"uses": {"const": kind.name}}, "required": ["uses"]}
+    condition = {"type": "object", "properties": {"uses": {"const": kind.name}}, "required": ["uses"]}
     return {"if": condition, "then": {"$ref": ref}}, {"if": condition, "then": {"required": required}}
 
 

@@ -31,7 +31,7 @@ def complete_pipelines(ctx: Any, incomplete: str) -> list[str]:
     with suppress(Exception):  # a file that is not valid completes nothing
         from flows.spec import pipeline_names
 
-        return [name for name in pipeline_names(Path(ctx.params["spec"])) if name.startswith(incomplete)]
+        return [name for name in pipeline_names(_file(ctx)) if name.startswith(incomplete)]
     return []
 
 
@@ -52,11 +52,16 @@ def complete_adapters(incomplete: str) -> list[str]:
     return []
 
 
+def _file(ctx: Any) -> Path:
+    """Returns the pipeline file on the command line; the parser does not know it before an option has its value."""
+    return Path(ctx.params.get("spec") or ctx.args[0])
+
+
 def _steps(ctx: Any) -> Iterator[str]:
     with suppress(Exception):  # a file that is not valid completes nothing
         from flows.spec import read_unexpanded
 
-        yield from read_unexpanded(Path(ctx.params["spec"])).data["steps"]
+        yield from read_unexpanded(_file(ctx)).data["steps"]
 
 
 def _refs(versions: Any) -> Iterator[str]:

@@ -77,7 +77,7 @@ def _extended(document: PipelineDocument) -> list[tuple[Where, Path]]:
     if value is None:
         return []
     if isinstance(value, list):
-        names = [(("extends", index), name) for index, name in enumerate(value)]
+        names = [(("extends", index), name) for index, name in enumerate(value)] or [(("extends",), [])]
     for location, name in names:
         if not isinstance(name, str) or not name or "\0" in name or "://" in name or "${" in name:
             raise SpecError(

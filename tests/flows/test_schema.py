@@ -81,13 +81,13 @@ matrix: {length: [12, 14], include: [{length: 16}]}
     [
         ("name: small", "name: small-${length}"),
         ("seed: 7", "seed: ${env:SEED:-7}"),
-        ("rank: 2", "rank: ${rank}"),
-        ("steps: 12", "steps: ${length}"),
-        ("method: finetune", "method: ${word}"),
-        ("trigger: zorb", "trigger: ${word}"),
+        ("rank: 2", "rank: '${rank}'"),
+        ("steps: 12", "steps: '${length}'"),
+        ("method: finetune", "method: '${word}'"),
+        ("trigger: zorb", "trigger: '${word}'"),
         ("to: [kohya, diffusers, peft]", "to: [kohya, '${word}']"),
-        ("to: [kohya, diffusers, peft]", "to: ${word}"),
-        ("heldout: 0.5", "heldout: ${word}"),
+        ("to: [kohya, diffusers, peft]", "to: '${word}'"),
+        ("heldout: 0.5", "heldout: '${word}'"),
         ("{max: 10.0}", "{max: '${word}'}"),
     ],
 )
@@ -132,7 +132,7 @@ def test_an_overlay_needs_no_key_but_its_values_are_checked(validator: Any, tmp_
     path = tmp_path / "over.yaml"
     for text in (
         "extends: line.yaml",
-        "extends: [line.yaml, other.yaml]\nsteps: {exports: null, adapter: {rank: 4}, more: {uses: convert, to: [peft]}}",
+        "extends: [line.yaml, other.yaml]\nsteps: {exports: null, adapter: {rank: 4}, x: {uses: convert, to: [peft]}}",
         "extends: line.yaml\nsteps: {adapter: {uses: train, rank: null}}",
     ):
         path.write_text(text)
