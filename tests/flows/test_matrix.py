@@ -305,7 +305,7 @@ def test_a_run_goes_on_after_a_pipeline_that_fails(pipeline: Write, tmp_path: Pa
     (tmp_path / "broken" / "0.png").write_bytes(b"no image")
     steps = "steps: {photos: {uses: ingest, images: '${folder}'}}"
     text = f'name: "x-${{folder}}"\nmatrix: {{folder: [broken, images]}}\n{steps}\n'
-    path, home = pipeline(JOINED), tmp_path / "home"
+    path, home = pipeline(text), tmp_path / "home"
     completed = loraline_here("run", path, home=home)
     assert completed.returncode == 1
     assert "x-images (2 of 2: folder=images)" in completed.stdout
