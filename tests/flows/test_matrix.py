@@ -300,7 +300,7 @@ def test_an_unknown_step_is_refused_before_the_first_pipeline_runs(pipeline: Wri
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_a_run_goes_on_after_a_pipeline_that_fails(pipeline: Write, tmp_path: Path) -> None:
+def test_a_run_continues_after_a_pipeline_that_fails(pipeline: Write, tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "0.png").write_bytes(b"no image")
     steps = "steps: {photos: {uses: ingest, images: '${folder}'}}"
