@@ -83,7 +83,7 @@ def _or_reference(value: dict[str, Any]) -> dict[str, Any]:
         return {**inner, "anyOf": [*map(_with_item_references, inner["anyOf"]), reference]}
     if "const" in inner or "type" not in inner or (inner["type"] == "string" and not inner.keys() & _LIMITS):
         return inner
-    outer = {key: inner.pop(key) for key in ("description", "default", "title") if key in inner}
+    outer: dict[str, Any] = {key: inner.pop(key) for key in ("description", "default", "title") if key in inner}
     return {**outer, "anyOf": [inner, reference]}
 
 
