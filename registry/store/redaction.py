@@ -31,6 +31,8 @@ _SECRET_KEY = re.compile(
     re.IGNORECASE,
 )
 """Names of settings whose value is a secret, whatever its form."""
+_REFERENCE = re.compile(r"\$\{env:[A-Za-z_][A-Za-z0-9_]{0,254}\}")
+"""The form of a secret in a pipeline file: the name of an environment variable."""
 _TOKENS = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|"
     r"sk-[A-Za-z0-9_-]{20,}|xox[a-z]-[\w-]{10,}|pn[ub]_[A-Za-z0-9]{16,}|(?:AKIA|ASIA)[0-9A-Z]{16}|"
@@ -74,13 +76,15 @@ def redact_values(value: Any) -> Any:
     """Returns a JSON value without the secrets in its texts; mappings become dicts, tuples lists.
 
     Unlike `redact`, finds them by their form and by names such as `hf_token`: the value of a variable may also be a
-    word of a pipeline file.
+    word of a pipeline file. References such as `${env:HF_TOKEN}` are no secrets.
     """
     if isinstance(value, str):
         return _redact_forms(value)
     if isinstance(value, Mapping):
         return {
-            str(key): HIDDEN if entry and _SECRET_KEY.fullmatch(str(key)) else redact_values(entry)
+            str(key): HIDDEN
+            if entry and _SECRET_KEY.fullmatch(str(key)) and not _REFERENCE.fullmatch(str(entry))
+            else redact_values(entry)
             for key, entry in value.items()
         }
     if isinstance(value, (list, tuple)):
@@ -100,6 +104,21 @@ def redact_error(error: BaseException) -> None:
         for name, value in own.items():
             setattr(current, name, _redact_part(value))
         errors += [*filter(None, {current.__cause__, current.__context__})]
+
+
+def is_secret_key(name: str) -> bool:
+    """Returns True if the value of a setting with this name is a secret, which `redact_values` hides."""
+    return _SECRET_KEY.fullmatch(name) is not None
+
+
+def is_secret_variable(name: str) -> bool:
+    """Returns True if an environment variable with this name holds a secret."""
+    return _is_secret(name)
+
+
+def has_secret(text: str) -> bool:
+    """Returns True if a text has a part with the form of a secret, which `redact_values` hides."""
+    return _redact_forms(text) != text
 
 
 class SecretFreeErrors:
