@@ -71,8 +71,8 @@ def show(ref: Ref, as_json: Json = False) -> None:
     saved = list_readable(versions, version)
     endorsements = list_endorsements(versions, version)
     if as_json:
-        endorsed = [describe_endorsement(entry) for entry in endorsements]
-        print_json(describe(version, details=True) | {"rights": rights, "saved": saved, "endorsements": endorsed})
+        more = {"rights": rights, "saved": saved, "endorsements": list(map(describe_endorsement, endorsements))}
+        print_json(describe(version, details=True) | more)
         return
     print_facts(
         [
@@ -109,8 +109,8 @@ def show(ref: Ref, as_json: Json = False) -> None:
         ]
         print_table(("metric", "base", "adapter", "difference", "better", "n", "verdict"), rows)
     if endorsements:
-        rows = [(entry.alias, entry.actor, entry.actor.established, entry.reason) for entry in endorsements]
-        print_table(("endorsed for", "user", "established by", "reason"), rows)
+        endorsed = [(entry.alias, entry.actor, entry.actor.established, entry.reason) for entry in endorsements]
+        print_table(("endorsed for", "user", "established by", "reason"), endorsed)
     if saved:
         rows = [(entry["step"], _loss(entry["validation_loss"]), entry["file"]) for entry in saved]
         print_table(("saved at step", "validation loss", "file"), rows)

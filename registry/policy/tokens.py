@@ -102,9 +102,8 @@ def sign_actor(
     _trusted_signer(home, policy, own, check_actor_name(name, "NAME"), str(key))
     issued = now()
     claims = {"iss": _SIGNER, "aud": home_id, "sub": name, "iat": issued, "exp": issued + timedelta(seconds=seconds)}
-    return _jwt("`loraline actor sign`").encode(
-        claims, private, algorithm=_CURVES[private.curve.name], headers={"kid": own}
-    )
+    jwt, algorithm = _jwt("`loraline actor sign`"), _CURVES[private.curve.name]
+    return str(jwt.encode(claims, private, algorithm=algorithm, headers={"kid": own}))
 
 
 def verify_signed(home: Home, policy: IdentityPolicy, home_id: str, value: str) -> Actor:

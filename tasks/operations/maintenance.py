@@ -58,7 +58,7 @@ def collect_garbage(home: Home, *, grace: float, keep_runs: float, cache: int = 
     return Upkeep(collection, prune(home.cache, cache))
 
 
-def repair_home(home: Home, *, mlflow: bool = True, grace: float) -> list[Repair]:
+def repair_home(home: Home, *, mlflow: bool = True, grace: float = 3600.0) -> list[Repair]:
     """Repairs a home if the user may administer it; see `registry.maintenance.repair.repair`.
 
     Raises:
