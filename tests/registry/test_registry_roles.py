@@ -1,4 +1,4 @@
-"""Laws of roles over all events and operations, and tests that every change of the registry asks them and logs refusals."""
+"""Laws of roles over all events and operations; every change of the registry asks the roles and logs refusals."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ NEEDED = {
     "revoke": "revoke",
     "lift": "administer",
 }
-"""Each operation that a user asks for -> its permission with an alias that is not protected (override: a protected one)."""
+"""Each operation that a user asks for -> its permission; only `override` moves a protected alias."""
 
 
 def test_every_operation_of_a_user_is_tried() -> None:
