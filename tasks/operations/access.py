@@ -70,6 +70,9 @@ def require_training(home: Home, names: Iterable[str]) -> None:
         IdentityError: The user cannot be established.
         PolicyError: The home's policy cannot be used.
     """
+    wanted = sorted(set(names))
+    if not wanted:
+        return
     with closing(RegistryContext(home)) as context:
-        for name in sorted(set(names)):
+        for name in wanted:
             require_permission(context, "register", name=name)
