@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from flows.sweep import run_sweep
 from flows.sweep_file import load_sweep
 from registry.errors import Refused
 from registry.home import Home
+from registry.policy.policy_file import read_policies
 from registry.versions.promotion import promote, read_log
 from registry.versions.versions import Versions
 from tests.flows.commands import loraline_here as loraline
 from tests.flows.commands import say
 from tests.flows.conftest import PREPARE
+from tests.flows.test_rights_cli import adapter_bytes
 
 TRAIN = """\
   adapter: {uses: train, dataset: captions, method: dreambooth, kind: lora, rank: 2, steps: 20}
@@ -156,21 +159,30 @@ def test_a_verb_is_refused_without_a_role_and_the_log_has_it(
     assert events(roles)[-1] == ("refuse", "eve", operation)
 
 
+def test_the_policy_on_the_page_about_access_is_valid(home: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "access.md").read_text()
+    blocks = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "permissions:" not in block]
+    Home.open(home)
+    (home / "policy.yaml").write_text("".join(blocks))
+    policies = read_policies(home)
+    assert policies.identity.signers == {"robot": ("ci-*",)}
+    assert set(policies.roles) == {"trainer", "reviewer", "releaser", "admin"}
+    assert (policies.of("production").needs_approvals, policies.of("production").by_others) == (2, True)
+
+
 def test_garbage_is_collected_by_an_administrator_and_a_dry_run_needs_no_role(roles: Path) -> None:
     assert loraline("gc", "--dry-run", home=roles, LORALINE_ACTOR="eve").returncode == 0
     assert loraline("gc", home=roles, LORALINE_ACTOR="root").returncode == 0
 
 
 def test_an_import_is_refused_before_anything_is_stored(roles: Path, tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
     file = tmp_path / "x.safetensors"
-    save_file({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(1, 2)}, file)
+    file.write_bytes(adapter_bytes(tmp_path, 1.0))
     done = loraline("import", file, "--name", "face-1", "--base", "tiny", home=roles, LORALINE_ACTOR="ci-nightly")
     assert done.returncode == 1
-    if "no role" in done.stderr:
-        assert events(roles)[-1] == ("refuse", "ci-nightly", "import")
+    assert "ci-nightly has no role that may train face-1" in done.stderr
+    assert events(roles)[-1] == ("refuse", "ci-nightly", "import")
+    assert not any((roles / "store").rglob("*.safetensors"))
     assert json.loads(say("list", "--json", home=roles)) == []
 
 
