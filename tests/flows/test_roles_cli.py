@@ -178,7 +178,18 @@ def test_garbage_is_collected_by_an_administrator_and_a_dry_run_needs_no_role(ro
 def test_an_import_is_refused_before_anything_is_stored(roles: Path, tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     file.write_bytes(adapter_bytes(tmp_path, 1.0))
-    done = loraline("import", file, "--name", "face-1", "--base", "tiny", home=roles, LORALINE_ACTOR="ci-nightly")
+    done = loraline(
+        "import",
+        file,
+        "--name",
+        "face-1",
+        "--base",
+        "tiny",
+        "--license",
+        "MIT",
+        home=roles,
+        LORALINE_ACTOR="ci-nightly",
+    )
     assert done.returncode == 1
     assert "ci-nightly has no role that may train face-1" in done.stderr
     assert events(roles)[-1] == ("refuse", "ci-nightly", "import")
