@@ -38,8 +38,10 @@ from tasks.errors import NotStarted, PipelineFailed
 from tasks.execution import record_hit
 from tasks.imports import import_for
 from tasks.job import Outcome
+from tasks.operations.access import require_training
 from tasks.run_entry import recording
 from tasks.step import locate_base
+from tasks.steps.register import Register
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +66,8 @@ def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ())
         if outer is not None:
             publish_table(plan.name, tabulate(result, home))
         return result
+
+    require_training(home, _names_to_register(plan))
 
     def run_and_publish(run_id: str) -> PipelineResult:
         with closing(Lineage(home.lineage_url)) as lineage:
@@ -173,6 +177,12 @@ def _recorded_run(plan: Plan, home: Home) -> Iterator[str]:
             lineage.finish_run(run.id, status)
     finally:
         lineage.close()
+
+
+def _names_to_register(plan: Plan) -> set[str]:
+    """Returns the names under which the steps that are not cached register adapters."""
+    specs = (step.job.spec for step in plan.steps if not step.cached)
+    return {spec.name for spec in specs if isinstance(spec, Register)}
 
 
 def _bases(plan: Plan) -> list[BaseSource]:

@@ -23,7 +23,9 @@ from lora_engine.errors import InterruptedRun, NonFiniteError, TrainingError
 from lora_engine.files import atomic_write, canonical_json, sha256_bytes
 from registry.entities import ArtifactRef
 from registry.home import Home
+from tasks.operations.access import require_training
 from tasks.progress import StepEvent, step_scope
+from tasks.steps.register import Register
 from tasks.sweep.page import render_sweep
 from tasks.sweep.records import (
     best_trial,
@@ -73,6 +75,7 @@ def run_sweep(
         EngineError, RegistryError, OSError: A trial failed for another reason than its settings.
     """
     require_optuna()
+    require_training(home, [step.name for step in sweep.spec.steps.values() if isinstance(step, Register)])
     run = _SweepRun(sweep, home, trial_folder(home, sweep_key(sweep, home)), report)
     with prefect_server():
         trials = run_as_flow(f"{sweep.spec.name} sweep", run.run_trials)()

@@ -17,10 +17,22 @@ ExecutionStatus = Literal["COMPLETED", "CACHED", "ADOPTED", "FAILED", "INTERRUPT
 Action = Literal["stage", "promote", "rollback", "refuse", "override", "remove"]
 """Events of an alias; `refuse` leaves it unchanged, `remove` leaves it pointing at nothing."""
 EventType = Literal[
-    "delete", "withdraw", "restore", "flag", "revoke", "lift", "export", "sign", "import", "refuse", "link"
+    "register",
+    "endorse",
+    "delete",
+    "withdraw",
+    "restore",
+    "flag",
+    "revoke",
+    "lift",
+    "export",
+    "sign",
+    "import",
+    "refuse",
+    "link",
 ]
 """Events that move no alias: of a version, of a subject (revoke, lift, refuse of an import), or of the log (link: older
-rows got links)."""
+rows got links). `register` is logged where roles or approvals need to know who registered a version."""
 VersionState = Literal["ACTIVE", "WITHDRAWN", "DELETED"]
 SubjectKind = Literal["picture", "caption", "consent"]
 RevocationKind = Literal["picture", "consent", "version", "artifact", "file", "base", "digest"]
@@ -269,7 +281,7 @@ class Event:
         gates: The gates of the version at that time.
         at: Time by the machine's clock.
         subject: The image or consent that the event is about; empty for none.
-        details: Further data: overridden reasons, exported files.
+        details: Further data: overridden reasons, exported files; `actor`: how the user was established.
         previous: Digest of the event before it.
         digest: Its digest; see `registry.store.chain`.
     """

@@ -15,6 +15,7 @@ RegistryError
 │   └── GoneVersion         the version was withdrawn or deleted
 ├── SignatureError      a key cannot be used, or a signature cannot be made or is not valid
 ├── PolicyError         `policy.yaml` or `licenses.yaml` of the home cannot be used
+├── IdentityError       the current user cannot be established
 ├── RightsError         a revocation cannot be made or lifted
 └── PromotionError      an alias cannot be moved
     ├── Refused             the policy does not allow it; carries all reasons
@@ -91,6 +92,10 @@ class GoneVersion(VersionError):
 
 class PolicyError(RegistryError):
     """A policy or a table of licenses cannot be used."""
+
+
+class IdentityError(RegistryError):
+    """The current user cannot be established: a token, a signed value or a name is not valid."""
 
 
 class RightsError(RegistryError):

@@ -14,6 +14,7 @@ from lora_engine.errors import did_you_mean
 from lora_engine.files import canonical_json, sha256_bytes
 from registry.entities import Action, AdapterVersion, ArtifactRef, Event, EventType, VersionState, now
 from registry.errors import Conflict, GoneVersion, UnknownName, UnknownVersion
+from registry.identity import Actor
 from registry.lineage.graph import version_ids
 from registry.lineage.rows import artifact_of, read_artifacts
 from registry.refs import LATEST, can_exist, split_ref, version_number
@@ -229,11 +230,11 @@ def log_alias_event(
         action=action,
         before=before,
         after=None if action == "remove" else version.version,
-        actor=actor,
+        actor=str(actor),
         reason=reason,
         gates=[dict(gate) for gate in version.gates],
         at=now(),
-        details=dict(details or {}),
+        details=_with_actor(details, actor),
     )
     return _event(append_event(session, row))
 
@@ -255,14 +256,19 @@ def log_event(
         action=action,
         before=None,
         after=version.version if version else None,
-        actor=actor,
+        actor=str(actor),
         reason=reason,
         gates=[],
         at=now(),
         subject=subject or None,
-        details=dict(details or {}),
+        details=_with_actor(details, actor),
     )
     return _event(append_event(session, row))
+
+
+def _with_actor(details: Mapping[str, Any] | None, actor: str) -> dict[str, Any]:
+    """Adds how the actor was established, which the digest of the event covers."""
+    return {**(details or {}), **({"actor": actor.record()} if isinstance(actor, Actor) else {})}
 
 
 def alias_target(session: Session, name: str, alias: str) -> int | None:
@@ -296,6 +302,11 @@ def read_moves(session: Session, name: str | None = None) -> dict[tuple[str, str
     if name is not None:
         query = query.where(AliasRow.name == name)
     return {(event.name, event.alias): event for event in map(_event, session.scalars(query))}
+
+
+def read_event(session: Session, seq: int) -> Event:
+    """Returns the event with a number, which must exist."""
+    return _event(session.get_one(EventRow, seq))
 
 
 def entities(session: Session, rows: Sequence[VersionRow]) -> list[AdapterVersion]:

@@ -10,6 +10,7 @@ import sys
 
 import typer
 
+import flows.cli.access as access_verbs
 import flows.cli.data as data_verbs
 import flows.cli.files as files_verbs
 import flows.cli.generate as generate_verbs
@@ -49,6 +50,7 @@ _MODULES = (
     record_verbs,
     revocation_verbs,
     governance_verbs,
+    access_verbs,
     upkeep_verbs,
 )
 for _module in _MODULES:

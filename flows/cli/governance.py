@@ -49,12 +49,11 @@ def unalias(
     as_json: Json = False,
 ) -> None:
     """Remove an alias; `rollback` restores it."""
-    from registry.identity import current_user
     from registry.refs import split_ref
     from registry.versions.promotion import remove
 
     name, alias = split_ref(ref)
-    event = remove(open_versions(), name, alias, reason=reason, actor=current_user(), expect=expect)
+    event = remove(open_versions(), name, alias, reason=reason, expect=expect)
     print_event(event, as_json, f"{alias}: {name}@{event.before} -> none")
 
 
@@ -111,11 +110,10 @@ def _reason(event: Event) -> str:
 
 
 def _change(act: Any, ref: str, reason: str, as_json: bool, outcome: str, **options: str | None) -> None:
-    from registry.identity import current_user
     from registry.refs import split_ref
 
     name, version = split_ref(ref)
-    event = act(open_versions(), name, version, reason=reason, actor=current_user(), **options)
+    event = act(open_versions(), name, version, reason=reason, **options)
     print_event(event, as_json, f"{event.name}@{event.after}: {outcome}")
 
 

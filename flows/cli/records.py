@@ -73,7 +73,7 @@ def sign(
     from flows.cli.output import print_json
     from tasks.operations.documents import sign_version
 
-    version, signature = sign_version(open_home(), ref, key, _passphrase(key))
+    version, signature = sign_version(open_home(), ref, key, read_passphrase(key))
     if as_json:
         print_json({"version": version.ref, "key": signature.key, "digests": signature.digests})
         return
@@ -206,7 +206,7 @@ def list_keys(as_json: Json = False) -> None:
     print_table(("name", "key", "valid until", ""), rows)
 
 
-def _passphrase(key: Path) -> bytes | None:
+def read_passphrase(key: Path) -> bytes | None:
     """Returns the passphrase of an encrypted key from the environment or a prompt; None for an unencrypted key."""
     from registry.documents.keys import is_encrypted
 

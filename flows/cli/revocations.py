@@ -41,12 +41,9 @@ def revoke(
 ) -> None:
     """Revoke an image, a consent, a version, a file or a base: find everything made from it, and block it."""
     from flows.cli.output import print_json
-    from registry.identity import current_user
     from registry.versions.revocation import revoke as revoke_subject
 
-    impact = revoke_subject(
-        open_versions(), subject, reason=reason, actor=current_user(), policy=_recall_policy(policy), dry_run=dry_run
-    )
+    impact = revoke_subject(open_versions(), subject, reason=reason, policy=_recall_policy(policy), dry_run=dry_run)
     if as_json:
         print_json(impact)
     else:
@@ -96,10 +93,9 @@ def _recall_policy(policy: str | None) -> Recall | None:
 
 def lift(subject: _Subject, reason: Reason, as_json: Json = False) -> None:
     """Undo a revocation: allow training with it again, and restore the versions that it withdrew."""
-    from registry.identity import current_user
     from registry.versions.revocation import lift as lift_revocation
 
-    event = lift_revocation(open_versions(), subject, reason=reason, actor=current_user())
+    event = lift_revocation(open_versions(), subject, reason=reason)
     restored = ", ".join(event.details["restored"]) or "nothing"
     print_event(event, as_json, f"{event.details['kind']} {event.subject} may be used again; restored: {restored}")
 

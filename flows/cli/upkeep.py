@@ -68,8 +68,8 @@ def fsck(
     from registry.maintenance.backup import read_backup_heads
     from registry.maintenance.check_chain import KnownHead
     from registry.maintenance.fsck import fsck as find_problems
-    from registry.maintenance.repair import repair as repair_home
     from registry.store.chain import Head
+    from tasks.operations.maintenance import repair_home
 
     heads = [KnownHead(Head.parse(text), "--head") for text in head or ()]
     heads += read_backup_heads(against) if against else []

@@ -12,6 +12,7 @@ from flows.cli.verbs import Access, add_verb
 
 if TYPE_CHECKING:
     from registry.entities import AdapterVersion, Event
+    from registry.policy.approvals import Endorsement
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -58,6 +59,7 @@ def _list_row(version: AdapterVersion) -> tuple[object, ...]:
 def show(ref: Ref, as_json: Json = False) -> None:
     """Show one version: recipe, metrics, gates, parents, card."""
     from flows.cli.output import print_facts, print_json, print_table
+    from registry.versions.endorsement import list_endorsements
     from registry.versions.versions import Versions
     from tasks.operations.export_adapter import list_readable
     from tasks.operations.promote import find_version
@@ -67,8 +69,10 @@ def show(ref: Ref, as_json: Json = False) -> None:
     version = find_version(versions, ref)
     rights = describe_rights(versions, version)
     saved = list_readable(versions, version)
+    endorsements = list_endorsements(versions, version)
     if as_json:
-        print_json(describe(version, details=True) | {"rights": rights, "saved": saved})
+        more = {"rights": rights, "saved": saved, "endorsements": list(map(describe_endorsement, endorsements))}
+        print_json(describe(version, details=True) | more)
         return
     print_facts(
         [
@@ -104,11 +108,25 @@ def show(ref: Ref, as_json: Json = False) -> None:
             for name, metric in version.metrics.items()
         ]
         print_table(("metric", "base", "adapter", "difference", "better", "n", "verdict"), rows)
+    if endorsements:
+        endorsed = [(entry.alias, entry.actor, entry.actor.established, entry.reason) for entry in endorsements]
+        print_table(("endorsed for", "user", "established by", "reason"), endorsed)
     if saved:
         rows = [(entry["step"], _loss(entry["validation_loss"]), entry["file"]) for entry in saved]
         print_table(("saved at step", "validation loss", "file"), rows)
     if version.params:
         print_table(("recipe", ""), sorted(version.params.items()))
+
+
+def describe_endorsement(entry: Endorsement) -> dict[str, Any]:
+    """Returns an endorsement as a JSON object."""
+    return {
+        "alias": entry.alias,
+        "actor": str(entry.actor),
+        "established": entry.actor.established,
+        "event": entry.seq,
+        "reason": entry.reason,
+    }
 
 
 def _loss(value: float | None) -> str:

@@ -37,7 +37,7 @@ from registry.documents.storage import (
 )
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.errors import DamagedBlob, MissingBlob, RegistryError, SignatureError
-from registry.identity import current_user
+from registry.policy.actors import establish_actor
 from registry.store.chain import Head, read_head
 from registry.store.tables import EventRow
 
@@ -90,7 +90,7 @@ def sign(
     details = {"key": own, "bundle": ref.sha256, "file": file, "digests": dict(signature.digests)}
     with context.lineage.database.write() as session:
         keep(session, context.store, version, SIGNATURE, ref)
-        actor = actor or current_user()
+        actor = establish_actor(context, actor)
         queries.log_event(session, "sign", actor=actor, reason="signed", version=version, details=details)
     return signature
 

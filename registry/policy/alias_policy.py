@@ -32,6 +32,9 @@ class AliasPolicy(BaseModel):
         protected: The alias survives withdrawal and deletion of its version, and only `movers` may remove it.
         movers: Users who may move or remove the alias: names or patterns such as `*@lab`; one must match the actor.
         overridable: A refusal can be overridden with a reason.
+        needs_approvals: Number of different users who must approve a version, 0 to 5: by `loraline endorse`, or by
+            promoting it. Cannot be overridden. A rollback needs none.
+        by_others: The user who registered the version does not count.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +48,8 @@ class AliasPolicy(BaseModel):
     protected: bool = False
     movers: tuple[Pattern, ...] = Field(default=("*",), min_length=1)
     overridable: bool = True
+    needs_approvals: int = Field(default=0, ge=0, le=5)
+    by_others: bool = False
 
     def may_move(self, actor: str) -> bool:
         """Returns True if the actor may move the alias."""
@@ -87,6 +92,8 @@ class PolicyFacts:
         revoked: Revoked upstream subjects.
         signature: Findings of the signature check; None means unchecked.
         actor: User who requests the alias; None if nobody moves it.
+        denied: Why roles and identity keep the user from moving the alias.
+        unapproved: Approvals that are missing.
     """
 
     damage: Sequence[str] = ()
@@ -97,6 +104,8 @@ class PolicyFacts:
     revoked: Sequence[str] = ()
     signature: Sequence[str] | None = None
     actor: str | None = ""
+    denied: Sequence[str] = ()
+    unapproved: Sequence[str] = ()
 
 
 def decide(version: AdapterVersion, policy: AliasPolicy, facts: PolicyFacts) -> Decision:
@@ -114,6 +123,7 @@ def decide(version: AdapterVersion, policy: AliasPolicy, facts: PolicyFacts) -> 
     final += [f"{subject} was revoked" for subject in facts.revoked]
     if facts.actor is not None and not policy.may_move(facts.actor):
         final.append(f"{facts.actor or 'an unknown user'} may not move this alias; {', '.join(policy.movers)} may")
+    final += [*facts.denied, *facts.unapproved]
     reasons = [
         *_evaluation_reasons(version, policy),
         *_license_reasons(policy, facts),

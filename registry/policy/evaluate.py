@@ -14,10 +14,13 @@ from sqlalchemy.orm import Session
 from registry.context import RegistryContext
 from registry.documents.signing import signature_findings
 from registry.entities import AdapterVersion, Decision, now
-from registry.identity import current_user
+from registry.errors import IdentityError
+from registry.identity import Actor
+from registry.policy.actors import establish_actor
 from registry.policy.alias_policy import PolicyFacts, decide
+from registry.policy.approvals import find_unapproved
 from registry.policy.consent import ConsentFindings
-from registry.policy.policy_file import read_policies
+from registry.policy.policy_file import Policies, read_policies
 from registry.policy.rights import resolve_rights
 from registry.store.tables import EventRow
 
@@ -33,6 +36,7 @@ def evaluate_policy(
     structure: Sequence[str] = (),
     today: date | None = None,
     session: Session | None = None,
+    approvals: bool = True,
 ) -> Decision:
     """Decides whether a version may have an alias under the home's policy.
 
@@ -47,14 +51,18 @@ def evaluate_policy(
         today: Date to compare consents with; None means the current UTC date, and that of the newest event if the
             clock went back.
         session: Session of an open transaction to read in; None opens a new one.
+        approvals: False ignores missing approvals: the version has the alias, or had it before.
 
     Raises:
         PolicyError: The home's policy or table of licenses cannot be used.
     """
-    policies, actor = read_policies(context.home.path), (actor or current_user()) if moves else None
+    policies = read_policies(context.home.path)
     policy = policies.of(alias)
+    user, denied = _find_user(context, policies, version, alias, actor) if moves else (None, ())
     with nullcontext(session) if session is not None else context.lineage.database.read() as current:
-        facts: dict[str, Any] = {"actor": actor, "damage": damage, "structure": structure}
+        facts: dict[str, Any] = {"actor": user, "denied": denied, "damage": damage, "structure": structure}
+        if user is not None and approvals:
+            facts["unapproved"] = find_unapproved(current, policies, version, alias, user)
         rights = resolve_rights(current, context, version, today=today)
         facts |= {"revoked": rights.revoked, "terms": rights.terms, "consent": rights.consent}
         facts["consent_policy"] = rights.consent_policy
@@ -63,6 +71,18 @@ def evaluate_policy(
     if policy.needs_signature:
         facts["signature"] = tuple(signature_findings(context, version))
     return decide(version, policy, PolicyFacts(**facts))
+
+
+def _find_user(
+    context: RegistryContext, policies: Policies, version: AdapterVersion, alias: str, actor: str | None
+) -> tuple[Actor | None, tuple[str, ...]]:
+    """Returns the user who moves an alias, and why the user may not."""
+    try:
+        user = establish_actor(context, actor)
+    except IdentityError as error:
+        return None, (f"the user is unknown: {error.problem}",)
+    denial = policies.denial(user, policies.permission_to_move(alias), version.name, alias)
+    return user, ((denial,) if denial else ())
 
 
 def _by_the_log(

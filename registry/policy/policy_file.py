@@ -12,14 +12,17 @@ from registry.entities import check_alias
 from registry.errors import PolicyError, VersionError
 from registry.policy.alias_policy import PRESETS, AliasPolicy
 from registry.policy.consent import ConsentPolicy
+from registry.policy.identity_policy import IdentityPolicy
 from registry.policy.licenses import describe_problems
+from registry.policy.roles import Permission, Role, find_denial
 
 _NAME = "policy.yaml"
-_KEYS = "policy, aliases, consent, recall, similar, similarity"
+_KEYS = "policy, aliases, consent, recall, similar, similarity, identity, roles"
+_COPIED = {"consent", "recall", "similar", "similarity", "identity", "roles"}
 
 
 class _PolicyFile(BaseModel):
-    """The file: a preset, changes by alias, and what consent, a revocation and similar content of an import do."""
+    """The file: a preset, changes by alias, effects of consent, revocations and similar content, identity and roles."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,6 +32,8 @@ class _PolicyFile(BaseModel):
     recall: Literal["flag", "withdraw"] = "flag"
     similar: Literal["warn", "refuse", "ignore"] = "warn"
     similarity: float = Field(default=0.7, ge=0.5, le=1.0)
+    identity: IdentityPolicy = IdentityPolicy()
+    roles: dict[str, Role] = Field(default_factory=dict)
 
 
 class Policies(BaseModel):
@@ -41,6 +46,8 @@ class Policies(BaseModel):
         recall: Default action for versions that a revocation affects.
         similar: Action of an import if the content of the file resembles that of a registered adapter.
         similarity: Absolute cosine from which contents are similar, 0.5 to 1; unrelated ones stay below 0.5.
+        identity: Which actors count.
+        roles: What users may do, by the name of the role; without any, every user may do everything.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,10 +57,25 @@ class Policies(BaseModel):
     recall: Literal["flag", "withdraw"] = "flag"
     similar: Literal["warn", "refuse", "ignore"] = "warn"
     similarity: float = Field(default=0.7, ge=0.5, le=1.0)
+    identity: IdentityPolicy = IdentityPolicy()
+    roles: dict[str, Role] = Field(default_factory=dict)
 
     def of(self, alias: str) -> AliasPolicy:
         """Returns the policy of an alias; an alias without one has only the common requirements."""
         return self.aliases.get(alias, _PLAIN)
+
+    def permission_to_move(self, alias: str) -> Permission:
+        """Returns the permission that moving an alias requires."""
+        return "promote" if self.of(alias).protected else "stage"
+
+    def denial(self, actor: str, permission: Permission, name: str | None = None, alias: str = "") -> str:
+        """Returns why an actor may not do something; empty if the actor may. See `registry.policy.roles`."""
+        return find_denial(self.roles, self.identity, actor, permission, name=name, alias=alias)
+
+    @property
+    def logs_registrations(self) -> bool:
+        """Returns True if roles or approvals need to know who registered a version."""
+        return bool(self.roles) or any(policy.needs_approvals for policy in self.aliases.values())
 
 
 _PLAIN = AliasPolicy()
@@ -94,4 +116,4 @@ def read_policies(home: Path) -> Policies:
     if problems:
         allowed = ", ".join(AliasPolicy.model_fields)
         raise PolicyError("; ".join(problems), where=places[0], allowed=allowed, remedy=remedy)
-    return Policies(aliases=aliases, **file.model_dump(include={"consent", "recall", "similar", "similarity"}))
+    return Policies(aliases=aliases, **file.model_dump(include=_COPIED))

@@ -7,17 +7,19 @@ from sqlalchemy.orm import Session
 from registry import queries
 from registry.entities import AdapterVersion, Event
 from registry.errors import Refused
-from registry.identity import current_user
 from registry.lineage.graph import NodeId
+from registry.policy.actors import establish_actor
 from registry.policy.ancestry import descendants
 from registry.policy.policy_file import Policies, read_policies
 from registry.versions.expected_version import require_expected
+from registry.versions.guard import guarded
 from registry.versions.promotion import require_reason
 from registry.versions.versions import Versions
 
 _RESOLVE = "resolve every reason above"
 
 
+@guarded("withdraw")
 def withdraw(
     versions: Versions,
     name: str,
@@ -44,7 +46,7 @@ def withdraw(
         UnknownVersion: No such version.
         MlflowError: Done and logged, but MLflow is not in sync; the next command syncs it.
     """
-    reason, actor = require_reason(reason, "nothing is withdrawn"), actor or current_user()
+    reason, actor = require_reason(reason, "nothing is withdrawn"), establish_actor(versions, actor)
     policies = read_policies(versions.home.path)
     with versions.lineage.database.write() as session:
         version = queries.read_version(session, name, ref)
@@ -68,6 +70,7 @@ def withdraw(
     return event
 
 
+@guarded("delete")
 def delete(
     versions: Versions,
     name: str,
@@ -90,7 +93,7 @@ def delete(
         UnknownVersion: No such version.
         MlflowError: Done and logged, but MLflow is not in sync; the next command syncs it.
     """
-    reason, actor = require_reason(reason, "nothing is deleted"), actor or current_user()
+    reason, actor = require_reason(reason, "nothing is deleted"), establish_actor(versions, actor)
     policies = read_policies(versions.home.path)
     with versions.lineage.database.write() as session:
         version = queries.read_version(session, name, ref)
@@ -105,6 +108,7 @@ def delete(
     return event
 
 
+@guarded("restore")
 def restore(versions: Versions, name: str, ref: str | int, *, reason: str, actor: str | None = None) -> Event:
     """Restores a withdrawn version, or a deleted one whose bytes are intact; does not restore its aliases.
 
@@ -113,7 +117,7 @@ def restore(versions: Versions, name: str, ref: str | int, *, reason: str, actor
         UnknownVersion: No such version.
         MlflowError: Done and logged, but MLflow is not in sync; the next command syncs it.
     """
-    reason, actor = require_reason(reason, "nothing is restored"), actor or current_user()
+    reason, actor = require_reason(reason, "nothing is restored"), establish_actor(versions, actor)
     version = versions.show(name, ref)
     damage = ("it is in use",) if version.state == "ACTIVE" else versions.damage(version)
     if damage:

@@ -10,19 +10,22 @@ from sqlalchemy.orm import Session
 from registry import queries
 from registry.entities import Action, AdapterVersion, Decision, Event, check_alias
 from registry.errors import PromotionError, Refused
-from registry.identity import current_user
+from registry.policy.actors import establish_actor
 from registry.policy.alias_policy import AliasPolicy
+from registry.policy.approvals import find_unapproved
 from registry.policy.conditions import without_overridden
 from registry.policy.evaluate import evaluate_policy
-from registry.policy.policy_file import read_policies
+from registry.policy.policy_file import Policies, read_policies
 from registry.policy.rights import revoked_upstream
 from registry.versions.expected_version import require_expected
+from registry.versions.guard import guarded
 from registry.versions.projections import find_overridden
 from registry.versions.versions import Versions
 
 __all__ = ["evaluate_policy", "history", "promote", "read_log", "remove", "replay", "rollback"]
 
 
+@guarded("promote", alias="to")
 def promote(
     versions: Versions,
     name: str,
@@ -66,7 +69,7 @@ def promote(
         MlflowError: Done and logged, but MLflow is not in sync; the next command syncs it.
     """
     check_alias(to)
-    reason, actor = require_reason(reason, f"{to!r} cannot move"), actor or current_user()
+    reason, actor = require_reason(reason, f"{to!r} cannot move"), establish_actor(versions, actor)
     with versions.lineage.database.read() as session:
         version = queries.read_version(session, name, ref)
         require_expected(session, version, ref, expected_source)
@@ -75,24 +78,30 @@ def promote(
         is_current = before == version.version == queries.alias_target(session, name, to)
         if not is_current:
             queries.require_active(session, name, version.version)
-    decision = evaluate_policy(versions, version, to, actor=actor, damage=versions.damage(version), structure=structure)
+    damage = versions.damage(version)
+    decision = evaluate_policy(
+        versions, version, to, actor=actor, damage=damage, structure=structure, approvals=not is_current
+    )
     overridden = decision.reasons  # an override of new reasons keeps the earlier ones
     if is_current:
         decision = without_overridden(decision, find_overridden(events, version.version))
         if decision.allowed:
             versions.sync()
             return events[-1]
-    policy = read_policies(versions.home.path).of(to)
+    policies = read_policies(versions.home.path)
+    policy = policies.of(to)
     action: Action = "promote"
     if not decision.allowed:
         if not override or decision.final or not policy.overridable:
-            raise _refuse(versions, version, to, decision, actor, _remedy(override, decision, policy))
+            remedy = _remedy(override, decision, policy)
+            raise Refused(f"it cannot become {to!r}", reasons=decision.reasons, where=version.ref, remedy=remedy)
         action = "override"
     details = {"overridden": list(overridden)} if action == "override" else {}
     details |= {"warnings": list(decision.warnings)} if decision.warnings else {}
     with versions.lineage.database.write() as session:
         require_expected(session, queries.read_version(session, name, ref), ref, version.version)
-        _refuse_revoked(session, versions, version, to, actor)
+        _refuse_revoked(session, version, to)
+        _refuse_unapproved(session, policies, version, to, actor)
         event = queries.move_alias(
             session, version, to, expected=before, action=action, actor=actor, reason=reason, details=details
         )
@@ -100,6 +109,7 @@ def promote(
     return event
 
 
+@guarded("rollback", alias="alias")
 def rollback(
     versions: Versions,
     name: str,
@@ -115,7 +125,7 @@ def rollback(
     Args:
         versions: The registry.
         name: The adapter.
-        alias: The alias; a removed alias is restored.
+        alias: The alias; a removed alias is restored. The version had it before and needs no new approvals.
         to: An earlier version that had the alias; None means the previous one.
         to_event: Number of an event; selects the version that the alias pointed at after it.
         reason: The reason; stored in the log.
@@ -127,7 +137,7 @@ def rollback(
         Conflict: Another process moved the alias meanwhile.
         MlflowError: Done and logged, but MLflow is not in sync; the next command syncs it.
     """
-    reason, actor = require_reason(reason, f"{alias!r} cannot move"), actor or current_user()
+    reason, actor = require_reason(reason, f"{alias!r} cannot move"), establish_actor(versions, actor)
     with versions.lineage.database.read() as session:
         events = queries.read_events(session, name, alias)
         if not any(event.action != "refuse" for event in events):
@@ -147,7 +157,8 @@ def rollback(
             )
         target = queries.read_version(session, name, requested or earlier[-1])
     # What was overridden when the version had the alias does not count again.
-    decision = evaluate_policy(versions, target, alias, actor=actor, damage=versions.damage(target))
+    damage = versions.damage(target)
+    decision = evaluate_policy(versions, target, alias, actor=actor, damage=damage, approvals=False)
     decision = without_overridden(decision, find_overridden(events, target.version))
     if not decision.allowed:
         raise Refused(
@@ -157,7 +168,7 @@ def rollback(
             remedy="roll back further with `--to`, or override the reasons with `loraline promote --override`",
         )
     with versions.lineage.database.write() as session:
-        _refuse_revoked(session, versions, target, alias, actor)
+        _refuse_revoked(session, target, alias)
         event = queries.move_alias(
             session,
             target,
@@ -172,6 +183,7 @@ def rollback(
     return event
 
 
+@guarded("remove", alias="alias")
 def remove(
     versions: Versions,
     name: str,
@@ -196,15 +208,16 @@ def remove(
         Conflict: Another process moved it meanwhile, or it does not point at the expected version.
         UnknownVersion: It points at nothing.
     """
-    reason, actor = require_reason(reason, f"{alias!r} cannot be removed"), actor or current_user()
+    reason, actor = require_reason(reason, f"{alias!r} cannot be removed"), establish_actor(versions, actor)
     with versions.lineage.database.read() as session:
         version = queries.read_version(session, name, check_alias(alias))
         require_expected(session, version, alias, expect)
     policy = read_policies(versions.home.path).of(alias)
     if not policy.may_move(actor):
         refusal = f"{actor} may not move this alias; {', '.join(policy.movers)} may"
-        decision = Decision(False, (refusal,), (refusal,))
-        raise _refuse(versions, version, alias, decision, actor, "ask one of these users")
+        raise Refused(
+            f"{alias!r} cannot be removed", reasons=(refusal,), where=version.ref, remedy="ask one of these users"
+        )
     with versions.lineage.database.write() as session:
         event = queries.clear_alias(session, version, alias, actor=actor, reason=reason)
     versions.sync()
@@ -263,17 +276,6 @@ def require_reason(reason: str, problem: str) -> str:
     return reason.strip()
 
 
-def _refuse(
-    versions: Versions, version: AdapterVersion, alias: str, decision: Decision, actor: str, remedy: str
-) -> Refused:
-    """Logs a refusal and returns the error."""
-    with versions.lineage.database.write() as session:
-        current = queries.alias_target(session, version.name, alias)
-        reasons = "; ".join(decision.reasons)
-        queries.log_alias_event(session, version, alias, current, action="refuse", actor=actor, reason=reasons)
-    return Refused(f"it cannot become {alias!r}", reasons=decision.reasons, where=version.ref, remedy=remedy)
-
-
 def _remedy(override: bool, decision: Decision, policy: AliasPolicy) -> str:
     if not override:
         return "resolve every reason above"
@@ -282,7 +284,14 @@ def _remedy(override: bool, decision: Decision, policy: AliasPolicy) -> str:
     return "resolve every reason above; the policy of this alias allows no override" if not policy.overridable else ""
 
 
-def _refuse_revoked(session: Session, versions: Versions, version: AdapterVersion, alias: str, actor: str) -> None:
+def _refuse_unapproved(session: Session, policies: Policies, version: AdapterVersion, alias: str, actor: str) -> None:
+    """Raises Refused if an endorsement was withdrawn since the policy decided; runs in the writing transaction."""
+    reasons = find_unapproved(session, policies, version, alias, actor)
+    if reasons:
+        raise Refused(f"it cannot become {alias!r}", reasons=reasons, where=version.ref)
+
+
+def _refuse_revoked(session: Session, version: AdapterVersion, alias: str) -> None:
     """Raises Refused if a subject was revoked since the policy decided; runs in the writing transaction."""
     revoked = revoked_upstream(session, version)
     if revoked:

@@ -12,12 +12,13 @@ from lora_engine.files import sha256_file
 from registry import queries
 from registry.entities import AdapterVersion, Event
 from registry.errors import Refused, RightsError
-from registry.identity import current_user
 from registry.lineage.walk import LEAST_DIGITS
+from registry.policy.actors import establish_actor
 from registry.policy.policy_file import Policies, read_policies
 from registry.policy.revocations import Revocation, active_revocations
 from registry.policy.rights import revoked_upstream
 from registry.store.tables import EventRow, RevocationRow, VersionRow
+from registry.versions.guard import guarded
 from registry.versions.impact import ImpactReport, Recall, find_affected
 from registry.versions.promotion import require_reason
 from registry.versions.subjects import RevocationTarget
@@ -28,6 +29,7 @@ _EXTRA = ("artifacts", "bases", "unreadable")
 """Fields of `RevocationTarget` that an event has if they are not empty."""
 
 
+@guarded("revoke")
 def revoke(
     versions: Versions,
     subject: str,
@@ -54,10 +56,11 @@ def revoke(
 
     Raises:
         RightsError: Nothing matches, or several things do.
-        Refused: The actor may not move an alias that has to be rolled back.
+        Refused: The actor may not move an alias that has to be rolled back, or has no role that may revoke one of the
+            adapters.
         MlflowError: Done and logged, but MLflow is not in sync; the next command syncs it.
     """
-    reason, actor = require_reason(reason, "nothing is revoked"), actor or current_user()
+    reason, actor = require_reason(reason, "nothing is revoked"), establish_actor(versions, actor)
     policies = read_policies(versions.home.path)
     chosen = policy or policies.recall
     if dry_run:
@@ -65,6 +68,7 @@ def revoke(
             return find_affected(session, versions, subject, chosen)[0]
     with versions.lineage.database.write() as session:
         report, affected, target = find_affected(session, versions, subject, chosen)
+        _require_roles(affected, policies, actor)
         if chosen == "withdraw":
             _require_movers(affected, policies, actor)
         event = _log_revocation(session, report, target, actor, reason)
@@ -74,6 +78,7 @@ def revoke(
     return ImpactReport(**{**vars(report), "event": event.seq})
 
 
+@guarded("lift")
 def lift(versions: Versions, subject: str, *, reason: str, actor: str | None = None) -> Event:
     """Lifts a revocation: ingest accepts the images again, and the versions that it withdrew are active again.
 
@@ -89,7 +94,7 @@ def lift(versions: Versions, subject: str, *, reason: str, actor: str | None = N
         RightsError: No active revocation matches, or more than one.
         MlflowError: Done and logged, but MLflow is not in sync; the next command syncs it.
     """
-    reason, actor = require_reason(reason, "nothing is lifted"), actor or current_user()
+    reason, actor = require_reason(reason, "nothing is lifted"), establish_actor(versions, actor)
     with versions.lineage.database.write() as session:
         revocation = _find_revocation(session, subject)
         session.delete(session.get_one(RevocationRow, (revocation.kind, revocation.subject)))
@@ -108,6 +113,13 @@ def lift(versions: Versions, subject: str, *, reason: str, actor: str | None = N
             queries.set_state(session, version, "ACTIVE", "restore", details={"lift": event.seq}, **fields)
     versions.sync()
     return event
+
+
+def _require_roles(affected: Sequence[AdapterVersion], policies: Policies, actor: str) -> None:
+    names = sorted({version.name for version in affected})
+    reasons = tuple(filter(None, (policies.denial(actor, "revoke", name) for name in names)))
+    if reasons:
+        raise Refused("not every affected version may be revoked", reasons=reasons, remedy="ask a user who may")
 
 
 def _require_movers(affected: Sequence[AdapterVersion], policies: Policies, actor: str) -> None:

@@ -22,17 +22,20 @@ from registry.documents.storage import write_missing
 from registry.entities import AdapterVersion, ArtifactRef, Event, FileEntry, check_alias, check_name
 from registry.errors import DamagedBlob, HomeError, MlflowError, VersionError
 from registry.home import Home
-from registry.identity import current_user
+from registry.identity import Actor
 from registry.lineage.record import Lineage
 from registry.lineage.rows import record_artifacts, record_contents
+from registry.policy.actors import establish_actor
 from registry.policy.alias_policy import numbers
 from registry.policy.conditions import require_policy
 from registry.policy.evaluate import evaluate_policy
+from registry.policy.policy_file import read_policies
 from registry.refs import can_exist
 from registry.store.artifacts import Content, Store, check_relative
 from registry.store.blobs import damaged
 from registry.store.database import require_json
 from registry.store.redaction import redact_values
+from registry.versions.guard import guarded, log_refusal
 from registry.versions.late_revocations import follow_revocations
 from registry.versions.mlflow_drift import RESTORE, find_drift
 from registry.versions.mlflow_sync import is_synced, sync_mlflow
@@ -74,6 +77,7 @@ class Versions(RegistryContext):
         except (MlflowError, HomeError) as error:
             _logger.warning("%s", error)
 
+    @guarded("register")
     def register(
         self,
         name: str,
@@ -121,6 +125,7 @@ class Versions(RegistryContext):
             VersionError: An invalid name, a number that is not finite, a value that JSON cannot hold, or no such file
                 in the artifact.
             GoneVersion: The same adapter and report were registered before, and deleted.
+            Refused: The user has no role that may register under this name; logged.
             StoreError: The bytes are missing from the store, or damaged.
             MlflowError: Registered, but MLflow is not in sync; the next command syncs it.
         """
@@ -156,7 +161,8 @@ class Versions(RegistryContext):
             "params": params,
         }
         files[metadata] = self.store.files(metadata)
-        number = self._write_row(name, artifact, report, parents, values, files, alias_request, actor or current_user())
+        user = establish_actor(self, actor)
+        number = self._write_row(name, artifact, report, parents, values, files, alias_request, user)
         # If the process is killed before this line, the next sync writes the documents.
         write_missing(self, self.show(name, number))
         self.sync()
@@ -242,10 +248,9 @@ class Versions(RegistryContext):
             actor: The user; None means this process's user.
         """
         reason = f"exported as {details.get('format', 'a file')}"
+        user = establish_actor(self, actor)
         with self.lineage.database.write() as session:
-            return queries.log_event(
-                session, "export", actor=actor or current_user(), reason=reason, version=version, details=details
-            )
+            return queries.log_event(session, "export", actor=user, reason=reason, version=version, details=details)
 
     def is_synced(self) -> bool:
         """Returns True if MLflow has every row, by the registry's database alone."""
@@ -319,7 +324,7 @@ class Versions(RegistryContext):
         values: Mapping[str, Any],
         files: Mapping[ArtifactRef, Mapping[str, FileEntry]],
         alias_request: str | None,
-        actor: str,
+        actor: Actor,
     ) -> int:
         """Inserts a version unless the same is registered, and gives it its alias, in one transaction.
 
@@ -333,6 +338,9 @@ class Versions(RegistryContext):
                 for ref, contents in files.items():
                     record_contents(session, ref, contents)
                 row = queries.insert_version(session, name, parents, values)
+                if read_policies(self.home.path).logs_registrations:
+                    version = queries.entities(session, [row])[0]
+                    queries.log_event(session, "register", actor=actor, reason="registered", version=version)
                 follow_revocations(session, queries.entities(session, [row])[0], actor)
             elif row.state == "DELETED":
                 # Building it again, for example on a schedule, must not restore a deleted version.
@@ -341,7 +349,7 @@ class Versions(RegistryContext):
                 self._stage(session, queries.entities(session, [row])[0], alias_request, actor)
             return row.version
 
-    def _stage(self, session: Session, version: AdapterVersion, alias: str, actor: str) -> None:
+    def _stage(self, session: Session, version: AdapterVersion, alias: str, actor: Actor) -> None:
         """Gives a version its alias once: a repeated registration does not take the alias from a later version."""
         events = queries.read_events(session, version.name, alias)
         if any(event.after == version.version for event in events):
@@ -355,7 +363,7 @@ class Versions(RegistryContext):
             return
         reasons = "; ".join(decision.reasons)
         _logger.warning("%s does not become %r: %s", version.ref, alias, reasons)
-        queries.log_alias_event(session, version, alias, current, action="refuse", actor=actor, reason=reasons)
+        log_refusal(session, "stage", actor, reasons, version=version, alias=alias)
 
 
 def _require_finite(values: Mapping[str, Any], where: str) -> None:

@@ -22,7 +22,6 @@ from registry.documents.storage import (
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.errors import StoreError, VersionError
 from registry.home import Home
-from registry.identity import current_user
 from registry.policy.conditions import judge_alias
 from registry.refs import split_ref
 from registry.versions.versions import Versions
@@ -124,7 +123,7 @@ def sign_version(home: Home, ref: str, key: Path, passphrase: bytes | None) -> t
     """
     versions = Versions(home)
     version = find_version(versions, ref)
-    signature = sign(versions, version, key, passphrase, actor=current_user())
+    signature = sign(versions, version, key, passphrase)
     versions.sync()
     return version, signature
 

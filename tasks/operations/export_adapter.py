@@ -12,7 +12,6 @@ from typing import Any
 from registry.entities import AdapterVersion
 from registry.errors import PolicyError, StoreError
 from registry.home import Home
-from registry.identity import current_user
 from registry.policy.license_terms import unknown
 from registry.policy.rights import resolve_rights
 from registry.versions.versions import Versions
@@ -106,7 +105,7 @@ def export_version(
         else:
             # A revocation lists the exported files, and an import knows them.
             details = {"format": to, "files": result["files"]} | ({"step": step} if step is not None else {})
-            versions.log_export(version, details, actor=current_user())
+            versions.log_export(version, details)
             written = [Path(entry["file"]) for entry in result["files"]]
             contents = read_contents(written, output if output.is_dir() else None, module_shapes_of(base))
             source = {version.artifact.sha256: version.artifact}

@@ -17,10 +17,11 @@ from lora_engine.files import is_present, sha256_file
 from registry import queries
 from registry.entities import FOREIGN, AdapterVersion, ArtifactRef, check_alias, check_name
 from registry.home import Home
-from registry.identity import current_user
 from registry.lineage.rows import record_contents
+from registry.policy.actors import establish_actor
 from registry.policy.license_terms import NO_ASSERTION
 from registry.policy.licenses import read_licenses
+from registry.versions.guard import require_permission
 from registry.versions.late_revocations import add_parents
 from registry.versions.promotion import require_reason
 from registry.versions.versions import Versions
@@ -153,6 +154,7 @@ def import_adapter(home: Home, file: Path, request: ImportRequest) -> ImportResu
     facts = inspect_file(file)
     versions = Versions(home)
     try:
+        require_permission(versions, "import", name=request.name)
         with tempfile.TemporaryDirectory(dir=home.work) as name:
             copy, out = Path(name) / "original", Path(name) / "out"
             _copy(file, facts["files"], copy)
@@ -257,6 +259,7 @@ def _register(
     original: Mapping[str, str],
     findings: ImportFindings,
 ) -> ImportResult:
+    actor = establish_actor(versions)
     with versions.lineage.database.read() as session:
         row = queries.find_identical(session, request.name, artifact, None)
         is_new = row is None
@@ -271,16 +274,16 @@ def _register(
         parents=[*card.recipe["parents"], *parents],
         alias_request=request.alias,
         params=flatten(card.recipe),
-        actor=current_user(),
+        actor=actor,
     )
     details = {"license": request.license, "base": card.base, "files": dict(original), "format": facts["format"]}
     with versions.lineage.database.write() as session:
-        added = () if is_new else add_parents(session, version, parents, current_user())
+        added = () if is_new else add_parents(session, version, parents, actor)
         if is_new or added:
             queries.log_event(
                 session,
                 "import",
-                actor=current_user(),
+                actor=actor,
                 reason=request.reason or "imported from a file",
                 version=version,
                 details=details | findings.details(parents if is_new else added),

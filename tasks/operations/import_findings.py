@@ -11,9 +11,9 @@ from sqlalchemy.orm import Session
 from registry import queries
 from registry.entities import ArtifactRef
 from registry.errors import Refused, RightsError
-from registry.identity import current_user
 from registry.lineage.graph import NodeId
 from registry.lineage.rows import read_artifacts
+from registry.policy.actors import establish_actor
 from registry.policy.ancestry import descendants, trace
 from registry.policy.license_terms import LicenseTerms, combine, forbidden_uses
 from registry.policy.licenses import Licenses, read_licenses
@@ -175,11 +175,12 @@ def _warnings(licenses: Licenses, stated: LicenseTerms, in_header: object, sourc
 
 def _log_refusal(versions: Versions, request: Statements, files: Mapping[str, str], reasons: Iterable[str]) -> None:
     details = {"name": request.name, "license": request.license, "files": dict(files)}
+    actor = establish_actor(versions)
     with versions.lineage.database.write() as session:
         queries.log_event(
             session,
             "refuse",
-            actor=current_user(),
+            actor=actor,
             reason="; ".join(reasons),
             subject=next(iter(files.values())),
             details=details,

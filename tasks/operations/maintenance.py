@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from registry.context import RegistryContext
 from registry.home import Home
 from registry.maintenance.doctor import Finding, doctor
 from registry.maintenance.gc import Collection, collect
+from registry.maintenance.repair import Repair, repair
+from registry.policy.identity_policy import IdentityPolicy
+from registry.policy.policy_file import read_policies
+from registry.versions.guard import require_permission
 from tasks.errors import SpecError
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -37,13 +44,36 @@ def collect_garbage(home: Home, *, grace: float, keep_runs: float, cache: int = 
         keep_runs: Age in days of runs whose artifacts are kept.
         cache: Maximum size of the training cache in bytes.
         dry_run: True deletes nothing and ignores the cache.
+
+    Raises:
+        Refused: The user has no role that may; logged.
     """
+    if not dry_run:
+        _require_administration(home, "gc")
     collection = collect(home, grace=grace, keep_runs=keep_runs, dry_run=dry_run)
     if dry_run:
         return Upkeep(collection, 0)
     from lora_engine.training.cache import prune
 
     return Upkeep(collection, prune(home.cache, cache))
+
+
+def repair_home(home: Home, *, mlflow: bool = True, grace: float = 3600.0) -> list[Repair]:
+    """Repairs a home if the user may administer it; see `registry.maintenance.repair.repair`.
+
+    Raises:
+        Refused: The user has no role that may; logged.
+    """
+    _require_administration(home, "repair")
+    return repair(home, mlflow=mlflow, grace=grace)
+
+
+def _require_administration(home: Home, operation: Literal["gc", "repair"]) -> None:
+    policies = read_policies(home.path)
+    if not policies.roles and policies.identity.accept == IdentityPolicy().accept:
+        return  # every user may: a database that must be repaired first is not opened for it
+    with closing(RegistryContext(home)) as context:
+        require_permission(context, operation)
 
 
 def examine(home: Path) -> list[Finding]:

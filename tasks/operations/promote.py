@@ -9,7 +9,6 @@ from lora_engine.errors import EngineError
 from registry.entities import AdapterVersion, Event
 from registry.errors import StoreError, UnknownName, UnknownVersion
 from registry.home import Home
-from registry.identity import current_user
 from registry.refs import split_ref
 from registry.store.chain import read_head
 from registry.store.tables import EventRow
@@ -52,7 +51,6 @@ def promote_version(
         source,
         alias,
         reason=reason,
-        actor=current_user(),
         expected_source=version.version,
         structure=find_structure(versions, version),
         override=override,
@@ -62,7 +60,7 @@ def promote_version(
 
 def roll_back(home: Home, name: str, alias: str, to: int | None, reason: str, *, to_event: int | None = None) -> Event:
     """Points an alias back at its previous version, at an earlier version, or at its version after an event."""
-    return rollback(Versions(home), name, alias, to=to, to_event=to_event, reason=reason, actor=current_user())
+    return rollback(Versions(home), name, alias, to=to, to_event=to_event, reason=reason)
 
 
 def find_structure(versions: Versions, version: AdapterVersion) -> tuple[str, ...]:

@@ -68,6 +68,7 @@ def _values(folder: Path) -> Mapping[str, str]:
         "trigger": "zorb",
         "class_word": "ring",
         "ALIAS": "production",
+        "USER": "ci-nightly",
         "FORMAT": "peft",
         "BASE": "tiny",
         "base": "tiny",

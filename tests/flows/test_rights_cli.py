@@ -135,6 +135,7 @@ def test_deleting_and_restoring_from_the_command_line(
     loraline("restore", "stars@1", "--reason", "after all")
     assert [event["action"] for event in json.loads(loraline("log", "stars", "--json").stdout)] == [
         "stage",
+        "refuse",
         "remove",
         "withdraw",
         "delete",

@@ -297,7 +297,8 @@ def test_json_columns_return_what_was_written(lineage, versions):
     assert lineage.executions(run.id)[0].environment == {"a": JSON_VALUES}
     assert (version.card, version.params) == (JSON_VALUES, JSON_VALUES)
     assert (version.metrics, version.gates) == ({"m": {"d": 1e-7}}, tuple(gates))
-    assert versions.log_export(version, JSON_VALUES).details == JSON_VALUES == read_log(versions)[-1].details
+    details = versions.log_export(version, JSON_VALUES).details
+    assert details == read_log(versions)[-1].details == {**JSON_VALUES, "actor": {"established": "os"}}
     with pytest.raises(LineageError, match="JSON"):
         lineage.start_run("p", {"rate": math.nan})
 

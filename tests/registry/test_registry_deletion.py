@@ -80,7 +80,8 @@ def test_a_staged_version_is_deleted_in_two_steps(versions, register):
     assert event.details["aliases"] == ["staging"]
     assert versions.show("zorb", 1).aliases == ()
     delete(versions, "zorb", 1, reason="then")
-    assert [event.action for event in history(versions, "zorb")] == ["stage", "remove", "withdraw", "delete"]
+    actions = [event.action for event in history(versions, "zorb")]
+    assert actions == ["stage", "refuse", "remove", "withdraw", "delete"]
     assert replay(history(versions, "zorb")) == {}
 
 

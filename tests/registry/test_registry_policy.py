@@ -44,6 +44,8 @@ STRICT = AliasPolicy(needs_licence="commercial", needs_consent="complete", needs
         (AliasPolicy(), {"structure": ("NaN in x",)}, "it is not a valid adapter: NaN in x", True),
         (AliasPolicy(), {"revoked": ("consent 'C-1'",)}, "consent 'C-1' was revoked", True),
         (AliasPolicy(movers=("eve@*", "bob")), {}, "ada@lab may not move this alias; eve@*, bob may", True),
+        (AliasPolicy(), {"denied": ("no role",)}, "no role", True),
+        (AliasPolicy(), {"unapproved": ("1 of 2 approvals",)}, "1 of 2 approvals", True),
         (AliasPolicy(needs_licence="known"), {"terms": unknown("base 'x'")}, "no license is known for base 'x'", False),
         (AliasPolicy(needs_licence="known"), {"terms": None}, "its license was not checked", False),
         (AliasPolicy(needs_licence="commercial"), {"terms": NC}, "commercial use is not allowed (CC-BY-NC-4.0)", False),
