@@ -44,19 +44,19 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def hold(home: Home, device: str, limit: int, keep: Callable[[int], None]) -> Trial:
+def hold(home: Home, device: str, limit: int, keep: Callable[[tuple[int, ...]], None]) -> Trial:
     """Starts a process that takes a slot, creates a file `held`, and calls `keep` with the descriptor."""
 
     def work(tell: Callable[[str], None]) -> None:
-        with device_slot(home, device, limit) as descriptor:
+        with device_slot(home, device, limit) as descriptors:
             (home.path / "held").touch()
-            keep(descriptor)
+            keep(descriptors)
             tell("released")
 
     return forked(work)
 
 
-def sleep_long(_: int) -> None:
+def sleep_long(_: tuple[int, ...]) -> None:
     time.sleep(600)
 
 
@@ -131,10 +131,10 @@ def test_a_killed_holder_frees_its_slot(opened):
 def test_a_slot_is_held_until_the_process_that_inherited_it_ends(opened):
     number = opened.path / "number"
 
-    def start_and_sleep(descriptor: int) -> None:
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], pass_fds=[descriptor])
+    def start_and_sleep(descriptors: tuple[int, ...]) -> None:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], pass_fds=descriptors)
         number.write_text(f"{child.pid}\n")
-        sleep_long(descriptor)
+        sleep_long(descriptors)
 
     holder = hold(opened, "cpu", 1, start_and_sleep)
     wait_for(lambda: number.exists() and number.read_text().endswith("\n"))
