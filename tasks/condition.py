@@ -94,4 +94,5 @@ def _require_metric(name: str) -> None:
     from lora_engine.evaluation.metrics import METRICS
 
     if name not in METRICS:
-        raise ValueError(f"unknown metric {name!r}; {did_you_mean(name, METRICS) or f'allowed: {", ".join(METRICS)}'}")
+        hint = did_you_mean(name, METRICS) or f"allowed: {', '.join(METRICS)}"
+        raise ValueError(f"unknown metric {name!r}; {hint}")

@@ -1,28 +1,21 @@
 """Limits how many steps use one device at the same time, over all processes of a home and of a user on this machine.
 
-A slot is a lock on a file of the home and on one of the machine. Child processes that compute inherit the lock, and the system releases it when
-the last of them ends. A killed run therefore occupies its device until its children have ended.
+A slot is a lock on a file of the home and on one of the machine. Child processes that compute inherit the locks, and
+the system releases them when the last of them ends. A killed run therefore occupies its device until its children have ended.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
-import re
-import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from filelock import FileLock
 
 from lora_engine.compute import measure_free
 from lora_engine.errors import InterruptedRun
-from registry.errors import HomeError, disk_errors
 from registry.home import Home
+from tasks.device_locks import close_locks, machine_locks, take_slot
 from tasks.errors import SpecError
 from tasks.progress import StepEvent, publish, stop_requested
 from tasks.resources import NO_RESOURCES, Resources, device_type, gpu_number
@@ -33,12 +26,9 @@ if TYPE_CHECKING:
 
 POLL = 0.2
 """Seconds between two attempts to take a slot."""
-LOCKS = "LORALINE_DEVICE_LOCKS"
-"""Environment variable with the folder of this machine's device locks."""
 _MEMORY_POLL = 2.0
 _MANY = 1024
 _GIB = 1 << 30
-_NO_FILE_NAME = re.compile(r"[^A-Za-z0-9.]+")
 
 
 @contextmanager
@@ -141,7 +131,7 @@ def device_slot(
     has_waited = False
     try:
         for folder in (home.locks, machine_locks()):  # always in this order, which prevents deadlocks
-            while (taken := _take_slot(folder, device, limit, exclusive=exclusive)) is None:
+            while (taken := take_slot(folder, device, limit, exclusive=exclusive)) is None:
                 if not has_waited:
                     has_waited = True
                     on_wait()
@@ -151,29 +141,7 @@ def device_slot(
         yield tuple(held)
     finally:
         # Close, do not unlock: a running process that inherited the descriptors keeps the slot.
-        _close(held)
-
-
-def machine_locks() -> Path:
-    """Returns the folder with the locks of this machine's devices, shared by all homes of this user; creates it.
-
-    Its place does not depend on the session, which a scheduled run does not have: `LORALINE_DEVICE_LOCKS` overrides it.
-
-    Raises:
-        HomeError: It is a link, or not a folder that only this user can write.
-    """
-    given = os.environ.get(LOCKS)
-    path = Path(given) if given else Path("/tmp") / f"loraline-{os.getuid()}"  # noqa: S108  # checked below
-    with disk_errors(path):
-        path.mkdir(mode=0o700, parents=bool(given), exist_ok=True)
-        state = path.lstat()
-    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o022:
-        raise HomeError(
-            "the locks of devices need a folder that only this user can write",
-            where=str(path),
-            remedy=f"remove it, or set {LOCKS} to such a folder",
-        )
-    return path
+        close_locks(held)
 
 
 def gpu_name(number: int) -> str:
@@ -181,70 +149,6 @@ def gpu_name(number: int) -> str:
     from lora_engine.bases.base import visible_gpus
 
     return visible_gpus(number + 1)[number].removeprefix("cuda-")
-
-
-def count_holders(home: Home, device: str) -> int:
-    """Returns the number of slots of a device that are held now by processes of a home."""
-    with _serialized(home.locks, device):
-        descriptors, held = _lock_free_slots(home.locks, device)
-        _close(descriptors)
-    return held
-
-
-def _take_slot(folder: Path, device: str, limit: int, *, exclusive: bool) -> list[int] | None:
-    # Serialized, because the locks that are taken for counting look like holders to other processes.
-    with _serialized(folder, device):
-        # Every holder shares the lock of the whole device, so an exclusive one is alone.
-        whole = _lock(folder / f"device-{_file_name(device)}.whole.lock", fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-        if whole is None:
-            return None
-        descriptors, held = _lock_free_slots(folder, device)
-        if held >= limit:
-            _close([whole, *descriptors])
-            return None
-        _close(descriptors[1:])
-    return [whole, descriptors[0]]
-
-
-def _lock_free_slots(folder: Path, device: str) -> tuple[list[int], int]:
-    """Locks every free slot file of a device, and creates one if none is free.
-
-    Checks all files whatever the limit is, because holders with a higher limit count too.
-
-    Returns:
-        Descriptors of the locked files, and the number of held files.
-    """
-    descriptors: list[int] = []
-    held = 0
-    while True:
-        path = folder / f"device-{_file_name(device)}.{len(descriptors) + held}.lock"
-        if descriptors and not path.exists():
-            return descriptors, held
-        descriptor = _lock(path, fcntl.LOCK_EX)
-        if descriptor is None:
-            held += 1
-        else:
-            descriptors.append(descriptor)
-
-
-def _lock(path: Path, kind: int) -> int | None:
-    """Returns the descriptor of a locked file, or None if another process holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _serialized(folder: Path, device: str) -> FileLock:
-    return FileLock(folder / f"device-{_file_name(device)}.lock")
-
-
-def _close(descriptors: Iterable[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
 
 
 def _slot_name(device: str) -> str:
@@ -294,10 +198,6 @@ def _refuse_if_stopped(awaited: str, where: str) -> None:
             where=f"step {where!r}" if where else "",
             remedy="run the same command to continue",
         )
-
-
-def _file_name(device: str) -> str:
-    return _NO_FILE_NAME.sub("-", device)
 
 
 def _publish_wait(step: str, device: str) -> None:

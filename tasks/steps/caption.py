@@ -77,9 +77,7 @@ def caption(spec: Caption, context: Context) -> None:
     with ExitStack() as stack:
         if settings.models() or context.resources != NO_RESOURCES:
             device = spec.own_device() if settings.models() else "cpu"
-            stack.enter_context(
-                gpu_slot(context.home, device, context.concurrency, context.name, context.resources)
-            )
+            stack.enter_context(gpu_slot(context.home, device, context.concurrency, context.name, context.resources))
         manifest = describe(
             context.folder("dataset"),
             context.out,
