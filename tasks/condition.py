@@ -10,6 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lora_engine.documents import parse_json
+from lora_engine.errors import DataError
+from registry.entities import ArtifactRef
+from registry.store.artifacts import Store
+
 _LONGEST = 256
 _TEXT = re.compile(
     r"(?P<step>[A-Za-z0-9][A-Za-z0-9_-]*)\.(?:gates (?P<state>passed|failed)"
@@ -57,6 +62,16 @@ def parse_condition(text: str) -> ReportCondition:
     return ReportCondition(
         text, match["step"], "", metric, match["of"] or "adapter", match["operator"], float(match["bound"])
     )
+
+
+def read_condition_report(store: Store, report: ArtifactRef) -> dict[str, Any]:
+    """Returns the content of `report.json` of a report.
+
+    Raises:
+        DataError: It is no JSON object.
+    """
+    content: dict[str, Any] = parse_json(store.read(report, "report.json").decode(), report.sha256[:12], DataError)
+    return content
 
 
 def explain_unmet(condition: ReportCondition, report: Mapping[str, Any]) -> str:

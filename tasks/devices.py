@@ -1,7 +1,7 @@
 """Limits how many steps use one device at the same time, over all processes of a home and of a user on this machine.
 
 A slot is a lock on a file of the home and on one of the machine. Child processes that compute inherit the locks, and
-the system releases them when the last of them ends. A killed run therefore occupies its device until its children have ended.
+the system releases them when the last of them ends. A killed run therefore occupies its device until its children end.
 """
 
 from __future__ import annotations

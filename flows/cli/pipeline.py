@@ -23,6 +23,9 @@ Overrides = Annotated[
     typer.Option("--set", metavar="A.B=C", help="Value to set in the pipeline, such as adapter.rank=8."),
 ]
 Forced = Annotated[list[str] | None, typer.Option("--force", metavar="STEP", help="Step to run even if it is cached.")]
+Only = Annotated[list[str] | None, typer.Option("--only", metavar="STEP", help="Step to run, without any other.")]
+From = Annotated[list[str] | None, typer.Option("--from", metavar="STEP", help="Step to run, with everything after.")]
+To = Annotated[list[str] | None, typer.Option("--to", metavar="STEP", help="Step to run, with everything it needs.")]
 
 _BASE = "Base model: tiny, a hub id, a diffusers folder or a checkpoint file. Its family has the training defaults."
 
@@ -139,14 +142,24 @@ def schema(
         print(f"Wrote {output}. First line of a pipeline file: # yaml-language-server: $schema={output}")
 
 
-def plan(spec: SpecPath, changes: Overrides = None, force: Forced = None, as_json: Json = False) -> None:
+def plan(
+    spec: SpecPath,
+    changes: Overrides = None,
+    force: Forced = None,
+    only: Only = None,
+    begin: From = None,
+    end: To = None,
+    as_json: Json = False,
+) -> None:
     """Show what a run would do and why; run nothing."""
     from flows.cli.output import print_json
     from flows.plan import plan_pipeline
+    from flows.selection import Selection
     from flows.spec import load_spec
 
     loaded = load_spec(spec, changes or ())
-    planned = plan_pipeline(loaded, open_home(), force=_check_force(force, loaded))
+    selection = Selection(only or (), begin or (), end or ())
+    planned = plan_pipeline(loaded, open_home(), force=_check_force(force, loaded), selection=selection)
     if as_json:
         print_json([_planned(step) for step in planned.steps])
         return
@@ -173,6 +186,9 @@ def run(
     changes: Overrides = None,
     force: Forced = None,
     concurrency: Concurrency = None,
+    only: Only = None,
+    begin: From = None,
+    end: To = None,
     as_json: Json = False,
 ) -> None:
     """Run a pipeline: every step that is not cached, with lineage."""
@@ -183,6 +199,7 @@ def run(
     from flows.cli.stopping import stoppable
     from flows.pipeline import run_pipeline
     from flows.prefect import configure_prefect
+    from flows.selection import Selection
     from flows.spec import load_spec
 
     loaded = load_spec(spec, changes or ())
@@ -191,11 +208,12 @@ def run(
     home = open_home()
     configure_prefect(home)
     with stoppable(), show_run(list(loaded.steps), Console(stderr=as_json)):
-        result = run_pipeline(loaded, home, force=_check_force(force, loaded))
+        selection = Selection(only or (), begin or (), end or ())
+        result = run_pipeline(loaded, home, force=_check_force(force, loaded), selection=selection)
     if as_json:
         outcomes = {name: {"ref": outcome.ref, "cached": outcome.cached} for name, outcome in result.outcomes.items()}
         versions = {name: registered.to_json() for name, registered in result.versions.items()}
-        print_json({"changed": result.changed, "outcomes": outcomes, "versions": versions})
+        print_json({"changed": result.changed, "outcomes": outcomes, "versions": versions, "skipped": result.skipped})
     else:
         _print_summary(loaded, home, result)
     if result.refusals:
@@ -207,7 +225,7 @@ def _print_plan(plan: Plan) -> None:
 
     rows = []
     for step in plan.steps:
-        action = ("adopted" if step.adoption else "cached") if step.cached else "run"
+        action = ("adopted" if step.adoption else "cached") if step.cached else "skipped" if step.skipped else "run"
         reason = step.reason.removeprefix("cached").removeprefix("; ") if action == "cached" else step.reason
         rows.append((step.name, step.job.kind.name, action, reason))
     print_table(("step", "uses", "action", "reason"), rows)
@@ -218,6 +236,7 @@ def _planned(step: PlannedStep) -> dict[str, Any]:
         "name": step.name,
         "uses": step.job.kind.name,
         "cached": step.cached,
+        "skipped": step.skipped,
         "reason": step.reason,
         "ref": step.outcome.ref if step.outcome else None,
         "adoption": step.adoption.source.id if step.adoption else None,
