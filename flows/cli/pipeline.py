@@ -12,6 +12,9 @@ from flows.cli.output import Json, open_home
 from flows.cli.verbs import Access, add_verb
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from flows.cost import StepCost
     from flows.plan import Plan, PlannedStep
     from flows.result import PipelineResult
     from flows.spec import PipelineSpec
@@ -153,17 +156,20 @@ def plan(
 ) -> None:
     """Show what a run would do and why; run nothing."""
     from flows.cli.output import print_json
+    from flows.cost import estimate_costs
     from flows.plan import plan_pipeline
     from flows.selection import Selection
     from flows.spec import load_spec
 
     loaded = load_spec(spec, changes or ())
     selection = Selection(only or (), begin or (), end or ())
-    planned = plan_pipeline(loaded, open_home(), force=_check_force(force, loaded), selection=selection)
+    home = open_home()
+    planned = plan_pipeline(loaded, home, force=_check_force(force, loaded), selection=selection)
+    (costs,) = estimate_costs([planned], home)
     if as_json:
-        print_json([_planned(step) for step in planned.steps])
+        print_json([_planned(step) | _cost_json(step, costs) for step in planned.steps])
         return
-    _print_plan(planned)
+    _print_plan(planned, costs)
     if any(step.adoption for step in planned.steps):
         print(f"`loraline adopt {spec}` takes the adoptable results over; then their steps do not run.")
 
@@ -220,7 +226,7 @@ def run(
         raise typer.Exit(1)
 
 
-def _print_plan(plan: Plan) -> None:
+def _print_plan(plan: Plan, costs: Mapping[str, StepCost | None] | None = None) -> None:
     from flows.cli.output import print_table
 
     rows = []
@@ -229,6 +235,32 @@ def _print_plan(plan: Plan) -> None:
         reason = step.reason.removeprefix("cached").removeprefix("; ") if action == "cached" else step.reason
         rows.append((step.name, step.job.kind.name, action, reason))
     print_table(("step", "uses", "action", "reason"), rows)
+    if costs:
+        _print_costs(costs)
+
+
+def _print_costs(costs: Mapping[str, StepCost | None]) -> None:
+    from flows.cli.output import print_table
+    from flows.cost import total_cost
+
+    total, unknown = total_cost(costs)
+    print("\nExpected cost, from earlier executions:")
+    rows = [(name, *_cost_cells(cost)) for name, cost in costs.items()]
+    label = f"total without {', '.join(unknown)}" if unknown else "total"
+    print_table(("step", "time", "GPU hours", "disk"), [*rows, (label, *_cost_cells(total))])
+
+
+def _cost_cells(cost: StepCost | None) -> tuple[str, str, str]:
+    if cost is None:
+        return "unknown", "unknown", "unknown"
+    minutes, seconds = divmod(round(cost.seconds), 60)
+    time = f"{cost.seconds:.1f} s" if minutes == 0 else f"{minutes} min {seconds} s"
+    return time, f"{cost.gpu_hours:.2f}", f"{cost.bytes / 1e6:.1f} MB"
+
+
+def _cost_json(step: PlannedStep, costs: Mapping[str, StepCost | None]) -> dict[str, Any]:
+    cost = costs.get(step.name)
+    return {"cost": cost.to_json() if cost else "unknown" if step.runs else None}
 
 
 def _planned(step: PlannedStep) -> dict[str, Any]:
