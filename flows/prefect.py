@@ -23,7 +23,7 @@ from registry.home import Home
 from registry.store.artifacts import open_store
 from registry.store.redaction import SecretFreeErrors, redact, redact_values
 from tasks.condition import explain_unmet, parse_condition, read_condition_report
-from tasks.errors import StepTimeout
+from tasks.errors import SpecError, StepTimeout
 from tasks.execution import execute
 from tasks.job import Job, Outcome
 from tasks.progress import StepEvent, publish
@@ -260,12 +260,18 @@ def _prefect_slot(job: Job, home: Home) -> Iterator[None]:
     if name is None or not (job.base or job.models) or (resources and resources.device == "cpu"):
         yield
         return
-    from prefect.concurrency.sync import concurrency
+    from prefect.concurrency.sync import ConcurrencySlotAcquisitionError, concurrency
 
     publish(StepEvent(job.name, "waiting", text=f"waiting for the concurrency limit {name}"))
-    # A limit that the server lacks is an error: the step would run without it.
-    with concurrency(name, strict=True):
-        yield
+    try:
+        with concurrency(name, strict=True):
+            yield
+    except ConcurrencySlotAcquisitionError as error:
+        raise SpecError(
+            f"concurrency_limit is {name!r}, which the Prefect server does not have or does not give",
+            where=str(home.path / "loraline.yaml"),
+            remedy=f"prefect gcl create {name} --limit 1; or remove the setting",
+        ) from error
 
 
 async def _is_transient(task: Task[..., Any], task_run: Any, state: Any) -> bool:

@@ -41,7 +41,7 @@ def test_a_partial_run_plans_and_records_only_its_steps_and_says_that_it_was_par
         steps = [[entry.step for entry in lineage.executions(run.id)] for run in (first, last)]
     assert steps == [["photos", "prepared"], ["captions"]]
     assert [run.spec["partial"] for run in (first, last)] == [{"to": ["prepared"]}, {"only": ["captions"]}]
-    assert "2 ran, 0 cached" in say("run", spec, "--from", "prepared", "--force", "prepared", "--force", "captions")
+    assert "0 ran, 2 cached" in say("run", spec, "--from", "prepared", home=home)
 
 
 @pytest.mark.parametrize(
@@ -155,3 +155,15 @@ def test_the_time_of_a_training_is_in_proportion_to_its_samples(trained: Trained
         for options in ((), ("--set", f"{adapter}.batch=8"))
     )
     assert again > once > 0
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_concurrency_limit_that_the_server_does_not_have_stops_steps_with_a_model_only(trained: Trained) -> None:
+    home = trained.home.path
+    (home / "loraline.yaml").write_text("concurrency_limit: no-such-limit\n")
+    export = next(name for name, step in planned(trained.spec, home).items() if step["uses"] == "convert")
+    photos = next(name for name, step in planned(trained.spec, home).items() if step["uses"] == "ingest")
+    refused = loraline_here("run", trained.spec, "--only", export, "--force", export, home=home)
+    assert refused.returncode != 0
+    assert "prefect gcl create no-such-limit --limit 1" in refused.stderr
+    assert "1 ran" in say("run", trained.spec, "--only", photos, "--force", photos, home=home)
