@@ -260,7 +260,8 @@ def _prefect_slot(job: Job, home: Home) -> Iterator[None]:
     if name is None or not (job.base or job.models) or (resources and resources.device == "cpu"):
         yield
         return
-    from prefect.concurrency.sync import ConcurrencySlotAcquisitionError, concurrency
+    from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+    from prefect.concurrency.sync import concurrency
 
     publish(StepEvent(job.name, "waiting", text=f"waiting for the concurrency limit {name}"))
     try:
