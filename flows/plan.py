@@ -242,6 +242,8 @@ class _Planner:
         if spec.when is None:
             return self.plan(step)
         condition = parse_condition(spec.when)
+        if condition.step not in planned:  # a trial of a sweep ends before some steps
+            raise SpecError(f"{step.name}.when is about {condition.step!r}, which this run leaves out")
         outcome = planned[condition.step].outcome
         if outcome is None:
             job = step.job if step.force else step.job.with_input_kinds(step.inputs, self.lineage)
