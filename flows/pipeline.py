@@ -20,9 +20,10 @@ from typing import Any, NoReturn
 
 from flows.crashed import mark_crashed, tag_of
 from flows.plan import Plan, PlannedStep, plan_pipeline
-from flows.prefect import FLOW, current_flow_run, publish_table, run_as_flow, submit_step
+from flows.prefect import CONDITION, FLOW, SkippedStep, current_flow_run, publish_table, run_as_flow, submit_step
 from flows.registered import read_registered
 from flows.result import PipelineResult, final_state, tabulate, tabulate_failure
+from flows.selection import ALL_STEPS, Selection
 from flows.server import prefect_server
 from flows.spec import PipelineSpec
 from lora_engine.bases.source import BaseSource, resolve_base
@@ -39,6 +40,7 @@ from tasks.execution import record_hit
 from tasks.imports import import_for
 from tasks.job import Outcome
 from tasks.operations.access import require_training
+from tasks.progress import StepEvent, publish
 from tasks.run_entry import recording
 from tasks.step import locate_base
 from tasks.steps.register import Register
@@ -46,22 +48,25 @@ from tasks.steps.register import Register
 _log = logging.getLogger(__name__)
 
 
-def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ()) -> PipelineResult:
+def run_pipeline(
+    spec: PipelineSpec, home: Home, *, force: Collection[str] = (), selection: Selection = ALL_STEPS
+) -> PipelineResult:
     """Runs every step that is not cached, independent ones concurrently; cached results are verified.
 
     Args:
         spec: The pipeline.
         home: The home with all state.
         force: Names of steps to run even if they are cached.
+        selection: The steps of a partial run.
 
     Raises:
         EngineError, RegistryError, OSError: The first failure, once all steps that do not depend on it have finished.
     """
-    plan = plan_pipeline(spec, home, force=force)
+    plan = plan_pipeline(spec, home, force=force, selection=selection)
     for step in plan.steps:
         _log.info("step %s: %s", step.name, step.reason)
     outer = current_flow_run()  # of `retrain`, whose run shows the table
-    if len(plan.hits) == len(plan.steps):
+    if not any(step.runs for step in plan.steps):
         result = _collect(plan, plan.hits, home)
         if outer is not None:
             publish_table(plan.name, tabulate(result, home))
@@ -76,7 +81,7 @@ def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ())
         if errors:
             reasons = {step.name: step.reason for step in plan.steps}
             try:
-                publish_table(plan.name, tabulate_failure(reasons, plan.hits | outcomes, errors), outer)
+                publish_table(plan.name, tabulate_failure(reasons, plan.hits | outcomes, errors, plan.skipped), outer)
             finally:  # also if the server is gone
                 raise_first(errors)
         result = _collect(plan, plan.hits | outcomes, home)
@@ -85,7 +90,7 @@ def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ())
 
     with prefect_server(), _recorded_run(plan, home) as run_id, threads(fitting_threads(_bases(plan))):
         # Here, because Prefect's server starts meanwhile, and because torch reads `threads` at its import.
-        import_for(step.job for step in plan.steps if not step.cached)
+        import_for(step.job for step in plan.steps if step.runs)
         return run_as_flow(plan.name, run_and_publish, final_state, tag=tag_of(run_id))(run_id)
 
 
@@ -105,15 +110,16 @@ def adopt_results(spec: PipelineSpec, home: Home) -> Plan:
     return plan
 
 
-def _collect(plan: Plan, outcomes: Mapping[str, Outcome], home: Home) -> PipelineResult:
-    changed = {step.name: step.reason for step in plan.steps if not outcomes[step.name].cached}
-    ordered = {step.name: outcomes[step.name] for step in plan.steps}
-    return PipelineResult(ordered, changed, read_registered(plan, outcomes, home))
+def _collect(plan: Plan, outcomes: Mapping[str, Outcome | SkippedStep], home: Home) -> PipelineResult:
+    done = {step.name: outcome for step in plan.steps if isinstance(outcome := outcomes.get(step.name), Outcome)}
+    skipped = {name: item.reason for name, item in outcomes.items() if isinstance(item, SkippedStep)}
+    changed = {step.name: step.reason for step in plan.steps if step.name in done and not done[step.name].cached}
+    return PipelineResult(done, changed, read_registered(plan, done, home), plan.skipped | skipped)
 
 
 def run_steps(
     steps: Sequence[PlannedStep], home: Home, run_id: str
-) -> tuple[dict[str, Outcome], dict[str, BaseException]]:
+) -> tuple[dict[str, Outcome | SkippedStep], dict[str, BaseException]]:
     """Submits each step that is not cached, with the futures of its upstream steps, and waits for all.
 
     Returns:
@@ -121,11 +127,13 @@ def run_steps(
     """
     futures: dict[str, Any] = {}
     for step in steps:
-        if not step.cached:
+        if step.runs:
             inputs = {
                 field: [futures[source] if isinstance(source, str) else source for source in sources]
                 for field, sources in step.sources.items()
             }
+            if step.condition is not None:
+                inputs[CONDITION] = [futures[step.condition]]
             futures[step.name] = submit_step(step.job, inputs, home, run_id, force=step.force)
     results = {name: _wait(future) for name, future in futures.items()}
     errors = {name: result for name, result in results.items() if isinstance(result, BaseException)}
@@ -160,9 +168,12 @@ def _recorded_run(plan: Plan, home: Home) -> Iterator[str]:
     try:
         lineage.find_dead_runs()
         end_dead_trainings(home, lineage)
-        run = lineage.start_run(plan.name, plan.source)
+        partial = {"partial": plan.selection.to_json()} if plan.selection.is_partial else {}
+        run = lineage.start_run(plan.name, {**plan.source, **partial})
         try:
             with recording(home, run.id, {step.name: step.job.kind.name for step in plan.steps}):
+                for name, reason in plan.skipped.items():
+                    publish(StepEvent(name, "skipped", text=reason))
                 for step in plan.steps:
                     if step.outcome is not None and step.adoption is not None:
                         record_adoption(step.job, step.inputs, step.adoption, lineage, run.id)

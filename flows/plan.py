@@ -5,10 +5,12 @@ A run follows its plan: it reuses the verified results and runs the remaining st
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from flows.refusals import nearest
+from flows.selection import ALL_STEPS, Selection, sources_of, upstream_steps
 from flows.spec import PipelineSpec
 from registry.entities import ArtifactRef
 from registry.home import Home
@@ -16,6 +18,7 @@ from registry.lineage.record import Lineage
 from registry.policy.revocations import read_revoked
 from registry.store.artifacts import Store, open_store
 from tasks.adoption import Adoption, find_adoption, find_changes, find_unmet
+from tasks.condition import explain_unmet, parse_condition, read_condition_report
 from tasks.errors import SpecError
 from tasks.execution import NO_RESULT, find_hit
 from tasks.job import Job, Outcome, prepare_job
@@ -38,6 +41,8 @@ class PlannedStep:
         outcome: The verified earlier result; None if the step would run.
         adoption: The verified result with another key that can be adopted; None if there is none.
         force: True if it runs even if it is cached.
+        skipped: True if its condition is not met, or a step that it takes from is skipped.
+        condition: The step whose report decides at run time whether it runs; None if nothing is left to decide.
     """
 
     job: Job
@@ -46,6 +51,8 @@ class PlannedStep:
     outcome: Outcome | None = None
     adoption: Adoption | None = None
     force: bool = False
+    skipped: bool = False
+    condition: str | None = None
 
     @property
     def name(self) -> str:
@@ -54,8 +61,13 @@ class PlannedStep:
 
     @property
     def cached(self) -> bool:
-        """Returns True if the step would not run."""
+        """Returns True if the step has a result and would not run."""
         return self.outcome is not None
+
+    @property
+    def runs(self) -> bool:
+        """Returns True if the step would run, or if that depends on a condition."""
+        return not (self.cached or self.skipped)
 
     @property
     def inputs(self) -> Inputs:
@@ -74,11 +86,18 @@ class Plan:
         name: The pipeline's name.
         source: Data of the pipeline file, with overrides applied.
         steps: The steps, each after its upstream steps.
+        selection: The steps that a partial run was limited to.
     """
 
     name: str
     source: Mapping[str, Any]
     steps: Sequence[PlannedStep]
+    selection: Selection = ALL_STEPS
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Returns the steps that are known to be skipped -> why."""
+        return {step.name: step.reason for step in self.steps if step.skipped}
 
     @property
     def hits(self) -> dict[str, Outcome]:
@@ -86,7 +105,14 @@ class Plan:
         return {step.name: step.outcome for step in self.steps if step.outcome is not None}
 
 
-def plan_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = (), adopt: bool = False) -> Plan:
+def plan_pipeline(
+    spec: PipelineSpec,
+    home: Home,
+    *,
+    force: Collection[str] = (),
+    adopt: bool = False,
+    selection: Selection = ALL_STEPS,
+) -> Plan:
     """Plans a run; reads the user's files and every cached artifact once.
 
     Args:
@@ -94,23 +120,62 @@ def plan_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ()
         home: The home with all state.
         force: Names of steps to run even if they are cached.
         adopt: True plans as if every result that can be adopted were cached.
+        selection: The steps of a partial run; the steps that they take from must be cached.
 
     Raises:
         RegistryError: A registered adapter in the spec does not exist, or the home cannot be read.
+        SpecError: The selection is not possible, or a result that it needs is not cached.
     """
+    (plan,) = plan_pipelines([spec], home, force=force, adopt=adopt, selection=selection)
+    return plan
+
+
+def plan_pipelines(
+    specs: Iterable[PipelineSpec],
+    home: Home,
+    *,
+    force: Collection[str] = (),
+    adopt: bool = False,
+    selection: Selection = ALL_STEPS,
+) -> list[Plan]:
+    """Plans runs of several pipelines as `plan_pipeline`; opens the home once, and verifies each blob once."""
     lineage = Lineage(home.lineage_url)
     try:
-        revoked = read_revoked(lineage)
-        planner = _Planner(spec.name, home, open_store(home), lineage, adopt)
-        planned: dict[str, PlannedStep] = {}
-        for name, step in spec.steps.items():
-            sources, absent = _find_sources(step, planned, home)
-            job = prepare_job(name, step, spec.folder, revoked, concurrency=spec.concurrency)
-            job = replace(job, absent=absent)
-            planned[name] = planner.plan(PlannedStep(job, sources, "forced", force=name in force))
+        revoked, store, verified = read_revoked(lineage), open_store(home), set[str]()
+        plans = []
+        for spec in specs:
+            planner = _Planner(spec.name, home, store, lineage, adopt, verified)
+            chosen = selection.choose(spec.steps)
+            _check_forced(force, chosen)
+            planned: dict[str, PlannedStep] = {}
+            for name in (name for name in spec.steps if name in upstream_steps(chosen, spec.steps)):
+                sources, absent = _find_sources(spec.steps[name], planned, home)
+                job = prepare_job(name, spec.steps[name], spec.folder, revoked, concurrency=spec.concurrency)
+                step = PlannedStep(replace(job, absent=absent), sources, "forced", force=name in force)
+                planned[name] = planner.decide(step, planned)
+            _refuse_missing([step for name, step in planned.items() if name not in chosen])
+            steps = tuple(step for name, step in planned.items() if name in chosen)
+            plans.append(Plan(spec.name, spec.source, steps, selection))
     finally:
         lineage.close()
-    return Plan(spec.name, spec.source, tuple(planned.values()))
+    return plans
+
+
+def _check_forced(force: Collection[str], chosen: Collection[str]) -> None:
+    for name in sorted(set(force) - set(chosen)):
+        raise SpecError(f"step {name!r} is not among the selected steps", where="--force", **nearest(name, chosen))
+
+
+def _refuse_missing(steps: Sequence[PlannedStep]) -> None:
+    """Raises if a step that is left out has no cached result."""
+    missing = [step for step in steps if step.runs]
+    if missing:
+        listed = ", ".join(f"{step.name} ({step.reason})" for step in missing)
+        raise SpecError(
+            f"the selected steps need results that are not cached: {listed}",
+            where="--from" if len(missing) > 1 else f"step {missing[0].name!r}",
+            remedy=f"run them first: --to {missing[-1].name}",
+        )
 
 
 def registered_adapter(target: str, home: Home) -> ArtifactRef:
@@ -167,6 +232,25 @@ class _Planner:
     adopt: bool
     verified: set[str] = field(default_factory=set)
     """Digests of blobs that were verified already: artifacts share files, and each is read once."""
+
+    def decide(self, step: PlannedStep, planned: Mapping[str, PlannedStep]) -> PlannedStep:
+        """Returns the planned step: skipped, dependent on a condition, cached, or with the reason why it would run."""
+        spec = step.job.spec
+        for source in sources_of(spec, planned):
+            if planned[source].skipped:
+                return replace(step, reason=f"takes from {source}, which is skipped", skipped=True)
+        if spec.when is None:
+            return self.plan(step)
+        condition = parse_condition(spec.when)
+        if condition.step not in planned:  # a trial of a sweep ends before some steps
+            raise SpecError(f"{step.name}.when is about {condition.step!r}, which this run leaves out")
+        outcome = planned[condition.step].outcome
+        if outcome is None:
+            job = step.job if step.force else step.job.with_input_kinds(step.inputs, self.lineage)
+            reason = _with_cost(f"runs if {condition.text}", job)
+            return replace(step, job=job, reason=reason, condition=condition.step)
+        unmet = explain_unmet(condition, read_condition_report(self.store, outcome.ref))
+        return replace(step, reason=unmet, skipped=True) if unmet else self.plan(step)
 
     def plan(self, step: PlannedStep) -> PlannedStep:
         """Returns the step with its cached result, or with the reason why it would run."""

@@ -12,17 +12,24 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from flows.telemetry import describe_span, is_traced, start_tracing
+from lora_engine.errors import InterruptedRun
 from lora_engine.lean import collection_paused
 from registry.entities import ArtifactRef
 from registry.home import Home
+from registry.store.artifacts import open_store
 from registry.store.redaction import SecretFreeErrors, redact, redact_values
-from tasks.errors import StepTimeout
+from tasks.condition import explain_unmet, parse_condition, read_condition_report
+from tasks.errors import SpecError, StepTimeout
 from tasks.execution import execute
 from tasks.job import Job, Outcome
+from tasks.progress import StepEvent, publish
+from tasks.resources import retries_of
+from tasks.step import Inputs
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -35,7 +42,22 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 FLOW = "loraline"
 """Name of the flow of every pipeline."""
+CONDITION = "when"
+"""Input of a step whose condition is about a report that its run makes."""
 _PACKAGES = ("flows", "tasks", "registry", "lora_engine")
+
+
+@dataclass(frozen=True)
+class SkippedStep:
+    """The result of a step that did not run: its condition was not met, or a step that it takes from was skipped.
+
+    Attributes:
+        name: The step's name.
+        reason: Why it was skipped.
+    """
+
+    name: str
+    reason: str
 
 
 def configure_prefect(home: Home) -> None:
@@ -162,7 +184,7 @@ def logs_of_flow_run() -> Iterator[None]:
 
 def submit_step(
     job: Job, inputs: Mapping[str, Sequence[Any]], home: Home, run_id: str, *, force: bool
-) -> PrefectFuture[Outcome]:
+) -> PrefectFuture[Outcome | SkippedStep]:
     """Submits a step as a Prefect task of the same name.
 
     Args:
@@ -174,8 +196,15 @@ def submit_step(
     """
     from prefect.utilities.annotations import quote
 
-    task = _task().with_options(name=job.name, task_run_name=job.name)
-    future: PrefectFuture[Outcome] = task.submit(quote(job), inputs, quote(home), run_id, force)
+    retries = retries_of(job.spec.retries)
+    task = _task().with_options(
+        name=job.name,
+        task_run_name=job.name,
+        retries=retries.count,
+        retry_delay_seconds=retries.delay,
+        retry_condition_fn=_is_no_stop if retries.any else _is_transient,
+    )
+    future: PrefectFuture[Outcome | SkippedStep] = task.submit(quote(job), inputs, quote(home), run_id, force)
     return future
 
 
@@ -194,20 +223,25 @@ def _task() -> Any:
     from prefect import task
     from prefect.cache_policies import NO_CACHE
 
-    declare = task(
-        cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=1, retry_condition_fn=_is_transient
-    )
-    return declare(_execute)
+    return task(cache_policy=NO_CACHE, persist_result=False)(_execute)
 
 
-def _execute(job: Job, inputs: Mapping[str, list[Outcome | ArtifactRef]], home: Home, run_id: str, force: bool) -> Any:
+def _execute(
+    job: Job, inputs: Mapping[str, list[Outcome | SkippedStep | ArtifactRef]], home: Home, run_id: str, force: bool
+) -> Any:
     from prefect.states import Completed
 
+    reason = _why_skipped(job, inputs, home)
+    if reason:
+        publish(StepEvent(job.name, "skipped", text=reason))
+        return Completed(name="Skipped", message=redact(reason), data=SkippedStep(job.name, reason))
     refs = {
         field: tuple(item.ref if isinstance(item, Outcome) else item for item in items)
         for field, items in inputs.items()
+        if field != CONDITION
     }
-    outcome = execute(job, refs, home, run_id, force=force)
+    with _prefect_slot(job, home):
+        outcome = execute(job, cast(Inputs, refs), home, run_id, force=force)
     describe_span(
         {
             "loraline.run": run_id,
@@ -220,7 +254,47 @@ def _execute(job: Job, inputs: Mapping[str, list[Outcome | ArtifactRef]], home: 
     return Completed(name="Cached", data=outcome) if outcome.cached else outcome
 
 
+def _why_skipped(job: Job, inputs: Mapping[str, list[Outcome | SkippedStep | ArtifactRef]], home: Home) -> str:
+    """Returns why a step does not run: an input was skipped, or its condition is not met; empty if it runs."""
+    for item in (item for items in inputs.values() for item in items):
+        if isinstance(item, SkippedStep):
+            return f"takes from {item.name}, which is skipped"
+    if CONDITION not in inputs or job.spec.when is None:
+        return ""
+    (report,) = inputs[CONDITION]
+    ref = report.ref if isinstance(report, Outcome) else cast(ArtifactRef, report)
+    return explain_unmet(parse_condition(job.spec.when), read_condition_report(open_store(home), ref))
+
+
+@contextmanager
+def _prefect_slot(job: Job, home: Home) -> Iterator[None]:
+    """Holds a slot of the global concurrency limit that the home's settings name, for a step that uses a model."""
+    name, resources = home.settings.concurrency_limit, job.spec.resources
+    if name is None or not (job.base or job.models) or (resources and resources.device == "cpu"):
+        yield
+        return
+    from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+    from prefect.concurrency.sync import concurrency
+
+    publish(StepEvent(job.name, "waiting", text=f"waiting for the concurrency limit {name}"))
+    try:
+        with concurrency(name, strict=True):
+            yield
+    except ConcurrencySlotAcquisitionError as error:
+        raise SpecError(
+            f"concurrency_limit is {name!r}, which the Prefect server does not have or does not give",
+            where=str(home.path / "loraline.yaml"),
+            remedy=f"prefect gcl create {name} --limit 1; or remove the setting",
+        ) from error
+
+
 async def _is_transient(task: Task[..., Any], task_run: Any, state: Any) -> bool:
     """Returns True for a timeout, and for errors of a connection or a lock, which a retry may solve."""
     error = await state.aresult(raise_on_failure=False)
     return isinstance(error, ConnectionError | TimeoutError | StepTimeout)
+
+
+async def _is_no_stop(task: Task[..., Any], task_run: Any, state: Any) -> bool:
+    """Returns True for every error but a stop on request."""
+    error = await state.aresult(raise_on_failure=False)
+    return not isinstance(error, InterruptedRun | KeyboardInterrupt)

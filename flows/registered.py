@@ -62,7 +62,8 @@ def read_registered(plan: Plan, outcomes: Mapping[str, Outcome], home: Home) -> 
 
     Restores what others changed in MLflow, also if every step was cached.
     """
-    specs = {step.name: step.job.spec for step in plan.steps if isinstance(step.job.spec, Register)}
+    steps = [step for step in plan.steps if step.name in outcomes]  # the others are skipped
+    specs = {step.name: step.job.spec for step in steps if isinstance(step.job.spec, Register)}
     if not specs:
         return {}
     versions = Versions(home)

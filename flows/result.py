@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flows.registered import RegistrationState
@@ -27,11 +27,13 @@ class PipelineResult:
         outcomes: Step name -> its artifact and whether it was cached.
         changed: Name of each step that ran -> why; empty if every step was cached.
         versions: Name of each `register` step -> current state of its version.
+        skipped: Name of each step that was skipped -> why.
     """
 
     outcomes: Mapping[str, Outcome]
     changed: Mapping[str, str]
     versions: Mapping[str, RegistrationState]
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def new_versions(self) -> list[RegistrationState]:
@@ -84,18 +86,22 @@ def tabulate(result: PipelineResult, home: Home) -> list[dict[str, str]]:
         _row(name, "cached" if outcome.cached else "ran", result.changed.get(name, ""))
         | _describe_version(home, result.versions.get(name), is_new=name in result.changed)
         for name, outcome in result.outcomes.items()
-    ]
+    ] + [_row(name, "skipped", reason) for name, reason in result.skipped.items()]
 
 
 def tabulate_failure(
-    reasons: Mapping[str, str], outcomes: Mapping[str, Outcome], errors: Mapping[str, BaseException]
+    reasons: Mapping[str, str],
+    outcomes: Mapping[str, Any],
+    errors: Mapping[str, BaseException],
+    skipped: Mapping[str, str] | None = None,
 ) -> list[dict[str, str]]:
     """Returns a row per step of a run in which a step failed: what it did, and why.
 
     Args:
         reasons: Step name -> why it is to run, in the order of the plan.
-        outcomes: Results of the steps that are cached or ran.
+        outcomes: Results of the steps that are cached or ran; a result that is no `Outcome` has the reason of a skip.
         errors: Step name -> why it failed or did not start; without secrets in the rows.
+        skipped: Step name -> why the plan skipped it.
     """
     rows = []
     for name, reason in reasons.items():
@@ -103,6 +109,8 @@ def tabulate_failure(
         if error is not None:
             action = "not started" if isinstance(error, NotStarted) else "failed"
             rows.append(_row(name, action, redact(str(error))))
+        elif name in (skipped or {}) or not isinstance(outcome, Outcome | None):
+            rows.append(_row(name, "skipped", reason if outcome is None else outcome.reason))
         else:
             is_cached = outcome is None or outcome.cached
             rows.append(_row(name, "cached" if is_cached else "ran", "" if is_cached else reason))

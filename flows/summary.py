@@ -19,14 +19,16 @@ _SHOWN = 8
 def summarize(spec: PipelineSpec, home: Home, result: PipelineResult) -> Iterator[tuple[str, object]]:
     """Yields label and text of each fact, in display order."""
     cached = sum(outcome.cached for outcome in result.outcomes.values())
-    yield "steps", f"{len(result.outcomes) - cached} ran, {cached} cached"
+    skipped = f", {len(result.skipped)} skipped" if result.skipped else ""
+    yield "steps", f"{len(result.outcomes) - cached} ran, {cached} cached{skipped}"
+    yield from (("skipped", f"{name}: {reason}") for name, reason in result.skipped.items())
     yield from _describe_datasets(spec, result)
     for name, text in read_warnings(home, {name: outcome.ref for name, outcome in result.outcomes.items()}):
         yield "warning", f"{name}: {text}"
     for registered in result.versions.values():
         yield from _describe_version(home, registered)
     for name, step in spec.steps.items():
-        if step.uses == "convert":
+        if step.uses == "convert" and name in result.outcomes:
             folder = export_folder(home, spec.name, name, result.outcomes[name].ref)
             yield "exports", f"{folder}{_formats(folder)}"
     yield "registry", f"mlflow ui --backend-store-uri {redact_url(home.mlflow_url)}"
@@ -40,7 +42,7 @@ def summarize(spec: PipelineSpec, home: Home, result: PipelineResult) -> Iterato
 def _describe_datasets(spec: PipelineSpec, result: PipelineResult) -> Iterator[tuple[str, object]]:
     listed: set[Quarantined] = set()
     for name, step in spec.steps.items():
-        if step.uses not in {"ingest", "preprocess", "caption"}:
+        if step.uses not in {"ingest", "preprocess", "caption"} or name not in result.outcomes:
             continue
         manifest = Manifest.model_validate_json(result.outcomes[name].summary)
         if step.uses == "caption" and getattr(step, "is_reported", False):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ _SMALL = 64 * 2**20
 _CORES = 2
 _PROCESS = 2**30
 _GROUP = Path("/sys/fs/cgroup/memory.max")
+_USED = Path("/sys/fs/cgroup/memory.current")
+_MEMORY = Path("/proc/meminfo")
 
 
 def describe_compute(device: str | None = None) -> dict[str, Any]:
@@ -94,6 +96,32 @@ def measure_memory() -> int:
     except OSError:
         return memory
     return min(memory, int(allowed)) if allowed.isdecimal() else memory
+
+
+def measure_free(device: str) -> tuple[int, int]:
+    """Returns the free and the whole memory of a device in bytes: of a GPU, or of this machine.
+
+    Args:
+        device: `cpu`, `mps`, `cuda` for the current GPU, or a numbered GPU such as `cuda:1`.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        free, whole = torch.cuda.mem_get_info(torch.device(device))
+        return free, whole
+    whole = measure_memory()
+    with suppress(OSError, ValueError):
+        left = whole - int(_USED.read_text())
+        return max(0, min(left, _available())), whole
+    return min(_available(), whole), whole
+
+
+def _available() -> int:
+    """Returns the memory of this machine in bytes that new processes can use without swapping."""
+    with suppress(OSError, ValueError, IndexError):
+        (line,) = (line for line in _MEMORY.read_text().splitlines() if line.startswith("MemAvailable:"))
+        return int(line.split()[1]) << 10
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager

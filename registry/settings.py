@@ -26,6 +26,8 @@ class Settings(BaseModel):
         store: fsspec URL of the folder or bucket that holds the blobs, such as `s3://bucket/loraline`.
         database: SQLAlchemy URL of the registry's own database, such as `postgresql+psycopg://host/loraline`.
         mlflow: SQLAlchemy URL of MLflow's database.
+        concurrency_limit: Name of a global concurrency limit of the Prefect server, of which every step that uses a
+            model holds a slot; None uses none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,6 +35,7 @@ class Settings(BaseModel):
     store: str | None = None
     database: str | None = None
     mlflow: str | None = None
+    concurrency_limit: str | None = None
 
 
 def read_settings(home: Path) -> Settings:

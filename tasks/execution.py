@@ -26,10 +26,12 @@ from registry.lineage.record import Lineage
 from registry.store.artifacts import Store, open_store
 from registry.store.redaction import redact, redact_error
 from tasks.consent import check_datasets
+from tasks.devices import work_on_device
 from tasks.environment import describe_environment
 from tasks.exclusion import refuse_revoked, refuse_revoked_base
 from tasks.job import Job, Outcome
 from tasks.progress import StepEvent, publish, stop_requested
+from tasks.resources import NO_RESOURCES
 from tasks.step import Context, Inputs
 from tasks.timeout import work_within
 from tasks.warnings import collecting, with_warnings
@@ -202,9 +204,10 @@ def _work(
         force=force,
         live=live,
         absent=job.absent,
+        resources=job.spec.resources or NO_RESOURCES,
     )
     if job.spec.timeout is None:
-        job.kind.work(job.spec, context)
+        work_on_device(job, context)
     else:
         work_within(job, context, job.spec.timeout)
     summary = (out / job.kind.summary).read_bytes() if job.kind.summary else b""

@@ -16,7 +16,7 @@ from typing import Literal
 from lora_engine.progress import Point
 
 ProgressKind = Literal[
-    "started", "waiting", "progress", "measured", "drawn", "warning", "cached", "completed", "failed"
+    "started", "waiting", "progress", "measured", "drawn", "warning", "cached", "completed", "skipped", "failed"
 ]
 
 
@@ -30,7 +30,7 @@ class StepEvent:
         done: Number of completed units of work; of `drawn`, the training steps done.
         total: Number of all units; 0 means unknown.
         values: Current metrics, such as `loss`.
-        text: The error of `failed`, the reason of `waiting`, or the text of `warning`.
+        text: The error of `failed`, the reason of `waiting` or `skipped`, or the text of `warning`.
         points: The measurements of `measured`.
         files: The sample images of `drawn`.
     """

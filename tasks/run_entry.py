@@ -27,7 +27,7 @@ RUN = "run.json"
 _INTERVAL = 1.0
 """Seconds between two writes of the progress."""
 _KEPT = 50
-_SHOWN = ("progress", "waiting", "started", "cached", "completed", "failed")
+_SHOWN = ("progress", "waiting", "started", "cached", "completed", "skipped", "failed")
 
 
 @contextmanager

@@ -7,10 +7,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lora_engine.families import Family
 from lora_engine.settings import key_form, names_without_effect, without_later
+from tasks.condition import parse_condition
+from tasks.resources import Resources, Retries, device_type
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
 REGISTERED = re.compile(r"(?P<name>[a-z0-9][a-z0-9._-]{0,62})@(?P<ref>[A-Za-z0-9][A-Za-z0-9._-]{0,62})")
@@ -21,6 +23,8 @@ STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 
 SAVED = re.compile(rf"(?P<step>{STEP_NAME.pattern})@step-(?P<at>[1-9][0-9]{{0,6}})")
 """Reference to an adapter that a step of the file saved on the way: `STEP@step-N`."""
+_RUN_SETTINGS = ("timeout", "when", "retries", "resources")
+"""Fields of every step that change how it runs, and no byte of its result."""
 
 
 def is_path(value: str) -> bool:
@@ -58,12 +62,43 @@ class StepSpec(BaseModel):
 
     Attributes:
         timeout: Limit of each attempt in seconds; the step is stopped then. None means no limit.
+        when: Condition on the report of an `evaluate` step, such as `report.gates passed`: the step, and what depends
+            on it, is skipped if it is not met. None means none.
+        retries: Further attempts after a failure: their count, or `count`, `delay` and `any`. None means 2 attempts
+            after a timeout, or after an error of a connection or a lock.
+        resources: The device that the step uses, and how much of it. None means the step's own settings.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     uses: str
     timeout: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    when: str | None = None
+    retries: Annotated[int, Field(ge=0, le=100)] | Retries | None = None
+    resources: Resources | None = None
+
+    @field_validator("when")
+    @classmethod
+    def _is_condition(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_condition(value)
+        return value
+
+    @model_validator(mode="after")
+    def _names_one_device(self) -> Self:
+        asked, own = self.resources.device if self.resources else "auto", self.own_device()
+        if "auto" not in (asked, own) and device_type(asked) != own:
+            raise ValueError(f"resources.device is {asked!r}, but the step's own device is {own!r}; remove one of them")
+        return self
+
+    def own_device(self) -> str:
+        """Returns the device in the step's own settings; `auto` if they name none."""
+        return "auto"
+
+    def conditions(self) -> Iterator[tuple[str, str, str]]:
+        """Yields ("when", name of the step, "report") if the step has a condition, as `references` does."""
+        if self.when is not None:
+            yield "when", parse_condition(self.when).step, "report"
 
     def references(self) -> Iterator[tuple[str, str, str]]:
         """Yields (field, name of the step or `name@version`, kind of artifact) for each reference."""
@@ -99,7 +134,7 @@ class StepSpec(BaseModel):
         return [field for field in markers if getattr(self, field) is not None and is_path(getattr(self, field))]
 
     def own_settings(self) -> dict[str, Any]:
-        """Returns the settings: all fields but references, paths and `timeout`."""
+        """Returns the settings: all fields but references, paths and those of every step."""
         return self.model_dump(mode="json", exclude=self._outside())
 
     def key_settings(self) -> dict[str, Any]:
@@ -137,7 +172,7 @@ class StepSpec(BaseModel):
     @classmethod
     def _outside(cls) -> set[str]:
         references, paths = marked_fields(cls, Input), marked_fields(cls, External)
-        return {"timeout", *(field for field, _ in references), *(field for field, _ in paths)}
+        return {*_RUN_SETTINGS, *(field for field, _ in references), *(field for field, _ in paths)}
 
     def narrow(self, settings: type[_Settings]) -> _Settings:
         """Returns the fields of the engine's settings class."""

@@ -17,6 +17,7 @@ from registry.entities import ArtifactRef
 from registry.home import Home
 from tasks.digests import PathDigest
 from tasks.progress import stop_requested
+from tasks.resources import NO_RESOURCES, Resources
 from tasks.spec import StepSpec
 
 
@@ -44,6 +45,7 @@ class Context:
         origin: Digest of everything that the result depends on except the settings.
         force: True if the step runs although its result is cached.
         absent: Registered version that the spec names -> why it is not there.
+        resources: The device that the step uses, and how much of it.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Context:
     origin: str = ""
     force: bool = False
     absent: Mapping[str, str] = field(default_factory=dict)
+    resources: Resources = NO_RESOURCES
 
     def folder(self, field: str) -> Path:
         """Returns the folder of a required reference."""
@@ -126,6 +129,7 @@ class StepKind:
             enter the cache key, all of it enters lineage. None means none.
         stops: True if the work polls `Context.stop` and then saves its progress; other steps with a `timeout` run in a
             child process.
+        takes_device: True if the work takes its device by itself; `tasks.devices` takes it for other steps.
     """
 
     name: str
@@ -143,6 +147,7 @@ class StepKind:
     revisions: Revisions | None = None
     models: FindModels | None = None
     describe_cost: DescribeCost | None = None
+    takes_device: bool = False
 
     def revision_of(self, spec: StepSpec, files: Mapping[str, PathDigest]) -> int:
         """Returns the revision for a spec and the digests of the user's files."""
@@ -167,6 +172,7 @@ def step(
     revisions: Revisions | None = None,
     models: FindModels | None = None,
     describe_cost: DescribeCost | None = None,
+    takes_device: bool = False,
 ) -> Callable[[Work], StepKind]:
     """Returns a decorator that makes a function a step (arguments: see `StepKind`)."""
 
@@ -188,6 +194,7 @@ def step(
             revisions,
             models,
             describe_cost,
+            takes_device,
         )
 
     return declare

@@ -13,6 +13,7 @@ from typing import Any
 from lora_engine.errors import EngineError, InterruptedRun, TrainingError
 from lora_engine.progress import no_progress
 from registry.errors import RegistryError
+from tasks.devices import work_on_device
 from tasks.errors import PipelineFailed, StepTimeout
 from tasks.job import Job
 from tasks.progress import stop_requested
@@ -101,7 +102,7 @@ def _work(job: Job, context: Context, sender: Connection) -> None:
     logging.getLogger().addHandler(_WarningSender(sender))
 
     try:
-        job.kind.work(job.spec, replace(context, progress=report))
+        work_on_device(job, replace(context, progress=report))
     except (EngineError, RegistryError, OSError) as error:
         sender.send(("error", (type(error), error.args, vars(error))))
     else:

@@ -58,3 +58,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "home"
     monkeypatch.setenv("LORALINE_HOME", str(path))
     return path
+
+
+@pytest.fixture(autouse=True)
+def own_device_locks(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps tests that run at the same time from waiting for each other's devices."""
+    monkeypatch.setenv("LORALINE_DEVICE_LOCKS", str(tmp_path_factory.mktemp("device-locks")))

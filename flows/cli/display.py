@@ -26,6 +26,7 @@ from tasks.progress import StepEvent, listening
 _MARKS = {
     "completed": "[green]✓[/]",
     "cached": "[blue]=[/]",
+    "skipped": "[dim]-[/]",
     "failed": "[red]✗[/]",
     "started": "…",
     "waiting": "…",
@@ -80,7 +81,7 @@ def _update(progress: Progress, row: TaskID, event: StepEvent) -> None:
     elif event.kind == "progress":
         note = format_values(event.values)
         progress.update(row, mark=_MARKS["progress"], total=event.total or None, completed=event.done, note=note)
-    elif event.kind in {"started", "waiting"}:
+    elif event.kind in {"started", "waiting", "skipped"}:
         progress.update(row, mark=_MARKS[event.kind], note=event.text)
     elif event.kind in _LABELS:
         progress.start_task(row)
@@ -111,6 +112,8 @@ def _print_line(event: StepEvent, console: Console) -> None:
         console.print(text.rstrip(), highlight=False, soft_wrap=True)
     elif event.kind == "drawn":
         console.print(_describe_samples(event), highlight=False, soft_wrap=True)
+    elif event.kind == "skipped":
+        console.print(f"{event.step}: skipped: {event.text}", highlight=False, soft_wrap=True)
     elif event.kind in _LABELS or event.kind == "waiting":
         console.print(f"{event.step}: {_LABELS.get(event.kind, event.text)}", highlight=False)
 

@@ -14,6 +14,9 @@ from flows.cli.output import Json, open_home
 from flows.cli.verbs import Access, add_verb
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from flows.cost import StepCost
     from flows.plan import Plan, PlannedStep
     from flows.result import PipelineResult
     from flows.spec import PipelineSpec
@@ -23,6 +26,9 @@ Forced = Annotated[
     list[str] | None,
     typer.Option("--force", metavar="STEP", help="Step to run even if it is cached.", autocompletion=complete_steps),
 ]
+Only = Annotated[list[str] | None, typer.Option("--only", metavar="STEP", help="Step to run, without any other.")]
+From = Annotated[list[str] | None, typer.Option("--from", metavar="STEP", help="Step to run, with everything after.")]
+To = Annotated[list[str] | None, typer.Option("--to", metavar="STEP", help="Step to run, with everything it needs.")]
 
 _BASE = "Base model: tiny, a hub id, a diffusers folder or a checkpoint file. Its family has the training defaults."
 
@@ -145,20 +151,35 @@ def plan(
     given: Parameters = None,
     selected: Selected = None,
     force: Forced = None,
+    only: Only = None,
+    begin: From = None,
+    end: To = None,
     as_json: Json = False,
 ) -> None:
     """Show what a run would do and why; run nothing."""
-    from flows.plan import plan_pipeline
+    from flows.cost import estimate_costs
+    from flows.plan import plan_pipeline, plan_pipelines
+    from flows.selection import Selection
+    from lora_engine.errors import EngineError
+    from registry.errors import RegistryError
 
     pipelines = load_selected(spec, changes, given, selected)
     forced = {loaded.name: _check_force(force, loaded) for loaded in pipelines}
+    selection = Selection(only or (), begin or (), end or ())
     home = open_home()
+    try:
+        plans = {plan.name: plan for plan in plan_pipelines(pipelines, home, force=force or (), selection=selection)}
+    except (EngineError, RegistryError, OSError):
+        plans = {}  # each is planned on its own, so that those without an error are shown
 
     def plan_one(loaded: PipelineSpec) -> tuple[Any, bool]:
-        planned = plan_pipeline(loaded, home, force=forced[loaded.name])
+        planned = plans.get(loaded.name) or plan_pipeline(
+            loaded, home, force=forced[loaded.name], selection=selection
+        )
+        (costs,) = estimate_costs([planned], home)
         if as_json:
-            return [_planned(step) for step in planned.steps], True
-        _print_plan(planned)
+            return [_planned(step) | _cost_json(step, costs) for step in planned.steps], True
+        _print_plan(planned, costs)
         if any(step.adoption for step in planned.steps):
             print(f"`loraline adopt {spec}` takes the adoptable results over; then their steps do not run.")
         return None, True
@@ -196,6 +217,9 @@ def run(
     selected: Selected = None,
     force: Forced = None,
     concurrency: Concurrency = None,
+    only: Only = None,
+    begin: From = None,
+    end: To = None,
     as_json: Json = False,
 ) -> None:
     """Run a pipeline, or those of a matrix: every step that is not cached, with lineage."""
@@ -205,36 +229,65 @@ def run(
     from flows.cli.stopping import stoppable
     from flows.pipeline import run_pipeline
     from flows.prefect import configure_prefect
+    from flows.selection import Selection
 
     pipelines = load_selected(spec, changes, given, selected)
     forced = {loaded.name: _check_force(force, loaded) for loaded in pipelines}
     home = open_home()
     configure_prefect(home)
+    selection = Selection(only or (), begin or (), end or ())
 
     def run_one(loaded: PipelineSpec) -> tuple[Any, bool]:
         if concurrency is not None:
             loaded = replace(loaded, concurrency=concurrency)
         with stoppable(), show_run(list(loaded.steps), Console(stderr=as_json)):
-            result = run_pipeline(loaded, home, force=forced[loaded.name])
+            result = run_pipeline(loaded, home, force=forced[loaded.name], selection=selection)
         if not as_json:
             _print_summary(loaded, home, result)
             return None, not result.refusals
         outcomes = {name: {"ref": outcome.ref, "cached": outcome.cached} for name, outcome in result.outcomes.items()}
         versions = {name: registered.to_json() for name, registered in result.versions.items()}
-        return {"changed": result.changed, "outcomes": outcomes, "versions": versions}, not result.refusals
+        shown = {"changed": result.changed, "outcomes": outcomes, "versions": versions, "skipped": result.skipped}
+        return shown, not result.refusals
 
     for_each(pipelines, run_one, as_json=as_json)
 
 
-def _print_plan(plan: Plan) -> None:
+def _print_plan(plan: Plan, costs: Mapping[str, StepCost | None] | None = None) -> None:
     from flows.cli.output import print_table
 
     rows = []
     for step in plan.steps:
-        action = ("adopted" if step.adoption else "cached") if step.cached else "run"
+        action = ("adopted" if step.adoption else "cached") if step.cached else "skipped" if step.skipped else "run"
         reason = step.reason.removeprefix("cached").removeprefix("; ") if action == "cached" else step.reason
         rows.append((step.name, step.job.kind.name, action, reason))
     print_table(("step", "uses", "action", "reason"), rows)
+    if costs:
+        _print_costs(costs)
+
+
+def _print_costs(costs: Mapping[str, StepCost | None]) -> None:
+    from flows.cli.output import print_table
+    from flows.cost import total_cost
+
+    total, unknown = total_cost(costs)
+    print("\nExpected cost, from earlier executions:")
+    rows = [(name, *_cost_cells(cost)) for name, cost in costs.items()]
+    label = f"total without {', '.join(unknown)}" if unknown else "total"
+    print_table(("step", "time", "GPU hours", "disk"), [*rows, (label, *_cost_cells(total))])
+
+
+def _cost_cells(cost: StepCost | None) -> tuple[str, str, str]:
+    if cost is None:
+        return "unknown", "unknown", "unknown"
+    minutes, seconds = divmod(round(cost.seconds), 60)
+    time = f"{cost.seconds:.1f} s" if minutes == 0 else f"{minutes} min {seconds} s"
+    return time, f"{cost.gpu_hours:.2f}", f"{cost.bytes / 1e6:.1f} MB"
+
+
+def _cost_json(step: PlannedStep, costs: Mapping[str, StepCost | None]) -> dict[str, Any]:
+    cost = costs.get(step.name)
+    return {"cost": cost.to_json() if cost else "unknown" if step.runs else None}
 
 
 def _planned(step: PlannedStep) -> dict[str, Any]:
@@ -242,6 +295,7 @@ def _planned(step: PlannedStep) -> dict[str, Any]:
         "name": step.name,
         "uses": step.job.kind.name,
         "cached": step.cached,
+        "skipped": step.skipped,
         "reason": step.reason,
         "ref": step.outcome.ref if step.outcome else None,
         "adoption": step.adoption.source.id if step.adoption else None,

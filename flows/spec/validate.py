@@ -141,7 +141,7 @@ def _validate(model: type[Any], data: Mapping[str, Any], parent: Where, document
 def _order(steps: Mapping[str, StepSpec], document: Document) -> list[str]:
     graph: dict[str, set[str]] = {name: set() for name in steps}
     for name, spec in steps.items():
-        for field, target, kind in spec.references():
+        for field, target, kind in (*spec.references(), *spec.conditions()):
             where = document.where(("steps", name, field))
             if REGISTERED.fullmatch(target) and target not in steps:
                 if kind != "adapter":

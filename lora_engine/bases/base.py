@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, Protocol, cast
 
 import torch
@@ -16,8 +18,11 @@ from lora_engine.bases.options import UNCHANGED_BASE, BaseOptions
 from lora_engine.bases.quantized import Quantization, check_quantization, quantize_base
 from lora_engine.bases.source import BaseSource, resolve_base
 from lora_engine.building import BUILDING
+from lora_engine.errors import SettingsError
 from lora_engine.files import FilePath
 from lora_engine.framing import Framing
+
+_chosen: ContextVar[str] = ContextVar("chosen", default="")
 
 
 class BaseModel(Protocol):
@@ -204,8 +209,36 @@ def visible_gpus(count: int) -> tuple[str, ...]:
     return tuple(f"cuda-{visible[index] if index < len(visible) else index}" for index in range(count))
 
 
+@contextmanager
+def device_chosen(device: str) -> Iterator[None]:
+    """Makes a device the default of this thread inside a `with` block; `auto` changes nothing.
+
+    Args:
+        device: The type of a device, or a numbered GPU such as `cuda:1`.
+
+    Raises:
+        SettingsError: This machine lacks the device.
+    """
+    kind, _, number = device.partition(":")
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    count = torch.cuda.device_count() if number else 0
+    if (kind in available and not available[kind]()) or (number and int(number) >= count):
+        raise SettingsError(
+            f"device {device!r}: torch finds no such device on this machine",
+            remedy="set the device to auto, or install the torch build and the driver for it",
+        )
+    token = _chosen.set("" if device == "auto" else kind)
+    try:
+        with torch.cuda.device(int(number)) if number else nullcontext():
+            yield
+    finally:
+        _chosen.reset(token)
+
+
 def default_device() -> str:
-    """Returns the fastest device type of this machine."""
+    """Returns the type of the device that `device_chosen` made the default, else of the fastest of this machine."""
+    if chosen := _chosen.get():
+        return chosen
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

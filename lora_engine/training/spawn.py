@@ -44,6 +44,7 @@ def train_in_child(
     stop: Callable[[], bool] | None = None,
     grace: float = GRACE,
     inherit: Sequence[int] = (),
+    variables: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Runs `lora_engine.training` on a job in a child process, or in `running.processes` of them, and waits.
 
@@ -56,6 +57,7 @@ def train_in_child(
         stop: Polled several times a second; True makes the child write a checkpoint and exit.
         grace: Seconds that the child has to do so before it is killed.
         inherit: Open descriptors that the child keeps open until it ends, such as those of locks.
+        variables: Environment variables of the child, beside those of this process.
 
     Returns:
         The compute environment of the training; see `describe_compute`.
@@ -77,7 +79,7 @@ def train_in_child(
                 # A separate session: Ctrl-C in a terminal reaches the caller only, which then stops the child cleanly.
                 start_new_session=True,
                 pass_fds=tuple(inherit),
-                env=environment,
+                env=environment | dict(variables or {}),
             )
             for environment in _environments(_processes(job), Path(rendezvous) / "rendezvous")
         ]

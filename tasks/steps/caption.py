@@ -18,6 +18,7 @@ from tasks.operations.captions import (
     report_captions,
     with_located_models,
 )
+from tasks.resources import NO_RESOURCES
 from tasks.spec import Input, StepSpec
 from tasks.step import Context, step
 
@@ -27,6 +28,10 @@ class Caption(StepSpec, CaptionSettings):
 
     uses: Literal["caption"] = "caption"
     dataset: Annotated[str, Input("manifest")]
+
+    def own_device(self) -> str:
+        """Returns the device of the captioner."""
+        return str(getattr(self.captioner, "device", "auto"))
 
     def key_settings(self) -> dict[str, Any]:
         """Returns the settings that enter the cache key; models enter it by their content, not by their names."""
@@ -61,6 +66,7 @@ def find_imports(spec: Caption, folder: Path) -> Iterator[str]:
     imports=find_imports,
     entries=lambda spec: [(CAPTIONERS, spec.captioner_name)],
     models=lambda spec, folder, _: find_caption_models(spec, folder),
+    takes_device=True,
 )
 def caption(spec: Caption, context: Context) -> None:
     """Writes a manifest of the same images with all captions set, and `captions.json` if the captions are checked."""
@@ -69,9 +75,9 @@ def caption(spec: Caption, context: Context) -> None:
     settings = with_located_models(spec.narrow(CaptionSettings), context.folder_of_spec)
     models = find_caption_models(settings, Path())
     with ExitStack() as stack:
-        if settings.models():
-            device = str(getattr(settings.captioner, "device", "auto"))
-            stack.enter_context(gpu_slot(context.home, device, context.concurrency, context.name))
+        if settings.models() or context.resources != NO_RESOURCES:
+            device = spec.own_device() if settings.models() else "cpu"
+            stack.enter_context(gpu_slot(context.home, device, context.concurrency, context.name, context.resources))
         manifest = describe(
             context.folder("dataset"),
             context.out,

@@ -124,6 +124,7 @@ def _located(spec: Evaluate, folder: Path) -> EvaluateSettings:
     imports=find_imports,
     entries=lambda spec: [(METRICS, name) for name in METRICS],
     models=find_models,
+    takes_device=True,
 )
 def evaluate(spec: Evaluate, context: Context) -> None:
     """Writes the report: metrics with intervals, gates and images."""
@@ -140,7 +141,7 @@ def evaluate(spec: Evaluate, context: Context) -> None:
         label: context.absent[target] for label in spec.against if (target := spec.target_of(label)) in context.absent
     }
     present = [label for label in spec.against if label not in absent]
-    with gpu_slot(context.home, "auto", context.concurrency, context.name):
+    with gpu_slot(context.home, "auto", context.concurrency, context.name, context.resources):
         run_evaluation(
             settings,
             context.base(spec.base),

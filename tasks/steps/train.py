@@ -19,9 +19,11 @@ from lora_engine.parallel import count_cores
 from lora_engine.registries import Registry
 from lora_engine.training.methods import methods
 from lora_engine.training.spec import TrainSettings
+from lora_engine.training.specs.running import Running
 from registry.home import Home
-from tasks.devices import device_slots
+from tasks.devices import device_slots, gpu_name
 from tasks.digests import PathDigest
+from tasks.resources import device_type, gpu_number
 from tasks.spec import External, Input, StepSpec
 from tasks.step import Context, always, step
 from tasks.watching import watching
@@ -48,6 +50,24 @@ class Train(StepSpec, TrainSettings):
     class_dataset: Annotated[str | None, Input("manifest")] = None
     embedder: Annotated[str | None, External("folder")] = None
     init: Annotated[str | None, Input("adapter", or_file=True)] = None
+
+    def own_device(self) -> str:
+        """Returns the device of `running`."""
+        return self.running.device
+
+    def running_here(self) -> Running:
+        """Returns `running` with the device of `resources`, if that names one."""
+        asked = device_type(self.resources.device) if self.resources else "auto"
+        return self.running if asked == "auto" else self.running.model_copy(update={"device": asked})
+
+    @model_validator(mode="after")
+    def _a_numbered_gpu_holds_one_process(self) -> Train:
+        if self.resources and gpu_number(self.resources.device) is not None and self.running.processes > 1:
+            raise ValueError(
+                f"resources.device is {self.resources.device!r}, but running.processes is {self.running.processes}; "
+                "write cuda without a number, and choose the GPUs with CUDA_VISIBLE_DEVICES"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_an_optimizer_state(self) -> Train:
@@ -123,6 +143,7 @@ def _describe_cost(spec: Train) -> str:
     imports=always("lora_engine.training.device", "lora_engine.training.spawn", "registry.versions.live_run"),
     entries=find_entries,
     stops=True,
+    takes_device=True,
     describe_progress=describe_progress,
     describe_cost=_describe_cost,
 )
@@ -132,8 +153,9 @@ def train(spec: Train, context: Context) -> None:
 
     class_dataset, parent = context.optional("class_dataset"), context.optional("init")
     init = parent / "adapter.safetensors" if parent else context.files.get("init")
+    settings = spec.narrow(TrainSettings).model_copy(update={"running": spec.running_here()})
     job = {
-        "settings": spec.narrow(TrainSettings).model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json"),
         "base": context.base(spec.base),
         "dataset": str(context.folder("dataset")),
         "out": str(context.out),
@@ -147,8 +169,14 @@ def train(spec: Train, context: Context) -> None:
         "origin": context.origin,
         "fresh": context.force,
     }
-    with device_slots(context.home, device_limits(spec, context), context.name) as slots, watching(context) as watcher:
-        context.compute.update(train_in_child(job, context.progress, watcher=watcher, stop=context.stop, inherit=slots))
+    number = gpu_number(context.resources.device)
+    variables = {} if number is None else {"CUDA_VISIBLE_DEVICES": gpu_name(number)}
+    slots = device_slots(context.home, device_limits(spec, context), context.name, context.resources)
+    with slots as descriptors, watching(context) as watcher:
+        compute = train_in_child(
+            job, context.progress, watcher=watcher, stop=context.stop, inherit=descriptors, variables=variables
+        )
+        context.compute.update(compute)
 
 
 def device_limits(spec: Train, context: Context) -> dict[str, int]:
@@ -162,4 +190,6 @@ def device_limits(spec: Train, context: Context) -> dict[str, int]:
         "processes": spec.running.processes,
         "base": resolve_base(context.base(spec.base)).size,
     }
-    return {device: context.concurrency or fitting_trainings(device, **facts) for device in used_devices(spec.running)}
+    number, running = gpu_number(context.resources.device), spec.running_here()
+    devices = used_devices(running) if number is None else (f"cuda-{gpu_name(number)}",)
+    return {device: context.concurrency or fitting_trainings(device, **facts) for device in devices}

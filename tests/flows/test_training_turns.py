@@ -13,7 +13,8 @@ from flows.plan import plan_pipeline
 from flows.spec import load_spec
 from registry.home import Home
 from registry.lineage.record import Lineage
-from tasks.devices import count_holders, device_slot
+from tasks.device_locks import count_holders
+from tasks.devices import device_slot
 from tasks.execution import execute
 from tasks.job import prepare_job
 from tasks.progress import StepEvent, listening

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,13 @@ from lora_engine.compute import fitting_trainings
 from lora_engine.errors import InterruptedRun
 from lora_engine.training.device import used_devices
 from lora_engine.training.specs.running import Running
+from registry.errors import HomeError
 from registry.home import Home
-from tasks.devices import count_holders, device_slot, device_slots, gpu_slot
+from tasks.device_locks import count_holders
+from tasks.devices import device_slot, device_slots, gpu_slot
+from tasks.errors import SpecError
 from tasks.progress import StepEvent, clear_stop, listening, request_stop
+from tasks.resources import Resources
 from tests.faults.points import Trial, forked
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -44,19 +49,19 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def hold(home: Home, device: str, limit: int, keep: Callable[[int], None]) -> Trial:
+def hold(home: Home, device: str, limit: int, keep: Callable[[tuple[int, ...]], None]) -> Trial:
     """Starts a process that takes a slot, creates a file `held`, and calls `keep` with the descriptor."""
 
     def work(tell: Callable[[str], None]) -> None:
-        with device_slot(home, device, limit) as descriptor:
+        with device_slot(home, device, limit) as descriptors:
             (home.path / "held").touch()
-            keep(descriptor)
+            keep(descriptors)
             tell("released")
 
     return forked(work)
 
 
-def sleep_long(_: int) -> None:
+def sleep_long(_: tuple[int, ...]) -> None:
     time.sleep(600)
 
 
@@ -112,10 +117,67 @@ def test_holders_with_other_limits_count(opened):
     assert count_holders(opened, "cpu") == 0
 
 
-def test_devices_and_homes_have_separate_slots(opened, tmp_path):
+def test_devices_have_separate_slots_and_homes_of_one_machine_share_them(opened, tmp_path, stopping):
     other = Home.open(tmp_path / "other")
-    with device_slot(opened, "cuda-0", 1), device_slot(opened, "cuda-1", 1), device_slot(other, "cuda-0", 1):
-        assert [count_holders(opened, device) for device in ("cuda-0", "cuda-1", "cpu")] == [1, 1, 0]
+    with device_slot(opened, "cuda-0", 1), device_slot(other, "cuda-1", 1):
+        assert [count_holders(opened, device) for device in ("cuda-0", "cuda-1", "cpu")] == [1, 0, 0]
+        stopping()
+        with pytest.raises(InterruptedRun, match="cuda-0"), device_slot(other, "cuda-0", 1):
+            pytest.fail("it did not wait")
+    with device_slot(other, "cuda-0", 1):
+        assert count_holders(other, "cuda-0") == 1
+
+
+@pytest.mark.parametrize("exclusive", [0, 1])
+def test_an_exclusive_holder_is_alone_whatever_the_limits_are(opened, stopping, exclusive):
+    with device_slot(opened, "cpu", 1024, exclusive=exclusive == 0):
+        stopping()
+        waiting = device_slot(opened, "cpu", 1024, exclusive=exclusive == 1)
+        with pytest.raises(InterruptedRun), waiting:
+            pytest.fail("it did not wait")
+        assert count_holders(opened, "cpu") == 1
+
+
+def test_homes_of_two_processes_never_hold_the_only_slot_at_the_same_time(tmp_path):
+    marker = tmp_path / "inside"
+
+    def take_turns(home: Home, tell: Callable[[str], None]) -> None:
+        for _ in range(TURNS):
+            with device_slot(home, "cpu", 1):
+                os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+                marker.unlink()
+        tell("done")
+
+    homes = [Home.open(tmp_path / name) for name in ("one", "two")]
+    trials = [forked(partial(take_turns, home)) for home in homes]
+    assert [trial.finish() for trial in trials] == [(0, ["done"])] * 2
+
+
+@pytest.mark.parametrize("kind", ["link", "writable by others"])
+def test_a_folder_of_locks_that_others_can_change_is_refused(opened, tmp_path, monkeypatch, kind):
+    folder = tmp_path / "locks"
+    if kind == "link":
+        folder.symlink_to(tmp_path)
+    else:
+        folder.mkdir()
+        folder.chmod(0o777)
+    monkeypatch.setenv("LORALINE_DEVICE_LOCKS", str(folder))
+    with pytest.raises(HomeError, match="only this user can write"), device_slot(opened, "cpu", 1):
+        pytest.fail("it took a slot")
+    folder.unlink() if kind == "link" else folder.chmod(0o700)
+    if kind != "link":
+        with device_slot(opened, "cpu", 1):
+            assert list(folder.iterdir())
+
+
+def test_memory_that_the_device_never_has_is_refused_with_the_figure(opened):
+    with (
+        pytest.raises(SpecError, match=r"resources.memory is 65536 GiB, but cpu has \d"),
+        gpu_slot(opened, "cpu", None, "report", Resources(memory=65536.0)),
+    ):
+        pytest.fail("it has that much")
+    with gpu_slot(opened, "cpu", None, "report", Resources(memory=0.001)):
+        assert count_holders(opened, "cpu") == 1
 
 
 def test_a_killed_holder_frees_its_slot(opened):
@@ -131,10 +193,10 @@ def test_a_killed_holder_frees_its_slot(opened):
 def test_a_slot_is_held_until_the_process_that_inherited_it_ends(opened):
     number = opened.path / "number"
 
-    def start_and_sleep(descriptor: int) -> None:
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], pass_fds=[descriptor])
+    def start_and_sleep(descriptors: tuple[int, ...]) -> None:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], pass_fds=descriptors)
         number.write_text(f"{child.pid}\n")
-        sleep_long(descriptor)
+        sleep_long(descriptors)
 
     holder = hold(opened, "cpu", 1, start_and_sleep)
     wait_for(lambda: number.exists() and number.read_text().endswith("\n"))
