@@ -55,8 +55,12 @@ def build_home(folder: Path, count: int, names: int) -> Home:
 def _put_dataset(versions: Versions) -> ArtifactRef:
     images = [f"image {number}".encode() for number in range(_IMAGES)]
     files = {f"pictures/{number}.png": image for number, image in enumerate(images)}
-    entries = [{"path": path, "sha256": sha256_bytes(image), "width": 32, "height": 32} for path, image in files.items()]
-    dataset = versions.store.put_files("manifest", {"manifest.json": json.dumps({"pictures": entries}).encode(), **files})
+    entries = [
+        {"path": path, "sha256": sha256_bytes(image), "width": 32, "height": 32} for path, image in files.items()
+    ]
+    dataset = versions.store.put_files(
+        "manifest", {"manifest.json": json.dumps({"pictures": entries}).encode(), **files}
+    )
     subjects = [Subject(sha256_bytes(image), f"{number}.png", "picture") for number, image in enumerate(images)]
     run = versions.lineage.start_run("photos", {})
     _log(versions, run.id, "photos", "ingest", {}, dataset, subjects)
@@ -64,9 +68,7 @@ def _put_dataset(versions: Versions) -> ArtifactRef:
     return dataset
 
 
-def _add_version(
-    versions: Versions, name: str, number: int, dataset: ArtifactRef, earlier: int, scratch: Path
-) -> None:
+def _add_version(versions: Versions, name: str, number: int, dataset: ArtifactRef, earlier: int, scratch: Path) -> None:
     path = scratch / "adapter.safetensors"
     source = torch.Generator().manual_seed(number)
     delta = LoraDelta(torch.randn(2, 4, generator=source), torch.randn(4, 2, generator=source), 2.0)
@@ -83,7 +85,7 @@ def _add_version(
         report=report,
         run_id=run.id,
         card={"title": name, "base": "sd15", "license": "apache-2.0"},
-        metrics={"clip_t": {"adapter": 0.3, "base": 0.2, "embedders": ["tiny"]}},
+        metrics={"clip_t": {"base": 0.2, "adapter": 0.3, "difference": 0.1, "better": "higher", "n": 8}},
         gates=[_GATE],
         passed=True,
         parents=[f"{name}@{earlier}"] if earlier and number % 4 == 0 else (),

@@ -16,7 +16,20 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from sqlalchemy import Connection, Row, TableClause, column, create_engine, inspect, null, select, table, update
+from sqlalchemy import (
+    Connection,
+    Row,
+    TableClause,
+    column,
+    create_engine,
+    delete,
+    insert,
+    inspect,
+    null,
+    select,
+    table,
+    update,
+)
 from sqlalchemy.exc import SQLAlchemyError
 
 from registry.errors import MlflowError
@@ -157,6 +170,36 @@ def reset_version(url: str, name: str, version: int, run_id: str, source: str) -
     statement = update(_VERSIONS).where(_VERSIONS.c.name == name, _VERSIONS.c.version == version)
     with _connected(url) as connection:
         connection.execute(statement.values(**values, status_message=null()))
+
+
+def write_alias(url: str, name: str, alias: str, version: int | None) -> bool:
+    """Points an alias of a registered model at a version, or removes it, in one transaction.
+
+    Args:
+        url: SQLAlchemy URL of MLflow's database.
+        name: The registered model.
+        alias: The alias.
+        version: Number of the version; None removes the alias.
+
+    Returns:
+        False if MLflow has no such version, or no tables yet; nothing is changed then.
+
+    Raises:
+        MlflowError: The database cannot be written.
+    """
+    with _connected(url) as connection:
+        if not inspect(connection).has_table(_ALIASES.name):
+            return version is None
+        row = (_ALIASES.c.name == name) & (_ALIASES.c.alias == alias)
+        if version is None:
+            connection.execute(delete(_ALIASES).where(row))
+            return True
+        of_version = (_VERSIONS.c.name == name, _VERSIONS.c.version == version, _VERSIONS.c.current_stage != DELETED)
+        if connection.execute(select(_VERSIONS.c.version).where(*of_version)).first() is None:
+            return False
+        if connection.execute(update(_ALIASES).where(row).values(version=version)).rowcount == 0:
+            connection.execute(insert(_ALIASES).values(name=name, alias=alias, version=version))
+        return True
 
 
 def has_training(url: str, key: str) -> bool:
