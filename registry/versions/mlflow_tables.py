@@ -97,6 +97,15 @@ class MlflowTables:
     aliases: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
+def read_models(url: str) -> frozenset[str]:
+    """Reads the names of the registered models; raises as `read_tables` does."""
+    with _connected(url) as connection:
+        if not inspect(connection).has_table(_MODELS.name):
+            return frozenset()
+        rows = connection.execute(select(_MODELS.c.name))
+        return frozenset(name for row in rows for name in _checked(_MODELS, ("name",), row))
+
+
 def read_tables(url: str, name: str | None = None) -> MlflowTables:
     """Reads one registered model, or all; empty if MLflow has not created its tables yet.
 
@@ -136,8 +145,11 @@ def read_tables(url: str, name: str | None = None) -> MlflowTables:
 def _checked(source: TableClause, names: Sequence[str], row: Row[Any]) -> tuple[Any, ...]:
     """Returns a row whose key, names and numbers have the right type."""
     for name, value in zip(names, row, strict=True):
-        is_number = version_number(value if isinstance(value, int) else str(value)) is not None
-        if not (is_number if name == "version" else isinstance(value, str) or (value is None and name in _OPTIONAL)):
+        if name == "version":
+            is_valid = version_number(value if isinstance(value, int) else str(value)) is not None
+        else:
+            is_valid = isinstance(value, str) or (value is None and name in _OPTIONAL)
+        if not is_valid:
             raise MlflowError(
                 f"the column {name!r} is damaged: it is {show_cell(value)}",
                 where=f"row {', '.join(show_cell(key) for key in row[:2])} of MLflow's table {source.name}",

@@ -60,10 +60,15 @@ class MlflowWriter:
     Args:
         home: The home.
         store: The store with the bytes.
+
+    Raises:
+        MlflowError: MLflow's database server does not answer.
     """
 
     def __init__(self, home: Home, store: Store) -> None:
         self.home, self.store = home, store
+        if sqlite_file(home.mlflow_url) is None:
+            require_reachable(home.mlflow_url)
 
     def add_version(
         self, version: AdapterVersion, record: ArtifactRef, shown: Shown, training_keys: Sequence[str] = ()
@@ -149,8 +154,6 @@ class MlflowWriter:
     @cached_property
     def _client(self) -> Any:
         with self.with_context("its database"):
-            if sqlite_file(self.home.mlflow_url) is None:
-                require_reachable(self.home.mlflow_url)
             return open_client(self.home)
 
     @contextmanager

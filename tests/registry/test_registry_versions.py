@@ -11,7 +11,7 @@ from registry.errors import DamagedBlob, MissingBlob, MlflowError, UnknownName, 
 from registry.maintenance.fsck import fsck
 from registry.store.artifacts import Store
 from registry.versions import mlflow_writer
-from registry.versions.mlflow_writer import MlflowWriter
+from registry.versions.mlflow_writer import MlflowWriter, open_client
 from registry.versions.promotion import history
 from registry.versions.versions import Versions
 
@@ -383,6 +383,6 @@ def test_mlflow_database_is_created_atomically(empty_home, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(SqlAlchemyStore, "__init__", die)
         with pytest.raises(MlflowError):
-            MlflowWriter(empty_home, Store(empty_home.store))
+            open_client(empty_home)
     assert not empty_home.mlflow_db.exists()
     assert list(empty_home.path.glob(".*")) == []
