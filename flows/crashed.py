@@ -13,6 +13,7 @@ from registry.entities import RunStatus
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import State
 
 _PREFIX = "loraline-run:"
 _MESSAGE = "The process of this run is gone."
@@ -64,5 +65,10 @@ def _mark_with_parents(client: SyncPrefectClient, flow_run: Any) -> list[UUID]:
         return [flow_run.id]
     parent = client.read_task_run(flow_run.parent_task_run_id).flow_run_id
     outer = client.read_flow_run(parent) if parent is not None else None
-    is_unfinished = outer is not None and outer.state is not None and not outer.state.is_final()
-    return [flow_run.id, *(_mark_with_parents(client, outer) if is_unfinished else [])]
+    is_dead = outer is not None and _is_attempt_of(outer.state, flow_run.state)
+    return [flow_run.id, *(_mark_with_parents(client, outer) if is_dead else [])]
+
+
+def _is_attempt_of(outer: State | None, inner: State | None) -> bool:
+    """Returns True if the outer run is running since before the inner one, not queued or running again since then."""
+    return outer is not None and inner is not None and outer.is_running() and outer.timestamp <= inner.timestamp

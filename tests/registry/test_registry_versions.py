@@ -9,7 +9,6 @@ from filelock import Timeout
 from registry.entities import to_json
 from registry.errors import DamagedBlob, MissingBlob, MlflowError, UnknownName, UnknownVersion, VersionError
 from registry.maintenance.fsck import fsck
-from registry.store.artifacts import Store
 from registry.versions import mlflow_writer
 from registry.versions.mlflow_writer import MlflowWriter, open_client
 from registry.versions.promotion import history
