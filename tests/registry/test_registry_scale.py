@@ -51,11 +51,10 @@ def counted(home: Home) -> Iterator[dict[str, int]]:
         yield counts
     finally:
         event.remove(Engine, "before_cursor_execute", count)
+        _counters.remove(opened)
         blobs = str(home.store / "blobs")
-        counts["blobs"] = sum(
-            times for path, times in _opened.items() if path.startswith(blobs) and "locks" not in path
-        )
-        _opened = None
+        inside = {path: times for path, times in opened.items() if path.startswith(blobs) and "locks" not in path}
+        counts["blobs"] = sum(inside.values())
 
 
 @pytest.fixture(scope="module")
