@@ -62,13 +62,16 @@ class MlflowWriter:
         store: The store with the bytes.
 
     Raises:
-        MlflowError: MLflow's database server does not answer.
+        MlflowError: MLflow's database server does not answer, or its file cannot be created.
     """
 
     def __init__(self, home: Home, store: Store) -> None:
         self.home, self.store = home, store
-        if sqlite_file(home.mlflow_url) is None:
+        file = sqlite_file(home.mlflow_url)
+        if file is None:
             require_reachable(home.mlflow_url)
+        elif not file.exists():
+            _ = self._client  # creates the tables before anything reads them
 
     def add_version(
         self, version: AdapterVersion, record: ArtifactRef, shown: Shown, training_keys: Sequence[str] = ()
