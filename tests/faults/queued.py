@@ -88,7 +88,7 @@ def kill_queued(
         queue = stack.enter_context(_started_queue(folder, home, database))
         runs = {queue.add(spec, home): spec for spec in specs}
         _kill(queue, set(runs), random.Random(seed), kills, result, tell)
-        _wait_for_end(queue, set(runs), tell)
+        _wait_for_end(queue, set(runs), lambda: queue.add(specs[0], home), tell)
         states = queue.states()
     result.repeated = sum(states[run]["run_count"] > 1 for run in runs)
     result.violations += [
@@ -305,14 +305,20 @@ def _kill(
         tell(f"killed {what}: {result.run_kills} runs, {result.worker_kills} workers, {_counts(queue, runs)}")
 
 
-def _wait_for_end(queue: _Queue, runs: set[str], tell: Callable[[str], None]) -> None:
-    """Waits until all have ended; gives up once nothing changes for ten minutes."""
-    last, since = {}, time.monotonic()
+def _wait_for_end(queue: _Queue, runs: set[str], add_tick: Callable[[], object], tell: Callable[[str], None]) -> None:
+    """Waits until all have ended; gives up once nothing changes for ten minutes.
+
+    If only crashed runs are left for two minutes, the next scheduled run comes, which queues them again.
+    """
+    last, since, ticked = {}, time.monotonic(), False
     while _unfinished(queue, runs):
         current = _counts(queue, runs)
         if current != last:
-            last, since = current, time.monotonic()
+            last, since, ticked = current, time.monotonic(), False
             tell(f"waiting: {current}")
+        if not ticked and current.get("Crashed") and time.monotonic() - since > 120:
+            ticked = True
+            add_tick()
         if time.monotonic() - since > 600:
             return
         time.sleep(2)
