@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -89,14 +89,13 @@ def test_a_crashed_run_is_queued_again_only_with_the_automation_and_at_most_thre
 
     flow = post_to(prefect_server, "flows/", {"name": "requeued"})
     deployment = post_to(prefect_server, "deployments/", {"name": "nightly", "flow_id": flow})
-    states = {"type": "CRASHED", "name": "Crashed", "timestamp": str(datetime.now(UTC) - timedelta(minutes=5))}
-    old, new = (
+    first, second = (
         post_to(prefect_server, f"deployments/{deployment}/create_flow_run", {"state": {"type": "SCHEDULED"}})
         for _ in range(2)
     )
     post_to(prefect_server, "flow_runs/", {"flow_id": flow, "state": RUNNING})  # of no deployment, and not crashed
-    for run, state in ((old, states), (new, {"type": "CRASHED", "name": "Crashed"})):
-        body = {"state": state, "force": True}
+    for run in (first, second):
+        body = {"state": {"type": "CRASHED", "name": "Crashed"}, "force": True}
         httpx.post(f"{prefect_server}/flow_runs/{run}/set_state", json=body, timeout=60).raise_for_status()
     (document,) = (
         entry
@@ -106,12 +105,16 @@ def test_a_crashed_run_is_queued_again_only_with_the_automation_and_at_most_thre
     with temporary_settings({PREFECT_API_URL: prefect_server}), patch("flows.crashed._PAUSE", timedelta(seconds=-60)):
         assert requeue_crashed("requeued") == [], "the automation is the switch"
         automation = post_to(prefect_server, "automations/", document)
+        with patch("flows.crashed._PAUSE", timedelta(minutes=1)):
+            assert requeue_crashed("requeued") == [], "the automation has a minute"
         with patch("flows.crashed.MOST_STARTS", -1):
             assert requeue_crashed("requeued") == []
         queued = {str(run) for run in requeue_crashed("requeued")}
-        assert queued == {old, new}
+        assert queued == {first, second}
         httpx.delete(f"{prefect_server}/automations/{automation}", timeout=60).raise_for_status()
-    names = {httpx.get(f"{prefect_server}/flow_runs/{run}", timeout=60).json()["state"]["name"] for run in (old, new)}
+    names = {
+        httpx.get(f"{prefect_server}/flow_runs/{run}", timeout=60).json()["state"]["name"] for run in (first, second)
+    }
     assert names == {"AwaitingRetry"}
     counts = document["trigger"]["match"]["prefect.run-count"]
     assert counts == [str(number) for number in range(MOST_STARTS + 1)], "the automation has the same limit"
