@@ -12,6 +12,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows.crashed import requeue_crashed
 from flows.pipeline import run_pipeline
 from flows.prefect import logs_of_flow_run, to_prefect
 from flows.result import PipelineResult, final_state
@@ -60,6 +61,7 @@ def retrain(spec: str, home: str = ".loraline") -> Any:
     """
     opened = Home.open(Path(home))
     with optional_hidden(), SecretFreeErrors(), logs_of_flow_run():
+        requeue_crashed("retrain")
         result = run_pipeline(load_spec(Path(spec)), opened)
         state = final_state(result)
         _log.log(logging.ERROR if state.failed else logging.INFO, "%s: %s", state.name, state.message)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-from sqlalchemy import case, func, select
+from sqlalchemy import case, func, select, tuple_
 from sqlalchemy.orm import Session
 
 from lora_engine.errors import did_you_mean
@@ -67,6 +67,24 @@ def read_versions(session: Session, name: str | None = None) -> list[AdapterVers
     if name is not None:
         query = query.where(VersionRow.name == name)
     return entities(session, [row for row in session.scalars(query) if _has_ref(row)])
+
+
+def read_aliased(session: Session, name: str | None = None) -> list[AdapterVersion]:
+    """Returns the versions of one name, or of all names, that an alias points at, ordered by name and number."""
+    targets = select(AliasRow.name, AliasRow.version).where(AliasRow.version.is_not(None))
+    if name is not None:
+        targets = targets.where(AliasRow.name == name)
+    if not can_exist(name or "any"):
+        return []
+    query = select(VersionRow).where(tuple_(VersionRow.name, VersionRow.version).in_(targets))
+    rows = session.scalars(query.order_by(VersionRow.name, VersionRow.version))
+    return entities(session, [row for row in rows if _has_ref(row)])
+
+
+def read_registered(session: Session, runs: Iterable[str]) -> list[AdapterVersion]:
+    """Returns the versions that runs registered, by the runs' ids, ordered by name and number."""
+    rows = [row for (row,) in batched(session, select(VersionRow), VersionRow.run_id, runs) if _has_ref(row)]
+    return entities(session, sorted(rows, key=lambda row: (row.name, row.version)))
 
 
 def find_versions(session: Session, refs: Iterable[str]) -> list[AdapterVersion]:
@@ -284,8 +302,17 @@ def alias_table(session: Session) -> dict[tuple[str, str], int]:
     return {(row.name, row.alias): row.version for row in intact if isinstance(row.version, int)}
 
 
-def read_events(session: Session, name: str | None = None, alias: str | None = None) -> list[Event]:
-    """Returns the events of one name and alias, or all events, in the order of the log."""
+def read_events(
+    session: Session, name: str | None = None, alias: str | None = None, *, after: int | None = None
+) -> list[Event]:
+    """Returns the events of one name and alias, or all events, in the order of the log.
+
+    Args:
+        session: A session.
+        name: The adapter; None for all.
+        alias: The alias; None for all.
+        after: Only events after which the alias points, or which are about, this version; None for all.
+    """
     query = select(EventRow).order_by(EventRow.seq)
     if name is not None:
         query = query.where(EventRow.name == name)
@@ -293,6 +320,8 @@ def read_events(session: Session, name: str | None = None, alias: str | None = N
         return []
     if alias is not None:
         query = query.where(EventRow.alias == alias)
+    if after is not None:
+        query = query.where(EventRow.after == after)
     return [_event(row) for row in session.scalars(query)]
 
 

@@ -86,8 +86,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, tit
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
     for column in columns:
         table.add_column(column, overflow="fold")  # a truncated digest is useless
+    cleaned: dict[str, str] = {}  # a long table repeats names, aliases and dates
     for row in rows:
-        table.add_row(*(Text(clean(cell)) for cell in row))
+        for cell in row:
+            if isinstance(cell, str) and cell not in cleaned:
+                cleaned[cell] = clean(cell)
+        table.add_row(*(Text(cleaned[cell] if isinstance(cell, str) else clean(cell)) for cell in row))
     console = Console()
     # A file or a pipe has no width of its own.
     (console if console.is_terminal else Console(width=_WIDE)).print(table)

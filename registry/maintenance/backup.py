@@ -11,6 +11,8 @@ import os
 import shutil
 import sqlite3
 import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +31,9 @@ from registry.home import Home
 from registry.maintenance.archive import ARCHIVE_SUFFIX, pack_archive
 from registry.maintenance.backup_leftovers import PARTIAL, mark_of, remove_leftovers
 from registry.maintenance.check_chain import EVENTS, KnownHead, check_heads
-from registry.maintenance.gc_roots import known_artifacts, recorded_list, version_roots
+from registry.maintenance.gc_roots import intact_list, known_artifacts, read_all_files, version_roots
 from registry.store.artifacts import Store, open_regular, open_store
+from registry.store.blobs import Blobs
 from registry.store.chain import Head, read_head, read_links
 from registry.store.copy_database import copy_tables
 from registry.store.database import Database, name_of, sqlite_file
@@ -43,6 +46,8 @@ DATABASES = ("lineage.db", "mlflow.db")
 KEPT = ("*.yaml", f"{keys.FOLDER}/*{keys.KEY_SUFFIX}")
 """Patterns of other files in a backup: settings, policies and trusted keys."""
 _MANIFEST_SIZE = 1 << 30
+_COPIES = 8
+"""Blobs that are copied at once."""
 _REMEDY = "take another backup"
 
 
@@ -177,15 +182,13 @@ def _fill(home: Home, target: Path, folder: Path) -> tuple[Backup, BackupManifes
             # Only the latest one: a home that was restored from an older backup is reported once.
             problems += check_heads(read_links(session, EVENTS), read_backup_heads(target)[-1:])
     sizes, size, copied = {}, 0, 0
-    for digest, where in sorted(referenced.items()):
-        is_new = not blobs.exists(digest)
-        try:
-            blobs.write(digest, partial(store.blobs.open, digest))
-        except (StoreError, MissingBlob) as error:
-            problems.append(Problem(error.problem, where, "`loraline fsck --repair`, then back up again"))
+    for digest, outcome in _copy_blobs(store.blobs, blobs, sorted(referenced)):
+        if isinstance(outcome, StoreError):
+            remedy = "`loraline fsck --repair`, then back up again"
+            problems.append(Problem(outcome.problem, referenced[digest], remedy))
             continue
         sizes[digest] = blobs.size(digest)
-        copied, size = copied + is_new, size + is_new * sizes[digest]
+        copied, size = copied + outcome, size + outcome * sizes[digest]
     files = {
         path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
     }
@@ -199,6 +202,31 @@ def _fill(home: Home, target: Path, folder: Path) -> tuple[Backup, BackupManifes
         head=str(head or ""),
     )
     return Backup(folder, len(sizes), copied, size, tuple(left_out), tuple(problems)), manifest
+
+
+def _copy_blobs(source: Blobs, target: Blobs, digests: Sequence[str]) -> Iterator[tuple[str, bool | StoreError]]:
+    """Copies blobs by several threads: they wait for the disk, and one flush of it serves several.
+
+    Yields:
+        In the order of the digests, each with True if the target did not have it, or with the error of the source.
+
+    Raises:
+        HomeError: The disk is full or read-only; the remaining blobs are not copied.
+    """
+
+    def copy(digest: str) -> bool | StoreError:
+        is_new = not target.exists(digest)
+        try:
+            target.write(digest, partial(source.open, digest))
+        except StoreError as error:
+            return error
+        return is_new
+
+    pool = ThreadPoolExecutor(_COPIES, "backup")
+    try:
+        yield from zip(digests, pool.map(copy, digests), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def read_backup_manifest(snapshot: Path) -> BackupManifest:
@@ -249,12 +277,12 @@ def _referenced_blobs(database: Database, store: Store) -> tuple[dict[str, str],
     descriptions: dict[str, str] = {}
     problems = []
     with database.read() as session:
-        needed = version_roots(session)
+        needed, recorded = version_roots(session), read_all_files(session)
         for ref in known_artifacts(session):
             if ref.sha256 not in needed and not store.blobs.exists(ref.sha256):
                 continue
             try:
-                files = recorded_list(session, ref) or store.files(ref)
+                files = intact_list(ref, recorded.get(ref.sha256, {})) or store.files(ref)
             except (MissingBlob, DamagedBlob) as error:
                 problems.append(Problem(error.problem, f"{ref.kind} {ref.sha256}", error.remedy))
                 continue

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from registry.entities import AdapterVersion, Problem
 from registry.errors import DamagedBlob, MissingBlob
-from registry.maintenance.gc_roots import known_artifacts, recorded_files, version_roots
+from registry.maintenance.gc_roots import known_artifacts, read_all_files, version_roots
 from registry.store.artifacts import Store
 from registry.store.tables import DocumentRow, VersionRow
 
@@ -39,6 +39,7 @@ def check_bytes(session: Session, store: Store, actual: Mapping[str, str], grace
     """
     needed, users = version_roots(session), _users(session)
     referenced: set[str] = set()
+    all_recorded = read_all_files(session)
     for ref in known_artifacts(session):
         used_by = f", used by {', '.join(users[ref.sha256])}" if users[ref.sha256] else ""
         where, remedy = f"{ref.kind} {ref.sha256}{used_by}", _RESTORE if ref.sha256 in needed else _REDO
@@ -58,7 +59,7 @@ def check_bytes(session: Session, store: Store, actual: Mapping[str, str], grace
                 yield Problem(f"{path}: the bytes with digest {entry.sha256} are missing", where, remedy)
             elif digest != entry.sha256:
                 yield Problem(f"{path}: the bytes have digest {digest}, but {entry.sha256} was stored", where, remedy)
-        recorded = recorded_files(session, ref)
+        recorded = all_recorded.get(ref.sha256, {})
         if recorded and recorded != files:
             yield Problem(
                 "the recorded files are not those in the store", where, "`loraline fsck --repair` records them again"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,10 +19,10 @@ from typing import Literal
 from filelock import Timeout
 from sqlalchemy.orm import Session
 
-from registry.entities import ArtifactRef, is_digest, now
+from registry.entities import ArtifactRef, FileEntry, is_digest, now
 from registry.errors import DamagedBlob, HomeError, MissingBlob, StoreError, disk_errors
 from registry.home import Home
-from registry.maintenance.gc_roots import known_artifacts, recorded_files, recorded_list, run_roots, version_roots
+from registry.maintenance.gc_roots import intact_list, known_artifacts, read_all_files, run_roots, version_roots
 from registry.store.artifacts import Store, open_store
 from registry.store.blobs import Blobs
 from registry.store.database import Database
@@ -135,21 +135,21 @@ def mark(session: Session, store: Store, keep_runs: float, before: float) -> tup
     """
     needed = version_roots(session)
     roots = needed | run_roots(session, now() - timedelta(days=keep_runs))
-    marked, lists = set(roots), set()
+    marked, lists, recorded = set(roots), set(), read_all_files(session)
     for ref in known_artifacts(session):
         lists.add(ref.sha256)
         if ref.sha256 in roots or _is_young(store.blobs, ref.sha256, before):
-            marked |= _files_of(session, store, ref, must_be_known=ref.sha256 in needed)
+            marked |= _files_of(store, ref, recorded.get(ref.sha256, {}), must_be_known=ref.sha256 in needed)
     return marked, lists
 
 
-def _files_of(session: Session, store: Store, ref: ArtifactRef, *, must_be_known: bool) -> set[str]:
-    files = recorded_list(session, ref)
+def _files_of(store: Store, ref: ArtifactRef, recorded: Mapping[str, FileEntry], *, must_be_known: bool) -> set[str]:
+    files: Mapping[str, FileEntry] | None = intact_list(ref, recorded)
     if files is None:
         try:
             files = store.files(ref)
         except (MissingBlob, DamagedBlob) as error:
-            files = recorded_files(session, ref)
+            files = recorded
             if must_be_known and not files:
                 raise StoreError(
                     f"its list of files is unknown ({error.problem}), so nothing was collected",

@@ -5,7 +5,8 @@ Reads rows only; `registry.maintenance.gc` deletes the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 
 from sqlalchemy import func, or_, select
@@ -62,17 +63,19 @@ def run_roots(session: Session, since: datetime) -> set[str]:
     return {row[0] for query in (outputs, inputs) for row in batched(session, query, ExecutionRow.run_id, runs)}
 
 
-def recorded_list(session: Session, ref: ArtifactRef) -> dict[str, FileEntry] | None:
-    """Returns the files of an artifact from the database; None if they do not hash to its digest."""
-    files = recorded_files(session, ref)
-    return files if files and sha256_bytes(encode_tree(ref.kind, files)) == ref.sha256 else None
+def intact_list(ref: ArtifactRef, files: Mapping[str, FileEntry]) -> dict[str, FileEntry] | None:
+    """Returns the files that the database has of an artifact; None if they do not hash to its digest."""
+    return dict(files) if files and sha256_bytes(encode_tree(ref.kind, files)) == ref.sha256 else None
 
 
-def recorded_files(session: Session, ref: ArtifactRef) -> dict[str, FileEntry]:
-    """Returns the files of an artifact from the database, unverified."""
-    columns = (ContentRow.path, ContentRow.sha256, ContentRow.size)
-    rows = session.execute(select(*columns).where(ContentRow.artifact == ref.sha256).order_by(ContentRow.path))
-    return {path: FileEntry(sha256, size) for path, sha256, size in rows}
+def read_all_files(session: Session) -> Mapping[str, Mapping[str, FileEntry]]:
+    """Returns artifact -> its files from the database, unverified, in one query; an artifact without files has none."""
+    files: dict[str, dict[str, FileEntry]] = defaultdict(dict)
+    columns = (ContentRow.artifact, ContentRow.path, ContentRow.sha256, ContentRow.size)
+    for artifact, path, sha256, size in session.execute(select(*columns).order_by(ContentRow.path)):
+        if isinstance(artifact, str):  # a damaged one is named by `fsck`
+            files[artifact][path] = FileEntry(sha256, size)
+    return files
 
 
 def known_artifacts(session: Session) -> list[ArtifactRef]:

@@ -19,7 +19,7 @@ from registry.errors import DamagedBlob, MissingBlob
 from registry.home import Home
 from registry.lineage.rows import record_contents
 from registry.maintenance.check_bytes import read_digests
-from registry.maintenance.gc_roots import known_artifacts, recorded_files, recorded_list, version_roots
+from registry.maintenance.gc_roots import intact_list, known_artifacts, read_all_files, version_roots
 from registry.store.artifacts import Store, encode_tree
 from registry.store.database import Database
 from registry.store.tables import ContentRow
@@ -88,7 +88,8 @@ def repair_bytes(home: Home, database: Database, store: Store) -> Iterator[Repai
         needed, refs = version_roots(session), known_artifacts(session)
         # Artifacts that versions need come first: their blobs must not go to the quarantine.
         refs.sort(key=lambda ref: ref.sha256 not in needed)
-        recorded = {ref: recorded_list(session, ref) for ref in refs}
+        all_files = read_all_files(session)
+        recorded = {ref: intact_list(ref, all_files.get(ref.sha256, {})) for ref in refs}
     actual = read_digests(store)
     broken: dict[str, _BrokenBlob] = {}
     for ref in refs:
@@ -141,9 +142,10 @@ def _repair_blob(store: Store, blob: _BrokenBlob, others: _OtherFiles, needed: s
 def _repair_contents(database: Database, store: Store, refs: list[ArtifactRef]) -> Iterator[Repair]:
     """Rewrites the recorded files of artifacts if they differ from the list in the store."""
     with database.write() as session:
+        all_files = read_all_files(session)
         for ref in refs:
-            recorded = recorded_files(session, ref)
-            if not recorded or recorded_list(session, ref) is not None:
+            recorded = all_files.get(ref.sha256, {})
+            if not recorded or intact_list(ref, recorded) is not None:
                 continue
             files = _read_list(store, ref)
             if files:

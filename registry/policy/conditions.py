@@ -67,8 +67,16 @@ def judge_alias(
         PolicyError: The home's policy or table of licenses cannot be used.
     """
     with nullcontext(session) if session is not None else context.lineage.database.read() as current:
-        decision = evaluate_policy(context, version, alias, moves=False, session=current)
-        return without_overridden(decision, overridden_reasons(current, version, alias))
+        return _judge(context, current, version, alias)[0]
+
+
+def _judge(
+    context: RegistryContext, session: Session, version: AdapterVersion, alias: str
+) -> tuple[Decision, frozenset[str]]:
+    """Returns the decision without the reasons that were overridden, and these reasons."""
+    decision = evaluate_policy(context, version, alias, moves=False, session=session)
+    overridden = overridden_reasons(session, version, alias)
+    return without_overridden(decision, overridden), overridden
 
 
 def without_overridden(decision: Decision, overridden: frozenset[str]) -> Decision:
@@ -79,7 +87,8 @@ def without_overridden(decision: Decision, overridden: frozenset[str]) -> Decisi
 
 def overridden_reasons(session: Session, version: AdapterVersion, alias: str) -> frozenset[str]:
     """Returns the reasons that were overridden when a version last got an alias by a decision."""
-    return find_overridden(queries.read_events(session, version.name, alias), version.version)
+    events = queries.read_events(session, version.name, alias, after=version.version)
+    return find_overridden(events, version.version)
 
 
 def require_policy(context: RegistryContext, version: AdapterVersion, alias: str) -> None:
@@ -107,13 +116,12 @@ def read_alias_states(context: RegistryContext, session: Session, name: str | No
     """
     states = []
     moves = queries.read_moves(session, name)
-    for version in queries.read_versions(session, name):
+    for version in queries.read_aliased(session, name):
         for alias in version.aliases:
-            decision = judge_alias(context, version, alias, session=session)
-            overridden = tuple(sorted(overridden_reasons(session, version, alias)))
-            move = moves[version.name, alias]
+            decision, overridden = _judge(context, session, version, alias)
+            move, unmet = moves[version.name, alias], tuple(sorted(overridden))
             moved = (move.at, move.actor, move.reason)
-            states.append(AliasState(version.name, alias, version.version, decision.reasons, overridden, *moved))
+            states.append(AliasState(version.name, alias, version.version, decision.reasons, unmet, *moved))
     return sorted(states, key=lambda state: (state.name, state.alias))
 
 

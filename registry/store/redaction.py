@@ -204,8 +204,8 @@ def _replace_word(text: str, secret: str) -> str:
 
 
 def _environment_secrets() -> Iterator[str]:
-    for name, value in os.environ.items():
-        if len(value) >= _SHORTEST and _is_secret(name):
+    for name in os.environ:
+        if _is_secret(name) and len(value := os.environ.get(name, "")) >= _SHORTEST:
             yield value
 
 

@@ -19,7 +19,7 @@ from registry.store.tables import AliasRow, VersionRow
 from registry.versions.mlflow_tables import NO_STAGE, PREFIX, TRAINING, MlflowTables, MlflowVersion, read_tables
 
 RESTORE = "the next command that writes restores it; `loraline fsck --repair` restores it now"
-_PARAMETER = f"{PREFIX}param."
+_PARAMETER, _STATE = f"{PREFIX}param.", f"{PREFIX}state"
 _TAG_LENGTH = 8000
 _SHOWN = 64
 
@@ -103,7 +103,7 @@ def expected_tags(version: AdapterVersion) -> dict[str, str]:
 
 def with_state(version: AdapterVersion) -> dict[str, str]:
     """Returns the tags of a model version."""
-    return {**expected_tags(version), f"{PREFIX}state": version.state}
+    return {**expected_tags(version), _STATE: version.state}
 
 
 def own_tags(tags: Mapping[str, str]) -> dict[str, str]:
@@ -148,9 +148,10 @@ def _compare_version(version: AdapterVersion, entry: MlflowVersion | None) -> It
         yield "its run is deleted", False
     if entry.stage != NO_STAGE:
         yield f"has the stage {entry.stage!r}, which the registry does not use", False
+    expected = expected_tags(version)
     for where, tags, wanted in (
-        ("", own_tags(entry.tags), with_state(version)),
-        (" of its run", own_tags(entry.run_tags), expected_tags(version)),
+        ("", own_tags(entry.tags), {**expected, _STATE: version.state}),
+        (" of its run", own_tags(entry.run_tags), expected),
     ):
         for key in sorted(tags.keys() | wanted.keys()):
             if tags.get(key) != wanted.get(key):

@@ -21,7 +21,7 @@ from registry.lineage.rows import artifact_ref
 from registry.store.database import Database, name_of, sqlite_file
 from registry.store.tables import AliasRow, ArtifactRow, ExecutionRow, MetaRow, NameRow, RunRow, VersionRow
 from registry.versions.mlflow_drift import find_drift
-from registry.versions.mlflow_tables import read_tables
+from registry.versions.mlflow_tables import read_models, read_tables
 from registry.versions.mlflow_writer import MlflowWriter
 
 _logger = logging.getLogger(__name__)
@@ -151,6 +151,8 @@ def _rename_models(context: RegistryContext, writer: MlflowWriter) -> None:
     """Renames registered models back that someone renamed in MLflow."""
     with context.lineage.database.read() as session:
         names = set(session.scalars(select(VersionRow.name).where(VersionRow.mirrored).distinct()))
+    if names <= read_models(context.home.mlflow_url):
+        return
     tables = read_tables(context.home.mlflow_url)
     renamed = {}
     for (model, _), entry in tables.versions.items():

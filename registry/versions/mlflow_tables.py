@@ -16,7 +16,20 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from sqlalchemy import Connection, Row, TableClause, column, create_engine, inspect, null, select, table, update
+from sqlalchemy import (
+    Connection,
+    Row,
+    TableClause,
+    column,
+    create_engine,
+    delete,
+    insert,
+    inspect,
+    null,
+    select,
+    table,
+    update,
+)
 from sqlalchemy.exc import SQLAlchemyError
 
 from registry.errors import MlflowError
@@ -84,6 +97,15 @@ class MlflowTables:
     aliases: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
+def read_models(url: str) -> frozenset[str]:
+    """Reads the names of the registered models; raises as `read_tables` does."""
+    with _connected(url) as connection:
+        if not inspect(connection).has_table(_MODELS.name):
+            return frozenset()
+        rows = connection.execute(select(_MODELS.c.name))
+        return frozenset(name for row in rows for name in _checked(_MODELS, ("name",), row))
+
+
 def read_tables(url: str, name: str | None = None) -> MlflowTables:
     """Reads one registered model, or all; empty if MLflow has not created its tables yet.
 
@@ -123,8 +145,11 @@ def read_tables(url: str, name: str | None = None) -> MlflowTables:
 def _checked(source: TableClause, names: Sequence[str], row: Row[Any]) -> tuple[Any, ...]:
     """Returns a row whose key, names and numbers have the right type."""
     for name, value in zip(names, row, strict=True):
-        is_number = version_number(value if isinstance(value, int) else str(value)) is not None
-        if not (is_number if name == "version" else isinstance(value, str) or (value is None and name in _OPTIONAL)):
+        if name == "version":
+            is_valid = version_number(value if isinstance(value, int) else str(value)) is not None
+        else:
+            is_valid = isinstance(value, str) or (value is None and name in _OPTIONAL)
+        if not is_valid:
             raise MlflowError(
                 f"the column {name!r} is damaged: it is {show_cell(value)}",
                 where=f"row {', '.join(show_cell(key) for key in row[:2])} of MLflow's table {source.name}",
@@ -157,6 +182,36 @@ def reset_version(url: str, name: str, version: int, run_id: str, source: str) -
     statement = update(_VERSIONS).where(_VERSIONS.c.name == name, _VERSIONS.c.version == version)
     with _connected(url) as connection:
         connection.execute(statement.values(**values, status_message=null()))
+
+
+def write_alias(url: str, name: str, alias: str, version: int | None) -> bool:
+    """Points an alias of a registered model at a version, or removes it, in one transaction.
+
+    Args:
+        url: SQLAlchemy URL of MLflow's database.
+        name: The registered model.
+        alias: The alias.
+        version: Number of the version; None removes the alias.
+
+    Returns:
+        False if MLflow has no such version, or no tables yet; nothing is changed then.
+
+    Raises:
+        MlflowError: The database cannot be written.
+    """
+    with _connected(url) as connection:
+        if not inspect(connection).has_table(_ALIASES.name):
+            return version is None
+        row = (_ALIASES.c.name == name) & (_ALIASES.c.alias == alias)
+        if version is None:
+            connection.execute(delete(_ALIASES).where(row))
+            return True
+        of_version = (_VERSIONS.c.name == name, _VERSIONS.c.version == version, _VERSIONS.c.current_stage != DELETED)
+        if connection.execute(select(_VERSIONS.c.version).where(*of_version)).first() is None:
+            return False
+        if connection.execute(update(_ALIASES).where(row).values(version=version)).rowcount == 0:
+            connection.execute(insert(_ALIASES).values(name=name, alias=alias, version=version))
+        return True
 
 
 def has_training(url: str, key: str) -> bool:

@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,14 @@ from registry.store.artifacts import Store
 from registry.store.database import name_of, sqlite_file
 from registry.store.redaction import redact
 from registry.versions.mlflow_drift import expected_tags, own_tags, with_state
-from registry.versions.mlflow_tables import PREFIX, TRAINING_KEY, local_path, require_reachable, reset_version
+from registry.versions.mlflow_tables import (
+    PREFIX,
+    TRAINING_KEY,
+    local_path,
+    require_reachable,
+    reset_version,
+    write_alias,
+)
 from registry.versions.rewrite_uris import rewrite_artifact_uris
 
 _logger = logging.getLogger(__name__)
@@ -47,20 +55,23 @@ _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]", re.ASCII)
 class MlflowWriter:
     """Writes to MLflow's database and artifacts of one home.
 
+    The first call that needs MLflow's client imports MLflow, which takes seconds; `set_alias` needs none.
+
     Args:
         home: The home.
         store: The store with the bytes.
 
     Raises:
-        MlflowError: MLflow cannot open its database.
+        MlflowError: MLflow's database server does not answer, or its file cannot be created.
     """
 
     def __init__(self, home: Home, store: Store) -> None:
         self.home, self.store = home, store
-        with self.with_context("its database"):
-            if sqlite_file(home.mlflow_url) is None:
-                require_reachable(home.mlflow_url)
-            self._client = open_client(home)
+        file = sqlite_file(home.mlflow_url)
+        if file is None:
+            require_reachable(home.mlflow_url)
+        elif not file.exists():
+            _ = self._client  # creates the tables before anything reads them
 
     def add_version(
         self, version: AdapterVersion, record: ArtifactRef, shown: Shown, training_keys: Sequence[str] = ()
@@ -118,10 +129,9 @@ class MlflowWriter:
 
     def set_alias(self, name: str, alias: str, version: int | None) -> None:
         """Points MLflow's alias at a version, or removes it."""
-        with self.with_context(f"{name}@{alias}"):
-            if version is None:
-                self._client.delete_registered_model_alias(name, alias)
-            else:
+        if not write_alias(self.home.mlflow_url, name, alias, version):
+            # MLflow lacks its tables or the version: the client creates the tables, or says what is missing.
+            with self.with_context(f"{name}@{alias}"):
                 self._client.set_registered_model_alias(name, alias, str(version))
 
     def move_artifacts(self, names: Iterable[str]) -> None:
@@ -143,6 +153,11 @@ class MlflowWriter:
         """Renames a registered model with its versions, tags and aliases."""
         with self.with_context(name):
             self._client.rename_registered_model(name, new_name)
+
+    @cached_property
+    def _client(self) -> Any:
+        with self.with_context("its database"):
+            return open_client(self.home)
 
     @contextmanager
     def with_context(self, where: str) -> Iterator[None]:

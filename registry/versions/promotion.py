@@ -74,7 +74,8 @@ def promote(
         version = queries.read_version(session, name, ref)
         require_expected(session, version, ref, expected_source)
         before = queries.alias_target(session, name, to) if expected == "now" else expected
-        events = [event for event in queries.read_events(session, name, to) if event.action != "refuse"]
+        earlier = queries.read_events(session, name, to, after=version.version)
+        events = [event for event in earlier if event.action != "refuse"]
         is_current = before == version.version == queries.alias_target(session, name, to)
         if not is_current:
             queries.require_active(session, name, version.version)

@@ -351,8 +351,7 @@ class Versions(RegistryContext):
 
     def _stage(self, session: Session, version: AdapterVersion, alias: str, actor: Actor) -> None:
         """Gives a version its alias once: a repeated registration does not take the alias from a later version."""
-        events = queries.read_events(session, version.name, alias)
-        if any(event.after == version.version for event in events):
+        if queries.read_events(session, version.name, alias, after=version.version):
             return
         current = queries.alias_target(session, version.name, alias)
         decision = evaluate_policy(self, version, alias, actor=actor, session=session)

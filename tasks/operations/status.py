@@ -139,7 +139,7 @@ def read_status(home: Home, limit: int = 5, name: str | None = None) -> list[Run
         ended = [run.id for run in runs if run.status != "RUNNING" or run.id in dead][:limit]
         shown = [run for run in runs if run.id in ended or (run.status == "RUNNING" and run.id not in dead)]
         with lineage.database.read() as session:
-            versions = queries.read_versions(session)
+            versions = queries.read_registered(session, [run.id for run in shown])
     return [_state(home, run, run.id in dead, versions) for run in shown]
 
 

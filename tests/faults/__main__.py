@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from tests.faults.campaigns import Result, change_bytes, fail_at_each_point, kill_at_random, race
+from tests.faults.queued import kill_queued
 from tests.faults.training import import_all
 from tests.faults.work import WORKS
 
@@ -22,6 +23,8 @@ def main() -> None:
     parser.add_argument("--mlflow", type=int, default=30, help="Number of random kills of a registration with MLflow.")
     parser.add_argument("--races", type=int, default=200)
     parser.add_argument("--changes", type=int, default=200, help="Number of flipped, truncated and deleted files.")
+    parser.add_argument("--queued", type=int, default=0, help="Number of retrainings to queue; 0 leaves this out.")
+    parser.add_argument("--queue-kills", type=int, default=60, help="Most kills of workers and runs meanwhile.")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -47,6 +50,11 @@ def main() -> None:
         run("random kills of register with MLflow", with_mlflow)
         run("races of three promotions", race(folder / "race", arguments.races))
         run("changed files", change_bytes(folder / "bytes", arguments.changes, arguments.seed))
+        if arguments.queued:
+            (folder / "queued").mkdir()
+            queued = kill_queued(folder / "queued", arguments.queued, arguments.queue_kills, arguments.seed)
+            hits = queued.run_kills + queued.worker_kills
+            run("kills of queued retrainings", Result(queued.queued, hits, queued.violations))
     violations = [entry for result in results.values() for entry in result.violations]
     if arguments.out:
         counts = {title: {**vars(result), "violations": len(result.violations)} for title, result in results.items()}

@@ -5,19 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import pytest
+import yaml
 
-from flows.crashed import mark_crashed, tag_of
+from flows.crashed import MOST_STARTS, REQUEUE, mark_crashed, requeue_crashed, tag_of
 from flows.prefect import FLOW
 from registry.home import Home
 from registry.lineage.record import Lineage
 from tests.flows.commands import say
 
+PROJECT = Path(__file__).resolve().parents[2]
 RUNNING = {"type": "RUNNING", "name": "Running"}
+
+
+def post_to(server: str, path: str, body: dict[str, Any]) -> str:
+    while (answer := httpx.post(f"{server}/{path}", json=body, timeout=60)).status_code == 503:
+        time.sleep(0.5)  # another test's run has the server's database locked
+    return str(answer.raise_for_status().json()["id"])
 
 
 @pytest.fixture
@@ -25,9 +35,7 @@ def killed(prefect_server: str) -> Callable[..., tuple[str, str, str]]:
     """Returns a function that makes what `retrain` leaves on the server: an outer, an inner and a task run."""
 
     def post(path: str, body: dict[str, Any]) -> str:
-        while (answer := httpx.post(f"{prefect_server}/{path}", json=body, timeout=60)).status_code == 503:
-            time.sleep(0.5)  # another test's run has the server's database locked
-        return str(answer.raise_for_status().json()["id"])
+        return post_to(prefect_server, path, body)
 
     def make(run_id: str) -> tuple[str, str, str]:
         outer = post("flow_runs/", {"flow_id": post("flows/", {"name": "retrain"}), "state": RUNNING})
@@ -59,6 +67,57 @@ def test_the_next_run_of_a_home_marks_its_killed_flow_runs_and_no_others(
     assert states(prefect_server, running) == states(prefect_server, foreign) == ["Running"] * 3
     state = httpx.get(f"{prefect_server}/flow_runs/{ours[0]}", timeout=60).json()["state"]
     assert (state["type"], state["message"]) == ("CRASHED", "The process of this run is gone.")
+
+
+def test_the_attempt_that_replaced_a_killed_one_is_not_marked(
+    prefect_server: str, killed: Callable[..., tuple[str, str, str]]
+) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    outer, inner, _ = killed("an-earlier-attempt")
+    for state in ({"type": "SCHEDULED", "name": "AwaitingRetry"}, RUNNING):
+        body = {"state": state, "force": True}
+        httpx.post(f"{prefect_server}/flow_runs/{outer}/set_state", json=body, timeout=60).raise_for_status()
+        with temporary_settings({PREFECT_API_URL: prefect_server}):
+            marked = mark_crashed({"an-earlier-attempt": "CRASHED"}, FLOW)
+        assert [str(run) for run in marked] == ([inner] if state is not RUNNING else [])
+    assert httpx.get(f"{prefect_server}/flow_runs/{outer}", timeout=60).json()["state"]["name"] == "Running"
+
+
+def test_a_crashed_run_is_queued_again_only_with_the_automation_and_at_most_three_times(prefect_server: str) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    flow = post_to(prefect_server, "flows/", {"name": "requeued"})
+    deployment = post_to(prefect_server, "deployments/", {"name": "nightly", "flow_id": flow})
+    first, second = (
+        post_to(prefect_server, f"deployments/{deployment}/create_flow_run", {"state": {"type": "SCHEDULED"}})
+        for _ in range(2)
+    )
+    post_to(prefect_server, "flow_runs/", {"flow_id": flow, "state": RUNNING})  # of no deployment, and not crashed
+    for run in (first, second):
+        body = {"state": {"type": "CRASHED", "name": "Crashed"}, "force": True}
+        httpx.post(f"{prefect_server}/flow_runs/{run}/set_state", json=body, timeout=60).raise_for_status()
+    (document,) = (
+        entry
+        for entry in yaml.safe_load((PROJECT / "deploy" / "requeue.yaml").read_text())["automations"]
+        if entry["name"] == REQUEUE
+    )
+    with temporary_settings({PREFECT_API_URL: prefect_server}), patch("flows.crashed._PAUSE", timedelta(seconds=-60)):
+        assert requeue_crashed("requeued") == [], "the automation is the switch"
+        automation = post_to(prefect_server, "automations/", document)
+        with patch("flows.crashed._PAUSE", timedelta(minutes=1)):
+            assert requeue_crashed("requeued") == [], "the automation has a minute"
+        with patch("flows.crashed.MOST_STARTS", -1):
+            assert requeue_crashed("requeued") == []
+        queued = {str(run) for run in requeue_crashed("requeued")}
+        assert queued == {first, second}
+        httpx.delete(f"{prefect_server}/automations/{automation}", timeout=60).raise_for_status()
+    names = {
+        httpx.get(f"{prefect_server}/flow_runs/{run}", timeout=60).json()["state"]["name"] for run in (first, second)
+    }
+    assert names == {"AwaitingRetry"}
+    counts = document["trigger"]["match"]["prefect.run-count"]
+    assert counts == [str(number) for number in range(MOST_STARTS + 1)], "the automation has the same limit"
 
 
 def test_a_flow_run_is_marked_once(prefect_server: str, killed: Callable[..., tuple[str, str, str]]) -> None:

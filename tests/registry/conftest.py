@@ -15,7 +15,7 @@ import pytest
 from registry.entities import AdapterVersion, Execution, Subject, now
 from registry.home import Home
 from registry.store.artifacts import Store
-from registry.versions.mlflow_writer import MlflowWriter
+from registry.versions.mlflow_writer import open_client
 from registry.versions.promotion import promote
 from registry.versions.versions import Versions
 from tests.registry.children import Child
@@ -79,7 +79,7 @@ def place_home(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path | Non
 def fresh_template(place_home: Callable[[Path | None], Home], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a copy of a home in which MLflow has created its tables."""
     home = place_home(None)
-    MlflowWriter(home, Store(home.store))
+    open_client(home)
     _close_mlflow()
     return Path(shutil.copytree(home.path, tmp_path_factory.mktemp("fresh") / "home"))
 

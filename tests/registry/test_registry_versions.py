@@ -9,7 +9,7 @@ from filelock import Timeout
 from registry.entities import to_json
 from registry.errors import DamagedBlob, MissingBlob, MlflowError, UnknownName, UnknownVersion, VersionError
 from registry.maintenance.fsck import fsck
-from registry.store.artifacts import Store
+from registry.store.artifacts import open_store
 from registry.versions import mlflow_writer
 from registry.versions.mlflow_writer import MlflowWriter
 from registry.versions.promotion import history
@@ -383,6 +383,6 @@ def test_mlflow_database_is_created_atomically(empty_home, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(SqlAlchemyStore, "__init__", die)
         with pytest.raises(MlflowError):
-            MlflowWriter(empty_home, Store(empty_home.store))
+            MlflowWriter(empty_home, open_store(empty_home))
     assert not empty_home.mlflow_db.exists()
     assert list(empty_home.path.glob(".*")) == []
