@@ -17,10 +17,10 @@ ExecutionStatus = Literal["COMPLETED", "CACHED", "ADOPTED", "FAILED", "INTERRUPT
 Action = Literal["stage", "promote", "rollback", "refuse", "override", "remove"]
 """Events of an alias; `refuse` leaves it unchanged, `remove` leaves it pointing at nothing."""
 EventType = Literal[
-    "delete", "withdraw", "restore", "flag", "revoke", "lift", "export", "sign", "import", "refuse", "link"
+    "delete", "withdraw", "restore", "flag", "revoke", "lift", "export", "recall", "sign", "import", "refuse", "link"
 ]
-"""Events that move no alias: of a version, of a subject (revoke, lift, refuse of an import), or of the log (link: older
-rows got links)."""
+"""Events that move no alias: of a version (recall: its files were removed from a delivery target), of a subject (revoke,
+lift, refuse of an import), or of the log (link: older rows got links)."""
 VersionState = Literal["ACTIVE", "WITHDRAWN", "DELETED"]
 SubjectKind = Literal["picture", "caption", "consent"]
 RevocationKind = Literal["picture", "consent", "version", "artifact", "file", "base", "digest"]
