@@ -19,7 +19,7 @@ Action = Literal["stage", "promote", "rollback", "refuse", "override", "remove"]
 EventType = Literal[
     "delete", "withdraw", "restore", "flag", "revoke", "lift", "export", "recall", "sign", "import", "refuse", "link"
 ]
-"""Events that move no alias: of a version (recall: its files were removed from a delivery target), of a subject (revoke,
+"""Events that move no alias: of a version (recall: a delivery target does not have it any more), of a subject (revoke,
 lift, refuse of an import), or of the log (link: older rows got links)."""
 VersionState = Literal["ACTIVE", "WITHDRAWN", "DELETED"]
 SubjectKind = Literal["picture", "caption", "consent"]

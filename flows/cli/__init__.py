@@ -11,6 +11,7 @@ import sys
 import typer
 
 import flows.cli.data as data_verbs
+import flows.cli.delivery as delivery_verbs
 import flows.cli.files as files_verbs
 import flows.cli.governance as governance_verbs
 import flows.cli.history as history_verbs
@@ -45,6 +46,7 @@ _MODULES = (
     record_verbs,
     revocation_verbs,
     governance_verbs,
+    delivery_verbs,
     upkeep_verbs,
 )
 for _module in _MODULES:

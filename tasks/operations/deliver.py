@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from filelock import Timeout
 
@@ -56,6 +57,11 @@ class TargetReport:
     def problems(self) -> list[str]:
         """Returns the errors of the target and of its changes."""
         return [*filter(None, [self.error]), *(f"{c.name}: {c.error}" for c in self.changes if c.error)]
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the report as JSON values."""
+        changes = [change.as_json() for change in self.changes]
+        return vars(self) | {"changes": changes, "current": list(self.current), "problems": self.problems}
 
 
 def deliver_adapters(

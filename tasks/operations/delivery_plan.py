@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -30,7 +30,7 @@ from tasks.operations.delivery_manifest import (
 
 ChangeAction = Literal["deliver", "recall", "remove", "confirm", "refuse"]
 """`recall` removes a version that its alias does not name any more, `remove` one that a newer version replaces;
-`confirm` only updates the event of a manifest; `refuse` does nothing, because a version may not be used."""
+`confirm` only updates the event of a manifest; `refuse` does nothing, because the version was revoked."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ class DeliveryChange:
     def ref(self) -> str:
         """Returns `name@version`."""
         return f"{self.name}@{self.version}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the change as JSON values."""
+        names = ("action", "target", "name", "version", "path", "event", "alias", "reason", "before", "error")
+        return {name: getattr(self, name) for name in names}
 
     def to_manifest(self, sha256: str, files: Mapping[str, DeliveredFile]) -> DeliveryManifest:
         """Returns the manifest of the finished delivery."""
@@ -161,14 +166,14 @@ class _Plan:
         revoked = revoked_upstream(self.session, version)
         return ("; ".join(f"{subject} was revoked" for subject in revoked), self.head)
 
-    def _reasons_against(self, version: AdapterVersion) -> tuple[str, ...]:
-        """Returns why a version may not be used."""
-        revoked = tuple(f"{subject} was revoked" for subject in revoked_upstream(self.session, version))
-        return revoked or judge_alias(self.versions, version, self.target.alias, session=self.session).reasons
-
     def _deliveries(self, version: AdapterVersion, event: int) -> Iterator[DeliveryChange]:
         place = self._place(version.name, version.version)
-        reasons = self._reasons_against(version)
+        revoked = revoked_upstream(self.session, version)
+        if revoked:
+            # No failure: it would last until a user moves the alias.
+            reason = f"{self.target.alias!r} points at it, but {'; '.join(revoked)} was revoked"
+            yield self._change("refuse", version.name, version.version, place, event, reason)
+            return
         manifest = self.manifests.get(place) or find_owner(self.folder, place)
         if manifest is not None and self._holds(manifest, version):
             if manifest.event < event:
@@ -176,17 +181,15 @@ class _Plan:
             else:
                 self.current.append(place)
             return
-        if reasons:
-            change = self._change("refuse", version.name, version.version, place, event, "; ".join(reasons))
-            yield replace(change, error=f"{version.ref} may not be used: {'; '.join(reasons)}")
-            return
         change = self._change("deliver", version.name, version.version, place, event, self._why(manifest, version))
-        obstacle = self._obstacle(manifest, version, event)
-        yield replace(change, error=obstacle)
+        yield replace(change, error=self._obstacle(manifest, version, event))
 
     def _obstacle(self, manifest: DeliveryManifest | None, version: AdapterVersion, event: int) -> str:
-        """Returns why the path may not be written; empty if it may."""
+        """Returns why the version may not be written to its path; empty if it may."""
         path = self.target.path_of(version.name, version.version)
+        reasons = judge_alias(self.versions, version, self.target.alias, session=self.session).reasons
+        if reasons:
+            return f"{version.ref} may not be used: {'; '.join(reasons)}"
         if manifest is None:
             main = path if self.target.layout != "huggingface" else f"{path}/README.md"
             taken = self.folder.size(main) is not None
