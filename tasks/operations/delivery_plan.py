@@ -148,7 +148,8 @@ class _Plan:
 
     def _recalls(self, wanted: Mapping[str, tuple[int | None, int]]) -> Iterator[DeliveryChange]:
         for place, manifest in self.manifests.items():
-            if manifest.state == "withdrawn" or manifest.home != self.home:
+            # A log that does not have the event is an old copy, which must not decide.
+            if manifest.state == "withdrawn" or manifest.home != self.home or manifest.event > self.head:
                 continue
             reason, event = self._reason_to_recall(manifest)
             if not reason and manifest.name in self.moves and manifest.name not in wanted:

@@ -236,7 +236,7 @@ def test_files_of_others_are_not_replaced_and_links_are_not_followed(
     (target / "sub").symlink_to(outside)
     entry = {"name": "web-ui", "to": str(target), "layout": "comfyui", "file": "sub/{name}.safetensors"}
     write_targets(trained.home, entry)
-    assert "outside of the output" in deliver(trained, code=1)[0]["changes"][0]["error"]
+    assert "outside of the output" in deliver(trained, code=1)[0]["problems"][0]
     assert names(outside) == set()
     (target / "sub").unlink()
     assert actions(deliver(trained)) == [("deliver", 1)]
