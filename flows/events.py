@@ -24,7 +24,7 @@ from registry.entities import Event, Run, now
 from registry.errors import RegistryError
 from registry.home import Home
 from registry.lineage.record import Lineage
-from registry.outbox import events_after, failed_runs, last_event
+from registry.outbox import digests_of, events_after, failed_runs, last_event
 from registry.store.redaction import redact, redact_values
 
 _log = logging.getLogger("flows.events")
@@ -130,6 +130,9 @@ def relay_events(home: Home, server: str, *, timeout: float = _TIMEOUT) -> list[
         path, sent = _cursor_path(home, server), []
         cursor = _load(path)
         with closing(Lineage(home.lineage_url)) as lineage:
+            if cursor.event > (last := last_event(lineage)):
+                _log.warning("the log ends at event %s, before the cursor: it was restored from a backup", last)
+                cursor = replace(cursor, event=last)
             for after, outgoing in _pending(lineage, cursor):
                 if outgoing:
                     _post(server, outgoing, timeout)
@@ -180,7 +183,9 @@ def _pending(lineage: Lineage, cursor: RelayCursor) -> Iterator[tuple[RelayCurso
     event = cursor.event
     while events := events_after(lineage, event, _BATCH):
         event = events[-1].seq
-        outgoing = [converted for entry in events if (converted := convert_event(entry)) is not None]
+        digests = digests_of(lineage, {entry.name for entry in events if entry.name})
+        converted = (convert_event(entry, digests) for entry in events)
+        outgoing = [entry for entry in converted if entry is not None]
         yield replace(cursor, event=event), outgoing
     since = max(cursor.begun, cursor.runs_since - _OVERLAP)
     failed = [run for run in failed_runs(lineage, since) if run.id not in cursor.runs]
@@ -191,8 +196,13 @@ def _pending(lineage: Lineage, cursor: RelayCursor) -> Iterator[tuple[RelayCurso
         yield replace(cursor, event=event, runs_since=newest, runs=ids[-1000:]), [convert_run(run) for run in failed]
 
 
-def convert_event(event: Event) -> OutgoingEvent | None:
-    """Returns the Prefect event for an entry of the log; None for entries that are none, such as exports."""
+def convert_event(event: Event, digests: Mapping[tuple[str, int], str] | None = None) -> OutgoingEvent | None:
+    """Returns the Prefect event for an entry of the log; None for entries that are none, such as exports.
+
+    Args:
+        event: The entry.
+        digests: Name and number -> sha256 of the adapter file.
+    """
     kind = _NAMES.get(event.action)
     if kind is None or not event.name:
         return None
@@ -202,6 +212,7 @@ def convert_event(event: Event) -> OutgoingEvent | None:
     payload = {
         "name": event.name,
         "version": number,
+        "sha256": (digests or {}).get((event.name, number or 0)),
         "before": event.before,
         "alias": event.alias,
         "action": event.action,

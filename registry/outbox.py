@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
 
 from sqlalchemy import select
@@ -11,7 +12,8 @@ from registry.entities import Event, Run
 from registry.lineage.record import Lineage
 from registry.lineage.rows import read_run
 from registry.store.chain import read_head
-from registry.store.tables import EventRow, RunRow
+from registry.store.database import batched
+from registry.store.tables import EventRow, RunRow, VersionRow
 
 _FAILED = ("FAILED", "CRASHED")
 
@@ -33,6 +35,14 @@ def events_after(lineage: Lineage, number: int, limit: int) -> list[Event]:
     """
     with lineage.database.read() as session:
         return queries.read_events_after(session, number, limit)
+
+
+def digests_of(lineage: Lineage, names: Collection[str]) -> dict[tuple[str, int], str]:
+    """Returns the sha256 of the adapter file of all versions of some names, by name and number."""
+    query = select(VersionRow.name, VersionRow.version, VersionRow.sha256)
+    with lineage.database.read() as session:
+        rows = batched(session, query, VersionRow.name, names)
+        return {(name, number): sha256 for name, number, sha256 in rows}
 
 
 def failed_runs(lineage: Lineage, since: datetime) -> list[Run]:

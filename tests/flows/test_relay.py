@@ -27,11 +27,9 @@ def _without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("registry.versions.versions.sync_mlflow", lambda *_arguments, **_settings: None)
 
 
-def verb(*words: str, home: Home, server: str) -> str:
-    """Runs a verb with a Prefect server; returns what it writes to standard error."""
-    done = loraline_here(*words, home=home.path, PREFECT_API_URL=server)
-    assert "Traceback" not in done.stderr
-    return done.stderr
+def verb(*words: str, home: Home, server: str) -> None:
+    """Runs a verb with a Prefect server."""
+    assert "Traceback" not in loraline_here(*words, home=home.path, PREFECT_API_URL=server).stderr
 
 
 def log_of(home: Home) -> list[Any]:
@@ -74,14 +72,18 @@ def test_verbs_send_what_they_log_once_and_old_events_are_not_sent(trained: Trai
     payload = events[0]["payload"]
     assert (payload["name"], payload["version"], payload["alias"]) == ("small", 1, "production")
     assert (payload["reason"], payload["event"]) == ("looks right", old + 1)
+    assert payload["sha256"] == trained.version().sha256
 
 
-def test_a_server_that_is_down_is_a_warning_and_gets_the_events_later(trained: Trained, prefect_server: str) -> None:
+def test_a_server_that_is_down_is_a_warning_and_gets_the_events_later(
+    trained: Trained, prefect_server: str, caplog: pytest.LogCaptureFixture
+) -> None:
     home = trained.home
     begin_relay(home, prefect_server)
     begin_relay(home, REFUSED)
     promoted = ("promote", "small@1", "--to", "production", "--reason", "r")
-    assert "did not get the events yet" in verb(*promoted, home=home, server=REFUSED)
+    verb(*promoted, home=home, server=REFUSED)
+    assert "did not get the events yet" in caplog.text
     assert log_of(home)[-1].action == "promote", "the verb itself succeeded"
     with pytest.raises(ConnectionError):
         relay_events(home, REFUSED)
