@@ -68,7 +68,8 @@ def deliver(home: str = ".loraline", retries: int = 5, retry_delay: float = 30.0
         futures = [
             run.with_options(task_run_name=target.name).submit(opened, target.name) for target in settings.targets
         ]
-        states = [future.wait() or future.state for future in futures]
+        for future in futures:
+            future.wait()
         states = [future.state for future in futures]
         changes = [change for state in states if state.is_completed() for change in state.result()]
         failed = [
@@ -109,7 +110,8 @@ def _retrain_revoked(home: Home) -> list[str]:
     with closing(Lineage(home.lineage_url)) as lineage:
         if not path.exists():
             atomic_write(path, canonical_json(last_event(lineage)))
-        number, affected = int(json.loads(path.read_bytes())), {}
+        number = int(json.loads(path.read_bytes()))
+        affected: dict[str, int] = {}
         while events := events_after(lineage, number, _BATCH):
             number = events[-1].seq
             affected |= {

@@ -245,7 +245,7 @@ def _post(server: str, outgoing: Sequence[OutgoingEvent], timeout: float) -> Non
         PrefectEvent(
             id=entry.id,
             event=entry.name,
-            occurred=entry.occurred,
+            occurred=entry.occurred,  # type: ignore[arg-type]
             resource={"prefect.resource.id": entry.resource, "prefect.resource.name": entry.resource},  # type: ignore[arg-type]
             payload=dict(entry.payload),
         ).model_dump(mode="json")
@@ -257,7 +257,7 @@ def _post(server: str, outgoing: Sequence[OutgoingEvent], timeout: float) -> Non
             temporary_settings({PREFECT_API_URL: server}),
             get_client(httpx_settings=settings, sync_client=True) as client,
         ):
-            client.request("POST", "/events", json=events).raise_for_status()  # type: ignore[arg-type]
+            client.request("POST", "/events", json=events).raise_for_status()
     except httpx.HTTPError as error:
         raise ConnectionError(f"{type(error).__name__}: {error}") from error
 

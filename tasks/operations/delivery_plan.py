@@ -140,13 +140,13 @@ class _Plan:
 
     def compare(self) -> Iterator[DeliveryChange]:
         """Yields the changes; recalls come first, because a revoked file must not wait for the next one."""
-        wanted = {name: move for name, move in self.moves.items() if move[0] is not None}
+        wanted = {name: (number, event) for name, (number, event) in self.moves.items() if number is not None}
         yield from self._recalls(wanted)
         for name, (number, event) in wanted.items():
             yield from self._deliveries(queries.read_version(self.session, name, number), event)
         yield from self._removals(wanted)
 
-    def _recalls(self, wanted: Mapping[str, tuple[int | None, int]]) -> Iterator[DeliveryChange]:
+    def _recalls(self, wanted: Mapping[str, tuple[int, int]]) -> Iterator[DeliveryChange]:
         for place, manifest in self.manifests.items():
             # A log that does not have the event is an old copy, which must not decide.
             if manifest.state == "withdrawn" or manifest.home != self.home or manifest.event > self.head:
@@ -204,10 +204,10 @@ class _Plan:
         newer = manifest.event > event and manifest.state != "withdrawn"
         return f"{path} was delivered by the newer event {manifest.event}" if newer else ""
 
-    def _removals(self, wanted: Mapping[str, tuple[int | None, int]]) -> Iterator[DeliveryChange]:
+    def _removals(self, wanted: Mapping[str, tuple[int, int]]) -> Iterator[DeliveryChange]:
         """Yields the earlier versions beyond `keep`, if their paths have the version in them."""
         for name, (number, event) in wanted.items():
-            place = self._place(name, number or 0)
+            place = self._place(name, number)
             earlier = [
                 (manifest.event, other)
                 for other, manifest in self.manifests.items()

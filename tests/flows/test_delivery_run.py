@@ -26,9 +26,9 @@ def documented(number: int) -> dict[str, Any]:
 
 def test_a_promotion_by_the_command_line_notifies_and_is_delivered_by_a_worker(
     trained: Trained,
-    server: str,  # noqa: F811
-    environment: dict[str, str],  # noqa: F811
-    receiver: tuple[str, list[dict[str, str]]],  # noqa: F811
+    server: str,
+    environment: dict[str, str],
+    receiver: tuple[str, list[dict[str, str]]],
     tmp_path: Path,
 ) -> None:
     folder, home = tmp_path / "loras", trained.home.path
@@ -51,7 +51,7 @@ def test_a_promotion_by_the_command_line_notifies_and_is_delivered_by_a_worker(
         with loraline_process(variables, *words) as process:
             output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, output + errors
-        wait_for(lambda: (folder / "small.loraline.json").exists(), 300, "the version is delivered")
+        wait_for((folder / "small.loraline.json").exists, 300, "the version is delivered")
         query = {"flows": {"name": {"any_": ["deliver"]}}, "flow_runs": {"state": {"name": {"any_": ["Delivered"]}}}}
         (run,) = wait_for(lambda: post(server, "flow_runs/filter", query), 120, "the run has ended")
         assert run["state"]["message"] == "deliver small@1 at web-ui"
