@@ -26,13 +26,15 @@ EventType = Literal[
     "revoke",
     "lift",
     "export",
+    "recall",
     "sign",
     "import",
     "refuse",
     "link",
 ]
-"""Events that move no alias: of a version, of a subject (revoke, lift, refuse of an import), or of the log (link: older
-rows got links). `register` is logged where roles or approvals need to know who registered a version."""
+"""Events that move no alias: of a version (recall: a delivery target does not have it any more), of a subject (revoke,
+lift, refuse of an import), or of the log (link: older rows got links). `register` is logged where roles or approvals
+need to know who registered a version."""
 VersionState = Literal["ACTIVE", "WITHDRAWN", "DELETED"]
 SubjectKind = Literal["picture", "caption", "consent"]
 RevocationKind = Literal["picture", "consent", "version", "artifact", "file", "base", "digest"]

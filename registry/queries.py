@@ -338,6 +338,12 @@ def read_event(session: Session, seq: int) -> Event:
     return _event(session.get_one(EventRow, seq))
 
 
+def read_events_after(session: Session, number: int, limit: int) -> list[Event]:
+    """Returns at most `limit` events with a greater number, in the order of the log."""
+    query = select(EventRow).where(EventRow.seq > number).order_by(EventRow.seq).limit(limit)
+    return [_event(row) for row in session.scalars(query)]
+
+
 def entities(session: Session, rows: Sequence[VersionRow]) -> list[AdapterVersion]:
     """Returns the versions of rows with their artifacts, aliases and parents; uses a few queries for all rows."""
     digests = {digest for row in rows for digest in (row.artifact, row.report) if isinstance(digest, str)}

@@ -36,3 +36,7 @@ class NotStarted(PipelineFailed):
 
 class StepTimeout(PipelineFailed):
     """A step that took longer than its `timeout`; it is tried again, as after a lost connection."""
+
+
+class DeliveryError(EngineError):
+    """A delivery target that cannot be used, or does not hold what it should; the next delivery continues."""

@@ -12,6 +12,7 @@ import typer
 
 import flows.cli.access as access_verbs
 import flows.cli.data as data_verbs
+import flows.cli.delivery as delivery_verbs
 import flows.cli.files as files_verbs
 import flows.cli.generate as generate_verbs
 import flows.cli.governance as governance_verbs
@@ -51,6 +52,7 @@ _MODULES = (
     revocation_verbs,
     governance_verbs,
     access_verbs,
+    delivery_verbs,
     upkeep_verbs,
 )
 for _module in _MODULES:

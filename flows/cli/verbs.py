@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -55,7 +56,13 @@ class Verb(TyperCommand):
         """Runs the verb."""
         token = _running.set(ctx.obj)
         try:
-            return super().invoke(ctx)
+            if ctx.obj in {Access.NONE, Access.READ} or not os.environ.get("PREFECT_API_URL"):
+                return super().invoke(ctx)
+            from flows.cli.output import home_path
+            from flows.events import relayed
+
+            with relayed(home_path()):
+                return super().invoke(ctx)
         finally:
             _running.reset(token)
 

@@ -130,6 +130,12 @@ def read_head(session: Session, events: FromClause) -> Head | None:
     return Head(row.seq, str(row.digest)) if row else None
 
 
+def read_origin(session: Session, events: FromClause) -> str:
+    """Returns the digest of the first event, which identifies a log and its copies; empty if the log is empty."""
+    digest = session.scalar(select(events.c.digest).order_by(events.c.seq).limit(1))
+    return digest if isinstance(digest, str) else ""
+
+
 def find_breaks(links: Sequence[Link]) -> Iterator[Break]:
     """Yields every event that was changed, inserted or moved, or before which events are missing; in order."""
     places = {link.digest: link.seq for link in links if isinstance(link.digest, str)}

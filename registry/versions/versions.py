@@ -252,6 +252,22 @@ class Versions(RegistryContext):
         with self.lineage.database.write() as session:
             return queries.log_event(session, "export", actor=user, reason=reason, version=version, details=details)
 
+    def log_recall(
+        self, version: AdapterVersion, reason: str, details: Mapping[str, Any], *, actor: str | None = None
+    ) -> Event:
+        """Logs that the files of a version were removed from a delivery target.
+
+        Args:
+            version: The version.
+            reason: Why.
+            details: The `delivery`: target, location and event.
+            actor: The user; None means this process's user.
+        """
+        with self.lineage.database.write() as session:
+            return queries.log_event(
+                session, "recall", actor=actor or current_user(), reason=reason, version=version, details=details
+            )
+
     def is_synced(self) -> bool:
         """Returns True if MLflow has every row, by the registry's database alone."""
         return is_synced(self.home, self.lineage.database)

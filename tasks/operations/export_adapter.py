@@ -98,7 +98,7 @@ def export_version(
                 dtype=dtype,
                 approximation=approximation,
                 output_name=name,
-                license_expression=_license_of(versions, version),
+                license_expression=license_of(versions, version),
             )
         if home.read_only:
             _logger.warning("%s cannot be written, so its log does not have this export of %s", home.path, version.ref)
@@ -147,7 +147,7 @@ def _saved_file(versions: Versions, version: AdapterVersion, step: int) -> str:
     return saved[step]
 
 
-def _license_of(versions: Versions, version: AdapterVersion) -> str | None:
+def license_of(versions: Versions, version: AdapterVersion) -> str | None:
     """Returns the licenses of everything upstream, as one SPDX expression; None if nothing upstream has one."""
     try:
         with versions.lineage.database.read() as session:
