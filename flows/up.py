@@ -1,0 +1,291 @@
+"""Runs a Prefect server, MLflow and workers on this machine until it is told to stop: the verb `loraline up`."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from filelock import Timeout
+
+from flows.prefect import configure_prefect
+from flows.services import Service, last_lines, start_when_free
+from lora_engine.errors import InterruptedRun
+from lora_engine.files import atomic_write
+from registry.home import Home
+from registry.store.database import sqlite_file
+from tasks.errors import PipelineFailed
+
+_HOST = "127.0.0.1"
+_LOCK = "up"
+_TIMEOUT = 300.0
+"""Seconds until a service must answer. In a fresh home, the server creates its tables, which takes half a minute."""
+_POLL = 0.5
+_RESTARTS = 5
+"""Times that a service which ended is started again."""
+
+
+@dataclass(frozen=True)
+class UpSettings:
+    """Settings of `run_services`.
+
+    Attributes:
+        port: Port of Prefect's API and page; 0 chooses a free one.
+        mlflow_port: Port of MLflow's page; 0 chooses a free one; None starts no MLflow.
+        workers: Number of workers; each executes one run at a time.
+        deploy: True deploys `prefect.yaml` of the working folder, if there is one.
+        pool: Work pool, which is created with the type `process` if it is missing.
+        grace: Seconds in which running flows may finish after a request to stop.
+    """
+
+    port: int = 4200
+    mlflow_port: int | None = 5000
+    workers: int = 1
+    deploy: bool = True
+    pool: str = "local"
+    grace: float = 30.0
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where the services of a home are.
+
+    Attributes:
+        pid: Process that runs them.
+        prefect: Prefect's page.
+        api: Prefect's API, for `PREFECT_API_URL`.
+        mlflow: MLflow's page; None if it does not run.
+        pool: Work pool of the workers.
+        workers: Names of the workers.
+        logs: Folder of the log files.
+    """
+
+    pid: int
+    prefect: str
+    api: str
+    mlflow: str | None
+    pool: str
+    workers: tuple[str, ...]
+    logs: str
+
+
+def run_services(
+    settings: UpSettings,
+    home: Home,
+    stopping: threading.Event,
+    *,
+    announce: Callable[[Addresses], None],
+    report: Callable[[str], None],
+) -> None:
+    """Starts the services, waits until each is ready, and runs them until `stopping` is set.
+
+    Args:
+        settings: Which services.
+        home: The home whose state they show and write.
+        stopping: Set by a handler of signals.
+        announce: Called once, when every service is ready.
+        report: Called with each line of progress and each warning.
+
+    Raises:
+        PipelineFailed: The services of the home run already, a port is taken, or a service cannot start or ended too
+            often; the last lines of its log are part of the message.
+        InterruptedRun: `stopping` was set before every service was ready.
+    """
+    with _only_one(home), ExitStack() as stack:
+        up = _Up(settings, home, stopping, stack, report)
+        addresses = up.start()
+        record = _record(home)
+        atomic_write(record, json.dumps(asdict(addresses)).encode())
+        stack.callback(record.unlink, missing_ok=True)
+        announce(addresses)
+        up.watch()
+
+
+def read_addresses(home: Home) -> Addresses | None:
+    """Returns the addresses of the services that run for a home; None if none are ready."""
+    with suppress(OSError, ValueError, TypeError):
+        return Addresses(**json.loads(_record(home).read_text()))
+    return None
+
+
+def _record(home: Home) -> Path:
+    return home.prefect / "up.json"
+
+
+@contextmanager
+def _only_one(home: Home) -> Iterator[None]:
+    lock = home.lock(_LOCK, timeout=0)
+    try:
+        lock.__enter__()
+    except Timeout as error:
+        running = read_addresses(home)
+        known = f": {running.prefect} (process {running.pid})" if running else ", and are starting"
+        raise PipelineFailed(
+            f"the services of this home run already{known}",
+            where=str(home.path),
+            remedy="use them; or stop that process, then run the command again",
+        ) from error
+    try:
+        _record(home).unlink(missing_ok=True)  # of a process that was killed
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+
+
+class _Up:
+    """The services of one home."""
+
+    def __init__(
+        self,
+        settings: UpSettings,
+        home: Home,
+        stopping: threading.Event,
+        stack: ExitStack,
+        report: Callable[[str], None],
+    ) -> None:
+        self.settings, self.home, self.stopping, self.stack, self.report = settings, home, stopping, stack, report
+        self.logs = home.prefect / "logs"
+        self.services: list[Service] = []
+        configure_prefect(home)
+
+    def start(self) -> Addresses:
+        """Starts all services and returns their addresses."""
+        settings = self.settings
+        listening = self.stack.enter_context(start_when_free(_HOST, settings.port, "--port"))
+        page = f"http://{_HOST}:{listening.getsockname()[1]}"
+        environment = self._environment(f"{page}/api")
+        descriptor = listening.fileno()
+        self.report(f"Starting Prefect's server at {page}")
+        server = self._add("server", ["flows.server", str(descriptor), "--lasting"], environment, descriptor)
+        mlflow = None if settings.mlflow_port is None else self._start_mlflow(settings.mlflow_port, environment)
+        self._wait(server, lambda: _get(f"{page}/api/health") == b"true")
+        workers = self._start_workers(f"{page}/api", environment)
+        if settings.deploy and Path("prefect.yaml").is_file():
+            self.report("Deploying prefect.yaml")
+            self._run("deploy", ["prefect", "--no-prompt", "deploy", "--all"], environment)
+        return Addresses(os.getpid(), page, f"{page}/api", mlflow, settings.pool, workers, str(self.logs))
+
+    def watch(self) -> None:
+        """Starts services again that end, until a request to stop."""
+        while not self.stopping.wait(_POLL):
+            for service in self.services:
+                if not service.is_running():
+                    self._restart(service)
+
+    def _environment(self, api: str) -> dict[str, str]:
+        """Returns the environment of all services; variables that are set already win."""
+        page = api.removesuffix("/api")
+        defaults = {
+            # Prefect allows every web page to call the API, which can start processes, from a browser on this machine.
+            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{page},{page.replace(_HOST, 'localhost')}",
+            "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+            "PREFECT_UI_STATIC_DIRECTORY": str(self.home.prefect / "ui"),
+            "LORALINE_PROJECT": str(Path.cwd()),
+        }
+        # What `configure_prefect` sets keeps runs of the command line silent; workers report to the server.
+        quiet = ("PREFECT_LOGGING_LEVEL", "PREFECT_LOGGING_TO_API_ENABLED")
+        inherited = {name: value for name, value in os.environ.items() if name not in quiet}
+        # `python` in job variables is this one.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        return defaults | inherited | {"PREFECT_API_URL": api, "LORALINE_HOME": str(self.home.path), "PATH": path}
+
+    def _add(
+        self, name: str, module: list[str], environment: Mapping[str, str], *descriptors: int, cwd: Path | None = None
+    ) -> Service:
+        command = [sys.executable, "-P", "-m", *module]
+        service = Service(name, command, dict(environment), self.logs / f"{name}.log", self.settings.grace, descriptors)
+        # Stops in reverse order: workers report their end to the server.
+        self.stack.callback(service.stop)
+        self.services.append(service)
+        service.start()
+        return service
+
+    def _start_mlflow(self, port: int, environment: Mapping[str, str]) -> str:
+        with start_when_free(_HOST, port, "--mlflow-port") as probe:
+            port = probe.getsockname()[1]
+        address = f"http://{_HOST}:{port}"
+        self.report(f"Starting MLflow at {address}")
+        # By a variable: other users of the machine may read command lines, and the URL may have a password.
+        variables = {
+            **environment,
+            "MLFLOW_BACKEND_STORE_URI": self.home.mlflow_url,
+            "MLFLOW_DEFAULT_ARTIFACT_ROOT": self.home.mlflow_artifacts.as_uri(),
+        }
+        command = ["mlflow", "server", "--host", _HOST, "--port", str(port), "--workers", "1"]
+        database = sqlite_file(self.home.mlflow_url)
+        # Two processes that create the tables at once fail.
+        with ExitStack() as lock:
+            if database is None or not database.exists():
+                lock.enter_context(self.home.lock("mlflow", _TIMEOUT))
+            self._wait(self._add("mlflow", command, variables), lambda: _get(f"{address}/health") == b"OK")
+        return address
+
+    def _start_workers(self, api: str, environment: Mapping[str, str]) -> tuple[str, ...]:
+        """Starts the workers, of which the first creates the work pool if it is missing, and returns their names."""
+        pool, names = self.settings.pool, [f"{socket.gethostname()}-{n + 1}" for n in range(self.settings.workers)]
+        is_missing = _get(f"{api}/work_pools/{pool}") is None
+        if is_missing:
+            self.report(f"Creating the work pool {pool!r}")
+        if is_missing and not names:
+            self._run("pool", ["prefect", "work-pool", "create", pool, "--type", "process"], environment)
+        for number, name in enumerate(names):
+            command = ["prefect", "worker", "start", "--pool", pool, "--name", name, "--limit", "1"]
+            create = ["--type", "process"] if is_missing and number == 0 else []
+            worker = self._add(f"worker-{number + 1}", [*command, *create], environment)
+            if create:
+                self._wait_for_worker(worker, name, api)
+        for name, worker in zip(names, self.services[-len(names) :], strict=False):
+            self._wait_for_worker(worker, name, api)
+        return tuple(names)
+
+    def _wait_for_worker(self, worker: Service, name: str, api: str) -> None:
+        self._wait(worker, lambda: name in self._online(api))
+
+    def _run(self, name: str, module: list[str], environment: Mapping[str, str]) -> None:
+        """Runs a command to its end."""
+        service = self._add(name, module, environment)
+        self.services.remove(service)
+        self._wait(service, lambda: service.code == 0)
+
+    def _wait(self, service: Service, is_ready: Callable[[], bool]) -> None:
+        for _ in range(int(_TIMEOUT / _POLL)):
+            ended = not service.is_running()
+            if is_ready():
+                return
+            if ended:
+                raise self._failure(service, f"ended with code {service.code}")
+            if self.stopping.wait(_POLL):
+                raise InterruptedRun("stopped before every service was ready")
+        raise self._failure(service, f"is not ready after {_TIMEOUT:.0f} s")
+
+    def _restart(self, service: Service) -> None:
+        if service.starts > _RESTARTS:
+            raise self._failure(service, f"ended {service.starts} times, the last time with code {service.code}")
+        self.report(f"warning: {service.name} ended with code {service.code}; starting it again (log: {service.log})")
+        service.start()
+
+    def _failure(self, service: Service, problem: str) -> PipelineFailed:
+        lines = last_lines(service.log)
+        quoted = f"; its last lines are:\n{lines}\n" if lines else ""
+        return PipelineFailed(f"{service.name} {problem}{quoted}", where=str(service.log), remedy=service.remedy)
+
+    def _online(self, api: str) -> set[str]:
+        body = _get(f"{api}/work_pools/{self.settings.pool}/workers/filter", b"{}")
+        workers = json.loads(body) if body else []
+        return {worker["name"] for worker in workers if worker["status"] == "ONLINE"}
+
+
+def _get(url: str, data: bytes | None = None) -> bytes | None:
+    """Returns the answer of a local service; None if it is not there."""
+    request = Request(url, data, {"Content-Type": "application/json"})  # noqa: S310
+    with suppress(OSError, HTTPError), urlopen(request, timeout=20) as answer:  # noqa: S310
+        return bytes(answer.read())
+    return None
