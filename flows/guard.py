@@ -38,7 +38,8 @@ def guarded(command: Sequence[str], grace: float) -> list[str]:
 def _guard(command: Sequence[str], grace: float) -> int:
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A shell makes background jobs ignore SIGINT, and the command would inherit that. Workers stop by SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     _adopt_orphans()
     # Sockets that the parent passes stay open in the command. Its standard input ends when it has to stop.
     child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, close_fds=False)

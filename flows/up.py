@@ -202,8 +202,7 @@ class _Up:
     ) -> Service:
         command = [sys.executable, "-P", "-m", *module]
         service = Service(name, command, dict(environment), self.logs / f"{name}.log", self.settings.grace, descriptors)
-        # Stops in reverse order: workers report their end to the server.
-        self.stack.callback(service.stop)
+        self.stack.callback(service.stop)  # in reverse order: workers report their end to the server
         self.services.append(service)
         service.start()
         return service
@@ -217,6 +216,8 @@ class _Up:
         variables = {
             **environment,
             "MLFLOW_BACKEND_STORE_URI": self.home.mlflow_url,
+            # Its jobs evaluate language models; they would be eight processes with 230 MB each.
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DEFAULT_ARTIFACT_ROOT": self.home.mlflow_artifacts.as_uri(),
         }
         command = ["mlflow", "server", "--host", _HOST, "--port", str(port), "--workers", "1"]
@@ -236,14 +237,18 @@ class _Up:
             self.report(f"Creating the work pool {pool!r}")
         if is_missing and not names:
             self._run("pool", ["prefect", "work-pool", "create", pool, "--type", "process"], environment)
+        workers = []
         for number, name in enumerate(names):
             command = ["prefect", "worker", "start", "--pool", pool, "--name", name, "--limit", "1"]
             create = ["--type", "process"] if is_missing and number == 0 else []
             worker = self._add(f"worker-{number + 1}", [*command, *create], environment)
+            workers.append(worker)
             if create:
                 self._wait_for_worker(worker, name, api)
-        for name, worker in zip(names, self.services[-len(names) :], strict=False):
+        for name, worker in zip(names, workers, strict=True):
             self._wait_for_worker(worker, name, api)
+        # At the end, all are asked to stop before the first is waited for.
+        self.stack.callback(lambda: [worker.ask_to_stop() for worker in workers])
         return tuple(names)
 
     def _wait_for_worker(self, worker: Service, name: str, api: str) -> None:
