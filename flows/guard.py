@@ -1,13 +1,14 @@
 """Runs a command that never outlives this process's parent; `flows.up` starts its services by it.
 
-The command stops when standard input ends, which also happens if the parent is killed, or on SIGTERM. Processes that it
-started stop with it, also those in sessions of their own, such as the flow runs of a worker.
+The command stops on SIGTERM and, if standard input is a pipe, when that ends, which also happens if the parent is killed.
+Processes that it started stop with it, also those in sessions of their own, such as trainings.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -38,8 +39,6 @@ def guarded(command: Sequence[str], grace: float) -> list[str]:
 def _guard(command: Sequence[str], grace: float) -> int:
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    # A shell makes background jobs ignore SIGINT, and the command would inherit that. Workers stop by SIGINT.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     _adopt_orphans()
     # Sockets that the parent passes stay open in the command. Its standard input ends when it has to stop.
     child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, close_fds=False)
@@ -48,7 +47,8 @@ def _guard(command: Sequence[str], grace: float) -> int:
         read_to_end(sys.stdin.fileno())
         stopping.set()
 
-    threading.Thread(target=wait_for_parent, daemon=True).start()
+    if stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):
+        threading.Thread(target=wait_for_parent, daemon=True).start()
     # A killed worker's flow runs finish, unless the guard has to stop.
     while not stopping.wait(_POLL):
         if child.poll() is not None and not _descendants(child):

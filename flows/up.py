@@ -38,6 +38,7 @@ class UpSettings:
     """Settings of `run_services`.
 
     Attributes:
+        server: Address of the API of a server that runs elsewhere; None starts one.
         port: Port of Prefect's API and page; 0 chooses a free one.
         mlflow_port: Port of MLflow's page; 0 chooses a free one; None starts no MLflow.
         workers: Number of workers; each executes one run at a time.
@@ -46,6 +47,7 @@ class UpSettings:
         grace: Seconds in which running flows may finish after a request to stop.
     """
 
+    server: str | None = None
     port: int = 4200
     mlflow_port: int | None = 5000
     workers: int = 1
@@ -159,19 +161,24 @@ class _Up:
     def start(self) -> Addresses:
         """Starts all services and returns their addresses."""
         settings = self.settings
-        listening = self.stack.enter_context(start_when_free(_HOST, settings.port, "--port"))
-        page = f"http://{_HOST}:{listening.getsockname()[1]}"
-        environment = self._environment(f"{page}/api")
-        descriptor = listening.fileno()
-        self.report(f"Starting Prefect's server at {page}")
-        server = self._add("server", ["flows.server", str(descriptor), "--lasting"], environment, descriptor)
+        listening = (
+            None if settings.server else self.stack.enter_context(start_when_free(_HOST, settings.port, "--port"))
+        )
+        api = settings.server or f"http://{_HOST}:{listening.getsockname()[1]}/api"
+        page = api.removesuffix("/api")
+        environment = self._environment(api)
+        server = None
+        if listening is not None:
+            self.report(f"Starting Prefect's server at {page}")
+            descriptor = listening.fileno()
+            server = self._add("server", ["flows.server", str(descriptor), "--lasting"], environment, descriptor)
         mlflow = None if settings.mlflow_port is None else self._start_mlflow(settings.mlflow_port, environment)
-        self._wait(server, lambda: _get(f"{page}/api/health") == b"true")
-        workers = self._start_workers(f"{page}/api", environment)
+        self._wait(server, lambda: _get(f"{api}/health") == b"true", f"Prefect's server at {api}")
+        workers = self._start_workers(api, environment)
         if settings.deploy and Path("prefect.yaml").is_file():
             self.report("Deploying prefect.yaml")
             self._run("deploy", ["prefect", "--no-prompt", "deploy", "--all"], environment)
-        return Addresses(os.getpid(), page, f"{page}/api", mlflow, settings.pool, workers, str(self.logs))
+        return Addresses(os.getpid(), page, api, mlflow, settings.pool, workers, str(self.logs))
 
     def watch(self) -> None:
         """Starts services again that end, until a request to stop."""
@@ -232,19 +239,19 @@ class _Up:
     def _start_workers(self, api: str, environment: Mapping[str, str]) -> tuple[str, ...]:
         """Starts the workers, of which the first creates the work pool if it is missing, and returns their names."""
         pool, names = self.settings.pool, [f"{socket.gethostname()}-{n + 1}" for n in range(self.settings.workers)]
-        is_missing = _get(f"{api}/work_pools/{pool}") is None
-        if is_missing:
+        body = _get(f"{api}/work_pools/{pool}")
+        if body is None:
             self.report(f"Creating the work pool {pool!r}")
-        if is_missing and not names:
+        if body is None and not names:
             self._run("pool", ["prefect", "work-pool", "create", pool, "--type", "process"], environment)
+        is_process = body is None or json.loads(body)["type"] == "process"
         workers = []
         for number, name in enumerate(names):
-            command = ["prefect", "worker", "start", "--pool", pool, "--name", name, "--limit", "1"]
-            create = ["--type", "process"] if is_missing and number == 0 else []
-            worker = self._add(f"worker-{number + 1}", [*command, *create], environment)
-            workers.append(worker)
-            if create:
-                self._wait_for_worker(worker, name, api)
+            other = ["prefect", "worker", "start", "--pool", pool, "--name", name, "--limit", "1"]
+            command = ["flows.worker", pool, name] if is_process else other
+            workers.append(self._add(f"worker-{number + 1}", command, environment))
+            if body is None and number == 0:
+                self._wait_for_worker(workers[0], name, api)  # it creates the work pool
         for name, worker in zip(names, workers, strict=True):
             self._wait_for_worker(worker, name, api)
         # At the end, all are asked to stop before the first is waited for.
@@ -260,15 +267,17 @@ class _Up:
         self.services.remove(service)
         self._wait(service, lambda: service.code == 0)
 
-    def _wait(self, service: Service, is_ready: Callable[[], bool]) -> None:
+    def _wait(self, service: Service | None, is_ready: Callable[[], bool], what: str = "") -> None:
         for _ in range(int(_TIMEOUT / _POLL)):
-            ended = not service.is_running()
+            code = None if service is None else service.code
             if is_ready():
                 return
-            if ended:
-                raise self._failure(service, f"ended with code {service.code}")
+            if service is not None and code is not None:
+                raise self._failure(service, f"ended with code {code}")
             if self.stopping.wait(_POLL):
                 raise InterruptedRun("stopped before every service was ready")
+        if service is None:
+            raise PipelineFailed(f"{what} does not answer", remedy="start it, or correct the address")
         raise self._failure(service, f"is not ready after {_TIMEOUT:.0f} s")
 
     def _restart(self, service: Service) -> None:

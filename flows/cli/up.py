@@ -40,6 +40,9 @@ def up(
     ] = 30,
     mlflow: Annotated[bool, typer.Option(help="Start MLflow.")] = True,
     deploy: Annotated[bool, typer.Option(help="Deploy prefect.yaml of the working folder.")] = True,
+    server: Annotated[
+        str | None, typer.Option(metavar="URL", help="API of a Prefect server elsewhere, for which to start workers.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Start a Prefect server, MLflow and workers on this machine, and run them until Ctrl-C or SIGTERM."""
@@ -48,7 +51,7 @@ def up(
 
     from flows.up import UpSettings, run_services
 
-    settings = UpSettings(port, mlflow_port if mlflow else None, workers, deploy, pool, grace)
+    settings = UpSettings(server, port, mlflow_port if mlflow else None, workers, deploy, pool, grace)
     stopping = threading.Event()
     home = open_home()
 
