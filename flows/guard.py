@@ -1,6 +1,6 @@
 """Runs a command that never outlives this process's parent; `flows.up` starts its services by it.
 
-The command stops on SIGTERM and, if standard input is a pipe, when that ends, which also happens if the parent is killed.
+The command stops on SIGTERM and, if standard input is a pipe, when that ends, as it does if the parent is killed.
 Processes that it started stop with it, also those in sessions of their own, such as trainings.
 """
 

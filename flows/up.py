@@ -161,17 +161,15 @@ class _Up:
     def start(self) -> Addresses:
         """Starts all services and returns their addresses."""
         settings = self.settings
-        listening = (
-            None if settings.server else self.stack.enter_context(start_when_free(_HOST, settings.port, "--port"))
-        )
-        api = settings.server or f"http://{_HOST}:{listening.getsockname()[1]}/api"
-        page = api.removesuffix("/api")
-        environment = self._environment(api)
-        server = None
-        if listening is not None:
-            self.report(f"Starting Prefect's server at {page}")
+        server, api = None, settings.server
+        if api is None:
+            listening = self.stack.enter_context(start_when_free(_HOST, settings.port, "--port"))
+            api = f"http://{_HOST}:{listening.getsockname()[1]}/api"
+            self.report(f"Starting Prefect's server at {api.removesuffix('/api')}")
             descriptor = listening.fileno()
-            server = self._add("server", ["flows.server", str(descriptor), "--lasting"], environment, descriptor)
+            command = ["flows.server", str(descriptor), "--lasting"]
+            server = self._add("server", command, self._environment(api), descriptor)
+        page, environment = api.removesuffix("/api"), self._environment(api)
         mlflow = None if settings.mlflow_port is None else self._start_mlflow(settings.mlflow_port, environment)
         self._wait(server, lambda: _get(f"{api}/health") == b"true", f"Prefect's server at {api}")
         workers = self._start_workers(api, environment)
@@ -255,7 +253,8 @@ class _Up:
         for name, worker in zip(names, workers, strict=True):
             self._wait_for_worker(worker, name, api)
         # At the end, all are asked to stop before the first is waited for.
-        self.stack.callback(lambda: [worker.ask_to_stop() for worker in workers])
+        for worker in workers:
+            self.stack.callback(worker.ask_to_stop)
         return tuple(names)
 
     def _wait_for_worker(self, worker: Service, name: str, api: str) -> None:
