@@ -52,9 +52,14 @@ def _guard(command: Sequence[str], grace: float) -> int:
     # A killed worker's flow runs finish, unless the guard has to stop.
     while not stopping.wait(_POLL):
         if child.poll() is not None and not _descendants(child):
-            return child.returncode
+            return _exit_code(child.returncode)
     _stop(child, grace)
-    return child.wait()
+    return _exit_code(child.wait())
+
+
+def _exit_code(returncode: int) -> int:
+    """Returns 128 + N for signal N, as shells do."""
+    return returncode if returncode >= 0 else 128 - returncode
 
 
 def read_to_end(descriptor: int) -> None:
