@@ -36,7 +36,7 @@ def test_up_starts_everything_runs_a_deployment_and_stops_with_all_its_processes
         assert addresses["pid"] == process.pid
         page, mlflow = addresses["prefect"], addresses["mlflow"]
         assert page.startswith("http://127.0.0.1:")
-        assert httpx.get(f"{page}/dashboard").headers["content-type"].startswith("text/html")
+        assert httpx.get(f"{page}/").headers["content-type"].startswith("text/html")
 
         # Only this machine's browser, and no page of another site, may call the API, which can start processes.
         assert httpx.get(f"{page}/api/health", headers={"Host": "evil.example"}).status_code == 400
