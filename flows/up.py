@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import threading
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -25,7 +26,6 @@ from registry.store.database import sqlite_file
 from tasks.errors import PipelineFailed
 
 _HOST = "127.0.0.1"
-_LOCK = "up"
 _TIMEOUT = 300.0
 """Seconds until a service must answer. In a fresh home, the server creates its tables, which takes half a minute."""
 _POLL = 0.5
@@ -101,42 +101,35 @@ def run_services(
             often; the last lines of its log are part of the message.
         InterruptedRun: `stopping` was set before every service was ready.
     """
-    with _only_one(home), ExitStack() as stack:
-        up = _Up(settings, home, stopping, stack, report)
+    # The workers of several machines may share a home.
+    name = "up" if settings.server is None else f"up-{socket.gethostname()}"
+    record = home.prefect / f"{name}.json"
+    with _only_one(home, name, record), ExitStack() as stack:
+        up = _Up(settings, home, home.prefect / "logs" / name, stopping, stack, report)
         addresses = up.start()
-        record = _record(home)
         atomic_write(record, json.dumps(asdict(addresses)).encode())
         stack.callback(record.unlink, missing_ok=True)
         announce(addresses)
         up.watch()
 
 
-def read_addresses(home: Home) -> Addresses | None:
-    """Returns the addresses of the services that run for a home; None if none are ready."""
-    with suppress(OSError, ValueError, TypeError):
-        return Addresses(**json.loads(_record(home).read_text()))
-    return None
-
-
-def _record(home: Home) -> Path:
-    return home.prefect / "up.json"
-
-
 @contextmanager
-def _only_one(home: Home) -> Iterator[None]:
-    lock = home.lock(_LOCK, timeout=0)
+def _only_one(home: Home, name: str, record: Path) -> Iterator[None]:
+    lock = home.lock(name, timeout=0)
     try:
         lock.__enter__()
     except Timeout as error:
-        running = read_addresses(home)
-        known = f": {running.prefect} (process {running.pid})" if running else ", and are starting"
+        known = ", and are starting"
+        with suppress(OSError, ValueError, KeyError):
+            running = json.loads(record.read_text())
+            known = f": {running['prefect']} (process {running['pid']})"
         raise PipelineFailed(
             f"the services of this home run already{known}",
             where=str(home.path),
             remedy="use them; or stop that process, then run the command again",
         ) from error
     try:
-        _record(home).unlink(missing_ok=True)  # of a process that was killed
+        record.unlink(missing_ok=True)  # of a process that was killed
         yield
     finally:
         lock.__exit__(None, None, None)
@@ -149,12 +142,13 @@ class _Up:
         self,
         settings: UpSettings,
         home: Home,
+        logs: Path,
         stopping: threading.Event,
         stack: ExitStack,
         report: Callable[[str], None],
     ) -> None:
-        self.settings, self.home, self.stopping, self.stack, self.report = settings, home, stopping, stack, report
-        self.logs = home.prefect / "logs"
+        self.settings, self.home, self.logs, self.stopping = settings, home, logs, stopping
+        self.stack, self.report = stack, report
         self.services: list[Service] = []
         configure_prefect(home)
 
@@ -297,8 +291,13 @@ class _Up:
 
 
 def _get(url: str, data: bytes | None = None) -> bytes | None:
-    """Returns the answer of a local service; None if it is not there."""
-    request = Request(url, data, {"Content-Type": "application/json"})  # noqa: S310
+    """Returns the answer of a service; None if there is none, or an error."""
+    headers = {"Content-Type": "application/json"}
+    if login := os.environ.get("PREFECT_API_AUTH_STRING"):
+        headers["Authorization"] = f"Basic {b64encode(login.encode()).decode()}"
+    elif key := os.environ.get("PREFECT_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    request = Request(url, data, headers)  # noqa: S310
     with suppress(OSError, HTTPError), urlopen(request, timeout=20) as answer:  # noqa: S310
         return bytes(answer.read())
     return None
