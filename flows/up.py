@@ -197,7 +197,7 @@ class _Up:
         return defaults | inherited | {"PREFECT_API_URL": api, "LORALINE_HOME": str(self.home.path), "PATH": path}
 
     def _add(
-        self, name: str, module: list[str], environment: Mapping[str, str], *descriptors: int, cwd: Path | None = None
+        self, name: str, module: list[str], environment: Mapping[str, str], *descriptors: int
     ) -> Service:
         command = [sys.executable, "-P", "-m", *module]
         service = Service(name, command, dict(environment), self.logs / f"{name}.log", self.settings.grace, descriptors)

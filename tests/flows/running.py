@@ -23,7 +23,6 @@ from tests.flows.commands import PLAIN
 from tests.flows.conftest import PREPARE
 from tests.flows.shared import DATABASE, draw_noise
 
-FLOWS = Path(__file__).resolve().parents[2] / "flows"
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
@@ -56,7 +55,7 @@ class Running:
         (self.folder / f"{name}.yaml").write_text(text)
         deployment = {
             "name": name,
-            "entrypoint": f"{FLOWS / 'retrain.py'}:retrain",
+            "entrypoint": "flows.retrain.retrain",
             "parameters": {"spec": str(self.folder / f"{name}.yaml"), "home": str(self.home)},
             "work_pool": {"name": "local", "job_variables": {"command": "python -m prefect.engine"}},
         }
@@ -77,7 +76,7 @@ class Running:
     @contextmanager
     def up(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         """Runs the services inside a `with` block, from when they are ready."""
-        process = self.command("--json", "--port", "0", *arguments)
+        process = self.command("--json", *(() if "--server" in arguments else ("--port", "0")), *arguments)
         try:
             assert process.stdout is not None
             assert select.select([process.stdout], [], [], 600)[0], "not ready after 600 s"

@@ -51,11 +51,16 @@ def test_up_starts_everything_runs_a_deployment_and_stops_with_all_its_processes
         assert (again.returncode, again.stdout) == (1, "")
         assert f"run already: {page} (process {process.pid})" in again.stderr
 
+        (server,) = find(process.pid, "flows.server")
+        server.kill()
+        # The socket still listens: this request waits for the new server.
         run = project.start_run("rings")
         wait_until(lambda: project.state(run)["type"] == "RUNNING")
         children = descendants(process.pid)
         process.send_signal(signal.SIGTERM)
-        assert process.communicate(timeout=120)[1].splitlines()[-1] == "Stopping: runs have 60 s to finish."
+        errors = process.communicate(timeout=120)[1].splitlines()
+        assert any(line.startswith("warning: server ended with code 137; starting it again") for line in errors)
+        assert errors[-1] == "Stopping: runs have 60 s to finish."
         assert process.returncode == 0
         assert alive(children) == []
     with closing(Lineage(Home(project.home).lineage_url)) as lineage:
@@ -64,32 +69,30 @@ def test_up_starts_everything_runs_a_deployment_and_stops_with_all_its_processes
     assert not (project.home / "prefect" / "up.json").exists()
 
 
-def test_a_server_that_dies_is_started_again_and_nothing_outlives_a_killed_up(project: Running) -> None:
-    with project.up("--workers", "0", "--no-mlflow", "--no-deploy", "--grace", "0") as process:
-        pool = project.ask("work_pools/local")
-        assert pool["type"] == "process"
-        (server,) = find(process.pid, "flows.server")
-        server.kill()
-        # The socket still listens: requests wait for the new server.
-        assert project.ask("work_pools/local")["id"] == pool["id"]
-        wait_until(lambda: find(process.pid, "flows.server"))
+def test_workers_for_a_server_elsewhere_share_a_home_and_do_not_outlive_a_killed_up(
+    tmp_path: Path, prefect_server: str
+) -> None:
+    project = Running(tmp_path / "project")
+    elsewhere = ("--server", prefect_server, "--pool", "up", "--no-mlflow")
+    with project.up(*elsewhere) as process:
+        assert project.addresses["api"] == prefect_server
+        assert project.ask("work_pools/up")["type"] == "process"
+        assert project.addresses["workers"] == [f"{socket.gethostname()}-1"]
         children = descendants(process.pid)
-        assert len(children) == 2
+        assert len(find(process.pid, "flows.worker")) == 1
         process.kill()
-        _, errors = process.communicate()
-        assert "warning: server ended with code 137; starting it again" in errors
+        process.communicate()
         wait_until(lambda: alive(children) == [])
 
 
 def test_a_service_that_cannot_start_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
-    url = f"sqlite+aiosqlite:///{tmp_path}/missing/prefect.db"
-    project = Running(tmp_path / "project", PREFECT_SERVER_DATABASE_CONNECTION_URL=url)
-    with project.command("--port", "0", "--workers", "0", "--no-mlflow") as process:
+    project = Running(tmp_path / "project", PREFECT_SERVER_LOGGING_LEVEL="loud")
+    with project.command("--port", "0", "--no-mlflow") as process:
         out, errors = process.communicate(timeout=600)
     assert (process.returncode, out) == (1, "")
-    log = project.home / "prefect" / "logs" / "server.log"
-    assert f"{log}: server ended with code" in errors
-    assert "unable to open database file" in errors
+    log = project.home / "prefect" / "logs" / "up" / "server.log"
+    assert f"{log}: server ended with code 1; its last lines are:" in errors
+    assert "loud" in errors
     assert "Traceback" not in errors.partition("its last lines are")[0]
 
 
