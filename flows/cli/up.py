@@ -10,7 +10,7 @@ from flows.cli.output import Json, open_home
 from flows.cli.verbs import Access, add_verb
 
 if TYPE_CHECKING:
-    from flows.up import Addresses
+    from flows.supervision import Addresses
 
 _MAX_PORT = 65535
 _MAX_WORKERS = 64
@@ -49,7 +49,8 @@ def up(
     import signal
     import threading
 
-    from flows.up import UpSettings, run_services
+    from flows.supervision import UpSettings
+    from flows.up import run_services
 
     settings = UpSettings(server, port, mlflow_port if mlflow else None, workers, deploy, pool, grace)
     stopping = threading.Event()
