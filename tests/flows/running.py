@@ -102,7 +102,9 @@ class Running:
             except httpx.TransportError:
                 time.sleep(1)
             else:
-                return answer.raise_for_status().json()
+                if answer.status_code != 503:  # the server's SQLite database is locked
+                    return answer.raise_for_status().json()
+                time.sleep(1)
         raise AssertionError("no answer")
 
     def start_run(self, deployment: str) -> str:

@@ -50,7 +50,7 @@ def executions(project: Running, step: str) -> Counter[tuple[str, str]]:
 
 @pytest.mark.nightly
 def test_queued_runs_are_executed_once_each_though_the_server_and_a_worker_are_killed(project: Running) -> None:
-    names = [f"p{number}" for number in range(12)]
+    names = [f"p{number}" for number in range(8)]
     project.write_project(*(project.write(name) for name in names))
     with project.up("--workers", "2", *ALONE) as process:
         runs = {name: project.start_run(name) for name in names}
