@@ -80,8 +80,7 @@ def test_the_next_run_resumes_the_training_of_a_killed_worker_and_marks_its_run_
             return [path for path in (project.home / "work").glob("*/kept/*") if path.stat().st_size]
 
         wait_until(checkpoints)
-        (run,) = find(process.pid, "prefect.engine")
-        (worker,) = (parent for parent in run.parents() if "flows.worker" in parent.cmdline())
+        (worker,) = (worker for worker in find(process.pid, "flows.worker") if worker.children())
         for victim in [worker, *worker.children(recursive=True)]:
             victim.kill()
         assert project.state(first)["type"] == "RUNNING", "nobody reports for a killed process"
