@@ -1,4 +1,4 @@
-"""Runs a Prefect server, MLflow and workers on this machine until it is told to stop: the verb `loraline up`."""
+"""Runs a Prefect server, MLflow and workers on this machine until a request to stop: the verb `loraline up`."""
 
 from __future__ import annotations
 
