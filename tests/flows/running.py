@@ -88,7 +88,7 @@ class Running:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
                 try:
-                    process.communicate(timeout=120)
+                    process.communicate(timeout=900)
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.communicate()
