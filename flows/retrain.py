@@ -21,6 +21,7 @@ from flows.telemetry import start_tracing
 from lora_engine.lean import optional_hidden
 from registry.home import Home
 from registry.store.redaction import SecretFreeErrors
+from tasks.progress import stopping_on_sigterm
 
 _log = logging.getLogger("flows.retrain")  # a worker loads this file under another module name
 start_tracing()  # before the span of the flow run starts
@@ -60,7 +61,7 @@ def retrain(spec: str, home: str = ".loraline") -> Any:
         prefect.exceptions.FailedRun: A new version failed its gates or was refused its alias; has the state's message.
     """
     opened = Home.open(Path(home))
-    with optional_hidden(), SecretFreeErrors(), logs_of_flow_run():
+    with optional_hidden(), stopping_on_sigterm(), SecretFreeErrors(), logs_of_flow_run():
         requeue_crashed("retrain")
         result = run_pipeline(load_spec(Path(spec)), opened)
         state = final_state(result)

@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+from flows.guard import read_to_end
 from lora_engine.errors import EngineError
 from registry.errors import RegistryError
 from tasks.errors import PipelineFailed
@@ -91,19 +93,28 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _serve(descriptor: int) -> None:
-    """Serves on a listening socket until standard input ends."""
+def _serve(descriptor: int, *, lasting: bool = False) -> None:
+    """Serves on a listening socket until standard input ends.
+
+    Args:
+        descriptor: File descriptor of the socket.
+        lasting: True adds the user interface and the services, such as the scheduler, and refuses requests that are
+            addressed to another host: a web page whose name resolves to 127.0.0.1 must not reach the API.
+    """
     from lora_engine.lean import collection_paused
 
     with collection_paused():
         import uvicorn
         from prefect.server.api.server import create_app
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    app = create_app(ephemeral=True, final=True)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
+    app: Any = create_app(ephemeral=not lasting, final=True)
+    if lasting:
+        app = TrustedHostMiddleware(app, allowed_hosts=["127.0.0.1", "localhost"], www_redirect=False)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning" if lasting else "error", lifespan="on"))
 
     def wait_for_end() -> None:
-        sys.stdin.buffer.read()
+        read_to_end(sys.stdin.fileno())
         server.should_exit = True
 
     threading.Thread(target=wait_for_end, daemon=True).start()
@@ -111,4 +122,4 @@ def _serve(descriptor: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _serve(int(sys.argv[1]), lasting="--lasting" in sys.argv[2:])

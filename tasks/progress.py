@@ -5,12 +5,14 @@ Steps run in threads of one process. The command line listens and displays.
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
 from lora_engine.progress import Point
@@ -85,6 +87,31 @@ def request_stop() -> None:
 def clear_stop() -> None:
     """Clears an earlier stop request, before a new run."""
     _stop.clear()
+
+
+@contextmanager
+def stopping_on_sigterm() -> Iterator[None]:
+    """Requests a stop on SIGTERM inside a `with` block, before the handler that was installed already runs.
+
+    Prefect's handler ends a flow by an exception in the main thread, which waits for the threads of its steps. Has no
+    effect in another thread than the main one, where Python runs no handlers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.getsignal(signal.SIGTERM)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        request_stop()
+        if callable(previous):
+            previous(number, frame)
+
+    clear_stop()
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def stop_requested() -> bool:

@@ -24,6 +24,7 @@ import flows.cli.records as record_verbs
 import flows.cli.revocations as revocation_verbs
 import flows.cli.status as status_verbs
 import flows.cli.sweep as sweep_verbs
+import flows.cli.up as up_verbs
 import flows.cli.upkeep as upkeep_verbs
 import flows.cli.versions as version_verbs
 import flows.cli.weights as weight_verbs
@@ -40,6 +41,7 @@ _MODULES = (
     pipeline_verbs,
     matrix_verbs,
     sweep_verbs,
+    up_verbs,
     status_verbs,
     version_verbs,
     lineage_verbs,

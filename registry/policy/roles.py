@@ -42,6 +42,7 @@ REQUIREMENTS: Mapping[Operation, Requirement] = {
     "flag": "none",  # follows a revocation
     "refuse": "none",
     "export": "none",  # only reads the version
+    "recall": "none",  # follows a withdrawal or a move of an alias
     "sign": "none",  # the private key is the permission
     "link": "none",  # a migration
 }
