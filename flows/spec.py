@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flows.refusals import explain, nearest
+from flows.retraining import RetrainingSettings
 from lora_engine.data.archives import is_archive, is_table
 from lora_engine.documents import Document, Where, parse_value, read_document
 from lora_engine.errors import BaseModelError
@@ -42,6 +43,7 @@ class Head(BaseModel):
         description: Text for readers.
         concurrency: Maximum trainings per device at the same time; the default depends on the device.
         sweep: A search over settings of the steps, for `loraline sweep`.
+        retraining: What scheduled runs do with a new version, and what its training starts from.
         steps: The steps by name; each is validated by its own class.
     """
 
@@ -54,6 +56,7 @@ class Head(BaseModel):
     description: str = ""
     concurrency: int | None = Field(None, ge=1, le=1024)
     sweep: SweepSettings | None = None
+    retraining: RetrainingSettings = RetrainingSettings()
     steps: dict[str, dict[str, Any]] = Field(min_length=1)
 
 
@@ -70,6 +73,7 @@ class PipelineSpec:
         source: Data of the pipeline file, with overrides applied; recorded in lineage.
         concurrency: Maximum trainings per device at the same time; None means the default of the device.
         sweep: The search over settings that the file declares; None without one.
+        retraining: The settings of scheduled retraining.
     """
 
     name: str
@@ -80,6 +84,7 @@ class PipelineSpec:
     source: Mapping[str, Any]
     concurrency: int | None = None
     sweep: SweepSettings | None = None
+    retraining: RetrainingSettings = RetrainingSettings()
 
 
 def load_spec(path: Path, overrides: Iterable[str] = ()) -> PipelineSpec:
@@ -124,7 +129,9 @@ def check_document(document: Document, *, check_bases: bool = True) -> PipelineS
         if check_bases:
             _check_base(name, steps[name], folder, document)
     ordered = {name: steps[name] for name in order}
-    return PipelineSpec(head.name, head.base, head.seed, ordered, folder, document.data, head.concurrency, head.sweep)
+    return PipelineSpec(
+        head.name, head.base, head.seed, ordered, folder, document.data, head.concurrency, head.sweep, head.retraining
+    )
 
 
 def _override(document: Document, override: str) -> None:

@@ -1,0 +1,310 @@
+"""Waits for approvals with Prefect's own means: a suspended flow run with a form, which its page or a verb answers.
+
+A suspended run has no process and holds no slot of its deployment. Answered, it starts again from the top: `retrain`
+then reads the answer and does not run the pipeline again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from uuid import UUID
+
+from registry.entities import AdapterVersion
+from tasks.errors import SpecError
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun
+
+_log = logging.getLogger(__name__)
+RETRAIN = "retrain"
+"""Name of the scheduled flow."""
+AWAITING = "AwaitingApproval"
+_LIMIT = 200
+_REQUEUE = timedelta(seconds=15)
+
+
+@dataclass(frozen=True)
+class ApprovalRequest:
+    """What a run waits for.
+
+    Attributes:
+        ref: `name@version` of the version.
+        sha256: Digest of its adapter file.
+        source: The alias that it must still have, such as staging.
+        alias: The alias to promote it to.
+        deadline: ISO time at which the request expires, with time zone.
+        rest: `name@version` of versions that the run asks about afterwards.
+    """
+
+    ref: str
+    sha256: str
+    source: str
+    alias: str
+    deadline: str
+    rest: tuple[str, ...] = ()
+
+    @property
+    def expired(self) -> bool:
+        """Returns True after the deadline, by this machine's clock."""
+        return datetime.now(UTC) >= datetime.fromisoformat(self.deadline)
+
+    @property
+    def message(self) -> str:
+        """Returns the message of the waiting state."""
+        until = f"{datetime.fromisoformat(self.deadline):%Y-%m-%d %H:%M %Z}"
+        return f"{self.ref} (sha256 {self.sha256[:16]}) waits to become {self.alias} until {until}"
+
+
+@dataclass(frozen=True)
+class ApprovalAnswer:
+    """The answer to a request.
+
+    Attributes:
+        decision: `approve` or `reject`.
+        reason: The reason.
+        actor: The user who decided.
+        sha256: Digest, or at least 8 digits of it, of the version that the user decided about.
+    """
+
+    decision: Literal["approve", "reject"]
+    reason: str
+    actor: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class WaitingRun:
+    """A flow run that waits for an approval.
+
+    Attributes:
+        id: The flow run.
+        name: Its name.
+        request: What it waits for.
+    """
+
+    id: UUID
+    name: str
+    request: ApprovalRequest
+
+
+def make_request(
+    version: AdapterVersion, source: str, alias: str, hours: float, rest: Sequence[str] = ()
+) -> ApprovalRequest:
+    """Returns a request for the approval of a version, which expires after some hours."""
+    deadline = (datetime.now(UTC) + timedelta(hours=hours)).isoformat(timespec="seconds")
+    return ApprovalRequest(version.ref, version.sha256, source, alias, deadline, tuple(rest))
+
+
+def suspend_for_approval(request: ApprovalRequest, description: str = "") -> NoReturn:
+    """Suspends the current flow run until somebody answers; ends this process's part of the run.
+
+    As `prefect.flow_runs.suspend_flow_run`, but in a state of our own name and message, with the request kept beside
+    the form. At the deadline a further run of the deployment ends this one, if nobody answered.
+
+    Args:
+        request: What to ask.
+        description: Markdown above the form.
+
+    Raises:
+        prefect.exceptions.Pause: Always; Prefect's engine ends the process.
+        RuntimeError: The server does not allow it.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.context import FlowRunContext
+    from prefect.exceptions import Abort, Pause
+    from prefect.input.actions import create_flow_run_input
+    from prefect.input.run_input import keyset_from_paused_state
+    from prefect.states import Paused
+    from prefect.utilities.engine import propose_state_sync
+
+    context = FlowRunContext.get()
+    assert context is not None and context.flow_run is not None
+    run = context.flow_run
+    key = f"{request.sha256[:16]}-{run.run_count}"
+    state = Paused(name=AWAITING, message=request.message, reschedule=True, pause_key=key)
+    keyset = keyset_from_paused_state(state)
+    state.state_details.run_input_keyset = keyset
+    # The form first: the page offers it as soon as the run is suspended.
+    form = _form().with_initial_data(description=description or request.message, sha256=request.sha256)
+    form.save(keyset, flow_run_id=run.id)
+    create_flow_run_input(key=_request_key(keyset), value=asdict(request), flow_run_id=run.id)
+    with get_client(sync_client=True) as client:
+        try:
+            paused = propose_state_sync(client=client, state=state, flow_run_id=run.id)
+        except Abort as error:
+            raise RuntimeError(f"the flow run cannot wait for an approval: {error}") from error
+        if not paused.is_paused():
+            raise RuntimeError(f"the flow run cannot wait for an approval: the server answered {paused.name}")
+        _schedule_expiry(client, run, request)
+    raise Pause(state=paused)
+
+
+def read_answer() -> tuple[ApprovalRequest, ApprovalAnswer | None] | None:
+    """Returns the last request of the current flow run with its answer; None if it never waited.
+
+    The answer is None if the run was resumed without one, which Prefect's API refuses.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.context import FlowRunContext
+
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        return None
+    with get_client(sync_client=True) as client:
+        return _read_answer(client, context.flow_run.id)
+
+
+def can_wait() -> bool:
+    """Returns True if the current flow run can be suspended: it is the run of a deployment."""
+    from prefect.context import FlowRunContext
+
+    context = FlowRunContext.get()
+    return context is not None and context.flow_run is not None and context.flow_run.deployment_id is not None
+
+
+def find_waiting_runs() -> list[WaitingRun]:
+    """Returns the runs of `retrain` that wait for an approval, newest first."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(
+            **_filters({"state": {"name": {"any_": [AWAITING]}}}), sort=FlowRunSort.START_TIME_DESC, limit=_LIMIT
+        )
+        waiting = []
+        for run in runs:
+            request = _read_request(run)
+            if request is not None:
+                waiting.append(WaitingRun(run.id, run.name, request))
+        return waiting
+
+
+def answer_request(run: WaitingRun, answer: ApprovalAnswer) -> None:
+    """Answers a waiting run and resumes it, as the form on Prefect's page does.
+
+    Raises:
+        SpecError: The server refused it, because the run does not wait any more.
+    """
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        result = client.resume_flow_run(run.id, run_input=asdict(answer))
+    if result.status.value != "ACCEPT":
+        reason = getattr(result.details, "reason", "") or result.status.value
+        raise SpecError(
+            f"the run {run.name!r} took no answer: {reason}",
+            where=run.request.ref,
+            remedy="see its state on Prefect's page; `loraline promote` needs no run",
+        )
+
+
+def end_run(run: UUID, name: str, message: str, *, failed: bool) -> None:
+    """Ends a waiting run in a state of that name."""
+    from prefect.client.orchestration import get_client
+    from prefect.states import Completed, Failed
+
+    state: Any = Failed(name=name, message=message) if failed else Completed(name=name, message=message)
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(run, state, force=True)
+
+
+def requeue_answered() -> list[UUID]:
+    """Schedules answered runs again that the deployment's limit cancelled, because another run was executing.
+
+    Returns:
+        The flow runs.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.sorting import FlowRunSort
+    from prefect.states import Scheduled
+
+    with get_client(sync_client=True) as client:
+        cancelled = client.read_flow_runs(
+            **_filters({"state": {"type": {"any_": ["CANCELLED"]}}, "start_time": {"is_null_": False}}), sort=FlowRunSort.START_TIME_DESC, limit=_LIMIT
+        )
+        requeued = []
+        for run in cancelled:
+            is_by_limit = run.state is not None and "concurrency limit" in (run.state.message or "")
+            answered = _read_answer(client, run.id) if is_by_limit else None
+            if answered is not None and answered[1] is not None:
+                due = Scheduled(scheduled_time=datetime.now(UTC) + _REQUEUE, message="answered; another run was executing")
+                client.set_flow_run_state(run.id, due, force=True)
+                requeued.append(run.id)
+        return requeued
+
+
+def _form() -> Any:
+    """Returns the form that Prefect's page shows."""
+    from typing import Literal
+
+    from prefect.input import RunInput
+    from pydantic import Field
+
+    class Approval(RunInput):
+        """An approval."""
+
+        decision: Literal["approve", "reject"] = Field(title="Decision")
+        reason: str = Field(min_length=1, max_length=2000, title="Reason", description="Stored in the event log.")
+        actor: str = Field(min_length=1, max_length=200, title="Your name", description="Stored in the event log.")
+        sha256: str = Field(min_length=8, max_length=64, title="sha256 of the version")
+
+    return Approval
+
+
+def _filters(runs: dict[str, Any]) -> dict[str, Any]:
+    from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
+
+    return {
+        "flow_filter": FlowFilter.model_validate({"name": {"any_": [RETRAIN]}}),
+        "flow_run_filter": FlowRunFilter.model_validate(runs),
+    }
+
+
+def _request_key(keyset: Any) -> str:
+    return f"{keyset['schema']}-request"
+
+
+def _read_request(run: FlowRun) -> ApprovalRequest | None:
+    keyset = run.state.state_details.run_input_keyset if run.state is not None else None
+    return _load_request(run.id, keyset) if keyset else None
+
+
+def _load_request(run: UUID, keyset: Any) -> ApprovalRequest | None:
+    value = _read_input(run, _request_key(keyset))
+    return None if value is None else ApprovalRequest(**value | {"rest": tuple(value["rest"])})
+
+
+def _read_answer(client: SyncPrefectClient, run: UUID) -> tuple[ApprovalRequest, ApprovalAnswer | None] | None:
+    paused = [state for state in client.read_flow_run_states(run) if state.is_paused()]
+    if not paused:
+        return None
+    keyset = max(paused, key=lambda state: state.timestamp).state_details.run_input_keyset
+    request = _load_request(run, keyset) if keyset else None
+    if keyset is None or request is None:
+        return None
+    value = _read_input(run, keyset["response"])
+    return request, None if value is None else ApprovalAnswer(**value)
+
+
+def _read_input(run: UUID, key: str) -> Any:
+    from prefect.input.actions import read_flow_run_input
+
+    return read_flow_run_input(key, flow_run_id=run)
+
+
+def _schedule_expiry(client: SyncPrefectClient, run: FlowRun, request: ApprovalRequest) -> None:
+    """Schedules a run of the deployment at the deadline, which ends expired runs; a server has no such timer."""
+    from prefect.states import Scheduled
+
+    if run.deployment_id is not None:
+        client.create_flow_run_from_deployment(
+            run.deployment_id,
+            state=Scheduled(scheduled_time=datetime.fromisoformat(request.deadline) + timedelta(seconds=1)),
+            idempotency_key=f"expiry-{run.id}-{request.sha256[:16]}",
+            tags=["approval-deadline"],
+        )

@@ -1,0 +1,274 @@
+"""Releases what a scheduled run staged, as the section `retraining` of its pipeline file says."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+
+from flows.approval import (
+    RETRAIN,
+    ApprovalAnswer,
+    ApprovalRequest,
+    can_wait,
+    end_run,
+    find_waiting_runs,
+    make_request,
+    suspend_for_approval,
+)
+from flows.crashed import mark_crashed, tag_of
+from flows.result import FinalState, PipelineResult
+from flows.retraining import RetrainingSettings
+from flows.spec import PipelineSpec
+from registry.entities import AdapterVersion, RunStatus
+from registry.errors import RegistryError, UnknownName, UnknownVersion
+from registry.home import Home
+from registry.identity import current_user
+from registry.lineage.record import Lineage
+from registry.refs import split_ref
+from registry.versions.versions import Versions
+from tasks.operations.changes_since import changes_since_production
+from tasks.operations.release import (
+    ReleaseOutcome,
+    find_obstacle,
+    finish_checks,
+    log_decision,
+    promote_and_check,
+)
+from tasks.operations.release_check import ReleaseCheck
+
+_log = logging.getLogger(__name__)
+_SEVERITY = ("Promoted", "Rejected", "ApprovalExpired", "Refused", "CheckFailed", "RolledBack")
+
+
+def release_versions(spec: PipelineSpec, home: Home, result: PipelineResult, state: FinalState) -> FinalState:
+    """Releases every staged version of a run that may be released, new or staged by an earlier run.
+
+    Args:
+        spec: The pipeline.
+        home: The home with all state.
+        result: The result of the pipeline.
+        state: The state of the run so far.
+
+    Returns:
+        The state in which the run ends.
+
+    Raises:
+        prefect.exceptions.Pause: The run waits for an approval now.
+    """
+    settings = spec.retraining
+    names = sorted({registered.version.name for registered in result.versions.values()})
+    outcomes = finish_checks(
+        home, names, actor=current_user(), check=check_of(settings), roll_back=settings.rollback
+    )
+    _end_overdue(home, names)
+    if settings.release == "none":
+        return _combine(state, outcomes)
+    staged = _find_staged(home, result, settings.alias)
+    if settings.release == "automatic":
+        new = {registered.version.ref for registered in result.new_versions}
+        for version, source in staged:
+            outcome = promote_and_check(
+                home,
+                version,
+                settings.alias,
+                actor=current_user(),
+                reason=f"retrain: automatic release of {spec.name}",
+                check=check_of(settings),
+                roll_back=settings.rollback,
+                source=source,
+            )
+            if outcome.state == "Refused" and version.ref not in new:
+                # As it was refused before: an unchanged run does not fail for it again.
+                state = FinalState(state.name, f"{state.message}; {outcome.message}", state.failed)
+            else:
+                outcomes.append(outcome)
+        return _combine(state, outcomes)
+    return _ask(spec, home, staged, _combine(state, outcomes))
+
+
+def decide(spec: PipelineSpec, home: Home, request: ApprovalRequest, answer: ApprovalAnswer | None) -> FinalState:
+    """Applies the answer to a request, then asks about the next version of the run.
+
+    Returns:
+        The state in which the run ends.
+
+    Raises:
+        prefect.exceptions.Pause: The run waits for the next approval.
+    """
+    settings = spec.retraining
+    outcome = _apply(home, settings, request, answer)
+    state = FinalState(outcome.state, outcome.message, outcome.failed)
+    with closing(Versions(home)) as versions:
+        rest = [version for ref in request.rest if (version := _read(versions, ref)) is not None]
+        staged = [(version, request.source) for version in rest if _may_ask(versions, version, request)]
+    return _ask(spec, home, staged, state) if staged else state
+
+
+@contextmanager
+def watched_decision(spec: PipelineSpec, home: Home) -> Iterator[None]:
+    """Records a decision as a run of the home, so a later run marks its flow run as Crashed if this process dies."""
+    from prefect.client.orchestration import get_client
+    from prefect.context import FlowRunContext
+
+    context = FlowRunContext.get()
+    with closing(Lineage(home.lineage_url)) as lineage:
+        run = lineage.start_run(spec.name, spec.source)
+        status: RunStatus = "FAILED"
+        try:
+            if context is not None and context.flow_run is not None:
+                with get_client(sync_client=True) as client:
+                    client.update_flow_run(context.flow_run.id, tags=[*context.flow_run.tags, tag_of(run.id)])
+            yield
+            status = "COMPLETED"
+        finally:
+            lineage.finish_run(run.id, status)
+
+
+def mark_lost_answers(home: Home) -> None:
+    """Marks runs of `retrain` whose process died while it applied an answer as Crashed."""
+    with closing(Lineage(home.lineage_url)) as lineage:
+        lineage.find_dead_runs()
+        mark_crashed({run.id: run.status for run in lineage.runs()}, RETRAIN)
+
+
+def check_of(settings: RetrainingSettings) -> ReleaseCheck:
+    """Returns the check that a file asks for."""
+    return ReleaseCheck(**settings.check.model_dump())
+
+
+def _ask(
+    spec: PipelineSpec, home: Home, staged: Sequence[tuple[AdapterVersion, str]], state: FinalState
+) -> FinalState:
+    """Suspends the run for the first version that no other run asks about; returns the state if there is none."""
+    if not staged:
+        return state
+    if not can_wait():
+        return FinalState(state.name, f"{state.message}; asks nobody, because no deployment runs it", state.failed)
+    waiting = {run.request.ref: run.name for run in find_waiting_runs()}
+    asked = [ref for ref in (version.ref for version, _ in staged) if ref in waiting]
+    open_questions = [(version, source) for version, source in staged if version.ref not in waiting]
+    if not open_questions:
+        return FinalState(state.name, f"{state.message}; {', '.join(asked)} waits for an approval", state.failed)
+    version, source = open_questions[0]
+    settings = spec.retraining
+    rest = [other.ref for other, _ in open_questions[1:]]
+    request = make_request(version, source, settings.alias, settings.approval_timeout, rest)
+    _log.info("%s: %s", "AwaitingApproval", request.message)
+    suspend_for_approval(request, _describe(home, version, request))
+
+
+def _apply(
+    home: Home, settings: RetrainingSettings, request: ApprovalRequest, answer: ApprovalAnswer | None
+) -> ReleaseOutcome:
+    with closing(Versions(home)) as versions:
+        version = _read(versions, request.ref)
+        refusal = _find_change(versions, version, request, answer)
+        if version is None or refusal:
+            return ReleaseOutcome("Refused", f"{request.ref} not {request.alias}: {refusal}")
+        if request.expired:
+            return _expire(versions, version, request)
+        if answer is None:
+            return ReleaseOutcome("Refused", f"{request.ref} not {request.alias}: the run was resumed without an answer")
+        if answer.decision == "reject":
+            log_decision(versions, version, request.alias, "rejected", actor=answer.actor, reason=answer.reason)
+            return ReleaseOutcome("Rejected", f"{version.ref} not {request.alias}: {answer.actor}: {answer.reason}")
+    return promote_and_check(
+        home,
+        version,
+        request.alias,
+        actor=answer.actor,
+        reason=answer.reason,
+        check=check_of(settings),
+        roll_back=settings.rollback,
+        source=request.source,
+    )
+
+
+def _find_change(
+    versions: Versions, version: AdapterVersion | None, request: ApprovalRequest, answer: ApprovalAnswer | None
+) -> str:
+    """Returns why an answer does not hold any more; empty if it does."""
+    if version is None:
+        return "it does not exist any more"
+    if version.sha256 != request.sha256:
+        return f"it has sha256 {version.sha256[:16]} now, not {request.sha256[:16]}"
+    if request.source not in version.aliases:
+        holder = _read(versions, f"{version.name}@{request.source}")
+        now = f"{holder.ref} has it" if holder is not None else "no version has it"
+        return f"it moved: it is not {request.source} any more, {now}"
+    if answer is not None and not request.sha256.startswith(answer.sha256.lower().removeprefix("sha256:")):
+        return f"the approval is for sha256 {answer.sha256[:16]}, this is {request.sha256[:16]}"
+    obstacle = find_obstacle(versions, version, request.alias)
+    if obstacle:
+        return obstacle
+    return ""
+
+
+def _expire(versions: Versions, version: AdapterVersion, request: ApprovalRequest) -> ReleaseOutcome:
+    reason = f"no approval until {request.deadline}"
+    log_decision(versions, version, request.alias, "expired", actor=current_user(), reason=reason)
+    return ReleaseOutcome("ApprovalExpired", f"{version.ref} not {request.alias}: {reason}")
+
+
+def _end_overdue(home: Home, names: Sequence[str]) -> None:
+    """Ends waiting runs of these adapters whose deadline passed, or whose version moved."""
+    with closing(Versions(home)) as versions:
+        for run in find_waiting_runs():
+            version = _read(versions, run.request.ref) if split_ref(run.request.ref)[0] in names else None
+            if version is None or version.sha256 != run.request.sha256:
+                continue  # of another home
+            if run.request.expired:
+                outcome = _expire(versions, version, run.request)
+            elif refusal := _find_change(versions, version, run.request, None):
+                outcome = ReleaseOutcome("Refused", f"{version.ref} not {run.request.alias}: {refusal}")
+            else:
+                continue
+            end_run(run.id, outcome.state, outcome.message, failed=outcome.failed)
+
+
+def _find_staged(home: Home, result: PipelineResult, alias: str) -> list[tuple[AdapterVersion, str]]:
+    """Returns the versions of a run that have their alias and may be released, each with that alias."""
+    staged = []
+    with closing(Versions(home)) as versions:
+        for registered in result.versions.values():
+            source = registered.alias
+            if source is None or source == alias or not registered.has_alias or registered.gone:
+                continue
+            obstacle = find_obstacle(versions, registered.version, alias)
+            if obstacle:
+                _log.info("%s is not released: %s", registered.version.ref, obstacle)
+            else:
+                staged.append((registered.version, source))
+    return staged
+
+
+def _may_ask(versions: Versions, version: AdapterVersion, request: ApprovalRequest) -> bool:
+    return request.source in version.aliases and not find_obstacle(versions, version, request.alias)
+
+
+def _read(versions: Versions, ref: str) -> AdapterVersion | None:
+    try:
+        return versions.show(*split_ref(ref))
+    except (UnknownName, UnknownVersion):
+        return None
+
+
+def _combine(state: FinalState, outcomes: Sequence[ReleaseOutcome]) -> FinalState:
+    """Returns the state of the gravest outcome, with all messages; a run whose gates failed keeps its state."""
+    if not outcomes:
+        return state
+    messages = "; ".join(outcome.message for outcome in outcomes)
+    if state.failed:
+        return FinalState(state.name, f"{state.message}; {messages}", failed=True)
+    gravest = max(outcomes, key=lambda outcome: _SEVERITY.index(outcome.state))
+    return FinalState(gravest.state, messages, gravest.failed)
+
+
+def _describe(home: Home, version: AdapterVersion, request: ApprovalRequest) -> str:
+    """Returns the text above the form: what changed since production."""
+    try:
+        changes = changes_since_production(home, version.name, version.version, alias=request.alias)
+    except RegistryError as error:
+        return f"{request.message}\n\nIts changes cannot be read: {error.problem}"
+    return f"{request.message}\n\n{changes.to_markdown()}"
