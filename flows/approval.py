@@ -10,15 +10,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
 
 from registry.entities import AdapterVersion
-from tasks.errors import SpecError
+from registry.errors import PromotionError
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import FlowRun
+    from prefect.exceptions import Pause
 
 _log = logging.getLogger(__name__)
 RETRAIN = "retrain"
@@ -100,8 +101,8 @@ def make_request(
     return ApprovalRequest(version.ref, version.sha256, source, alias, deadline, tuple(rest))
 
 
-def suspend_for_approval(request: ApprovalRequest, description: str = "") -> NoReturn:
-    """Suspends the current flow run until somebody answers; ends this process's part of the run.
+def suspend_for_approval(request: ApprovalRequest, description: str = "") -> Pause:
+    """Suspends the current flow run until somebody answers; returns what the caller raises to end its process.
 
     As `prefect.flow_runs.suspend_flow_run`, but in a state of our own name and message, with the request kept beside
     the form. At the deadline a further run of the deployment ends this one, if nobody answered.
@@ -111,20 +112,21 @@ def suspend_for_approval(request: ApprovalRequest, description: str = "") -> NoR
         description: Markdown above the form.
 
     Raises:
-        prefect.exceptions.Pause: Always; Prefect's engine ends the process.
         RuntimeError: The server does not allow it.
     """
     from prefect.client.orchestration import get_client
     from prefect.context import FlowRunContext
-    from prefect.exceptions import Abort, Pause
+    from prefect.exceptions import Abort
+    from prefect.exceptions import Pause as Suspension
     from prefect.input.actions import create_flow_run_input
     from prefect.input.run_input import keyset_from_paused_state
     from prefect.states import Paused
     from prefect.utilities.engine import propose_state_sync
 
     context = FlowRunContext.get()
-    assert context is not None and context.flow_run is not None
+    assert context is not None
     run = context.flow_run
+    assert run is not None
     key = f"{request.sha256[:16]}-{run.run_count}"
     state = Paused(name=AWAITING, message=request.message, reschedule=True, pause_key=key)
     keyset = keyset_from_paused_state(state)
@@ -141,7 +143,7 @@ def suspend_for_approval(request: ApprovalRequest, description: str = "") -> NoR
         if not paused.is_paused():
             raise RuntimeError(f"the flow run cannot wait for an approval: the server answered {paused.name}")
         _schedule_expiry(client, run, request)
-    raise Pause(state=paused)
+    return Suspension(state=paused)
 
 
 def read_answer() -> tuple[ApprovalRequest, ApprovalAnswer | None] | None:
@@ -188,7 +190,7 @@ def answer_request(run: WaitingRun, answer: ApprovalAnswer) -> None:
     """Answers a waiting run and resumes it, as the form on Prefect's page does.
 
     Raises:
-        SpecError: The server refused it, because the run does not wait any more.
+        PromotionError: The server refused it, because the run does not wait any more.
     """
     from prefect.client.orchestration import get_client
 
@@ -196,7 +198,7 @@ def answer_request(run: WaitingRun, answer: ApprovalAnswer) -> None:
         result = client.resume_flow_run(run.id, run_input=asdict(answer))
     if result.status.value != "ACCEPT":
         reason = getattr(result.details, "reason", "") or result.status.value
-        raise SpecError(
+        raise PromotionError(
             f"the run {run.name!r} took no answer: {reason}",
             where=run.request.ref,
             remedy="see its state on Prefect's page; `loraline promote` needs no run",
@@ -225,14 +227,18 @@ def requeue_answered() -> list[UUID]:
 
     with get_client(sync_client=True) as client:
         cancelled = client.read_flow_runs(
-            **_filters({"state": {"type": {"any_": ["CANCELLED"]}}, "start_time": {"is_null_": False}}), sort=FlowRunSort.START_TIME_DESC, limit=_LIMIT
+            **_filters({"state": {"type": {"any_": ["CANCELLED"]}}, "start_time": {"is_null_": False}}),
+            sort=FlowRunSort.START_TIME_DESC,
+            limit=_LIMIT,
         )
         requeued = []
         for run in cancelled:
             is_by_limit = run.state is not None and "concurrency limit" in (run.state.message or "")
             answered = _read_answer(client, run.id) if is_by_limit else None
             if answered is not None and answered[1] is not None:
-                due = Scheduled(scheduled_time=datetime.now(UTC) + _REQUEUE, message="answered; another run was executing")
+                due = Scheduled(
+                    scheduled_time=datetime.now(UTC) + _REQUEUE, message="answered; another run was executing"
+                )
                 client.set_flow_run_state(run.id, due, force=True)
                 requeued.append(run.id)
         return requeued
@@ -240,8 +246,6 @@ def requeue_answered() -> list[UUID]:
 
 def _form() -> Any:
     """Returns the form that Prefect's page shows."""
-    from typing import Literal
-
     from prefect.input import RunInput
     from pydantic import Field
 

@@ -58,9 +58,7 @@ def release_versions(spec: PipelineSpec, home: Home, result: PipelineResult, sta
     """
     settings = spec.retraining
     names = sorted({registered.version.name for registered in result.versions.values()})
-    outcomes = finish_checks(
-        home, names, actor=current_user(), check=check_of(settings), roll_back=settings.rollback
-    )
+    outcomes = finish_checks(home, names, actor=current_user(), check=check_of(settings), roll_back=settings.rollback)
     _end_overdue(home, names)
     if settings.release == "none":
         return _combine(state, outcomes)
@@ -105,6 +103,19 @@ def decide(spec: PipelineSpec, home: Home, request: ApprovalRequest, answer: App
     return _ask(spec, home, staged, state) if staged else state
 
 
+def describe_changes(home: Home, result: PipelineResult, alias: str) -> str:
+    """Returns what changed from production to each new version, as Markdown; empty without a version in production."""
+    texts = []
+    for registered in result.new_versions:
+        version = registered.version
+        if version.state != "ACTIVE":
+            continue
+        changes = changes_since_production(home, version.name, version.version, alias=alias)
+        if changes.production not in (None, version.ref):
+            texts.append(changes.to_markdown())
+    return "\n\n".join(texts)
+
+
 @contextmanager
 def watched_decision(spec: PipelineSpec, home: Home) -> Iterator[None]:
     """Records a decision as a run of the home, so a later run marks its flow run as Crashed if this process dies."""
@@ -137,9 +148,7 @@ def check_of(settings: RetrainingSettings) -> ReleaseCheck:
     return ReleaseCheck(**settings.check.model_dump())
 
 
-def _ask(
-    spec: PipelineSpec, home: Home, staged: Sequence[tuple[AdapterVersion, str]], state: FinalState
-) -> FinalState:
+def _ask(spec: PipelineSpec, home: Home, staged: Sequence[tuple[AdapterVersion, str]], state: FinalState) -> FinalState:
     """Suspends the run for the first version that no other run asks about; returns the state if there is none."""
     if not staged:
         return state
@@ -155,7 +164,7 @@ def _ask(
     rest = [other.ref for other, _ in open_questions[1:]]
     request = make_request(version, source, settings.alias, settings.approval_timeout, rest)
     _log.info("%s: %s", "AwaitingApproval", request.message)
-    suspend_for_approval(request, _describe(home, version, request))
+    raise suspend_for_approval(request, _describe(home, version, request))
 
 
 def _apply(
@@ -169,7 +178,9 @@ def _apply(
         if request.expired:
             return _expire(versions, version, request)
         if answer is None:
-            return ReleaseOutcome("Refused", f"{request.ref} not {request.alias}: the run was resumed without an answer")
+            return ReleaseOutcome(
+                "Refused", f"{request.ref} not {request.alias}: the run was resumed without an answer"
+            )
         if answer.decision == "reject":
             log_decision(versions, version, request.alias, "rejected", actor=answer.actor, reason=answer.reason)
             return ReleaseOutcome("Rejected", f"{version.ref} not {request.alias}: {answer.actor}: {answer.reason}")

@@ -15,10 +15,10 @@ from prefect import flow
 
 from flows.approval import ApprovalAnswer, ApprovalRequest, read_answer, requeue_answered
 from flows.pipeline import run_pipeline
-from flows.prefect import logs_of_flow_run, publish_changes, to_prefect
-from flows.releasing import decide, mark_lost_answers, release_versions, watched_decision
+from flows.prefect import logs_of_flow_run, publish_markdown, to_prefect
+from flows.releasing import decide, describe_changes, mark_lost_answers, release_versions, watched_decision
 from flows.result import FinalState, PipelineResult, final_state
-from flows.spec import PipelineSpec, load_spec
+from flows.spec import PipelineSpec, load_pipelines, load_spec
 from flows.warm_start import warm_started
 from lora_engine.lean import optional_hidden
 from registry.home import Home
@@ -84,7 +84,9 @@ def _tick(spec: PipelineSpec, home: Home) -> Any:
     state = final_state(result)
     for name, reasons in result.refusals.items():
         _log.warning("step %s: the alias was refused: %s", name, "; ".join(reasons))
-    publish_changes(home, spec.name, [registered.version for registered in result.new_versions], spec.retraining.alias)
+    changes = describe_changes(home, result, spec.retraining.alias)
+    if changes:
+        publish_markdown(spec.name, "changes", changes)
     state = release_versions(spec, home, result, state)
     _log.log(logging.ERROR if state.failed else logging.INFO, "%s: %s", state.name, state.message)
     return to_prefect(state, asdict(_summarize(result)))
@@ -99,7 +101,11 @@ def _finish(spec: PipelineSpec, home: Home, request: ApprovalRequest, answer: Ap
 
 
 def _load(path: Path, pipeline: str | None, parameters: Mapping[str, str]) -> PipelineSpec:
-    return load_spec(path)
+    """Reads the pipeline file, and selects one of its pipelines by name."""
+    if pipeline is None:
+        return load_spec(path, parameters=parameters)
+    (selected,) = load_pipelines(path, parameters=parameters, names=[pipeline])
+    return selected
 
 
 def _summarize(result: PipelineResult) -> Retraining:

@@ -17,6 +17,7 @@ import flows.cli.history as history_verbs
 import flows.cli.lineage as lineage_verbs
 import flows.cli.pipeline as pipeline_verbs
 import flows.cli.records as record_verbs
+import flows.cli.retraining as retraining_verbs
 import flows.cli.revocations as revocation_verbs
 import flows.cli.status as status_verbs
 import flows.cli.sweep as sweep_verbs
@@ -35,6 +36,7 @@ app = typer.Typer(
 _MODULES = (
     pipeline_verbs,
     sweep_verbs,
+    retraining_verbs,
     status_verbs,
     version_verbs,
     lineage_verbs,

@@ -74,10 +74,9 @@ def log_decision(
     with versions.lineage.database.write() as session:
         current = queries.alias_target(session, version.name, alias)
         details = {_DECISION: decision}
-        event = queries.log_alias_event(
+        return queries.log_alias_event(
             session, version, alias, current, action="refuse", actor=actor, reason=reason, details=details
         )
-    return event
 
 
 def promote_and_check(
@@ -210,4 +209,3 @@ def _folder(home: Home) -> Path:
 
 def _pending(home: Home, version: AdapterVersion, alias: str) -> Path:
     return _folder(home) / f"{version.name}@{version.version}.{alias}.json"
-
