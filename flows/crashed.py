@@ -64,5 +64,6 @@ def _mark_with_parents(client: SyncPrefectClient, flow_run: Any) -> list[UUID]:
         return [flow_run.id]
     parent = client.read_task_run(flow_run.parent_task_run_id).flow_run_id
     outer = client.read_flow_run(parent) if parent is not None else None
-    is_unfinished = outer is not None and outer.state is not None and not outer.state.is_final()
+    # A suspended run has no process that could have died.
+    is_unfinished = outer is not None and outer.state is not None and outer.state.is_running()
     return [flow_run.id, *(_mark_with_parents(client, outer) if is_unfinished else [])]

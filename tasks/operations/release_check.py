@@ -92,11 +92,11 @@ def _check_sample(home: Home, version: AdapterVersion, alias: str, check: Releas
     )
     with home.temporary_folder() as folder:
         (path,) = draw(request, folder, home.path)
-        if _is_flat(path):
+        if is_flat(path):
             yield f"the image of {request.prompt!r} is flat"
 
 
-def _is_flat(path: Path) -> bool:
+def is_flat(path: Path) -> bool:
     """Returns True if every pixel of an image has the same color."""
     from PIL import Image
 

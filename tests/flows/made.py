@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from flows.plan import registered_adapter
-from flows.spec import load_spec
+from flows.spec import PipelineSpec, load_spec
 from lora_engine.adapters import Adapter, LoraDelta
 from lora_engine.bases.structure import base_module_shapes
 from lora_engine.formats import Card, write_adapter
@@ -60,7 +60,12 @@ def bring_in(home: Home, file: Path, name: str, *, license_id: str = "MIT", **mo
 
 def run_line(path: Path, home: Home) -> AdapterVersion:
     """Runs a pipeline file step by step in this process; returns the version that it registered."""
-    spec, lineage = load_spec(path), Lineage(home.lineage_url)
+    return run_spec(load_spec(path), home)
+
+
+def run_spec(spec: PipelineSpec, home: Home) -> AdapterVersion:
+    """Runs a pipeline as `run_line` does."""
+    lineage = Lineage(home.lineage_url)
     run = lineage.start_run(spec.name, spec.source)
     outputs = {}
     for name, step in spec.steps.items():
