@@ -102,10 +102,10 @@ def make_request(
 
 
 def suspend_for_approval(request: ApprovalRequest, description: str = "") -> Pause:
-    """Suspends the current flow run until somebody answers; returns what the caller raises to end its process.
+    """Suspends the current flow run until it is answered; returns what the caller raises to end its process.
 
     As `prefect.flow_runs.suspend_flow_run`, but in a state of our own name and message, with the request kept beside
-    the form. At the deadline a further run of the deployment ends this one, if nobody answered.
+    the form. At the deadline a further run of the deployment ends this one, if no answer came.
 
     Args:
         request: What to ask.

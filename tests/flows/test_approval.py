@@ -9,7 +9,6 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 
@@ -75,8 +74,7 @@ class Scheduled:
 
     def answer(self, run: str, **answer: str) -> dict[str, Any]:
         """Answers as the page does."""
-        reply = httpx.post(f"{self.api}/flow_runs/{run}/resume", json={"run_input": answer}, timeout=60)
-        return reply.raise_for_status().json()
+        return post(self.api, f"flow_runs/{run}/resume", {"run_input": answer})
 
     def loraline(self, *arguments: object, actor: str = "anna") -> subprocess.CompletedProcess[str]:
         from prefect.settings import PREFECT_API_URL, temporary_settings
