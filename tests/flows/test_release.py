@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -110,20 +111,21 @@ def test_without_rollback_a_failed_check_leaves_the_alias_and_fails(opened: Home
 
 
 def corrupt(home: Home, number: int) -> None:
-    """Damages the adapter file of a version in the store, after its promotion."""
+    """Promotes a version, then damages its adapter file in the store."""
     version = show(home, number)
     with closing(Versions(home)) as versions:
         promote(versions, "ring", number, "production", reason="sharp", actor="anna")
-        digest = next(
-            e.sha256 for path, e in versions.store.files(version.artifact).items() if path == version.adapter_path
-        )
-    blob = next(
-        path for path in home.path.rglob("*") if path.is_file() and path.stat().st_size and sha256_file(path) == digest
-    )
-    data = bytearray(blob.read_bytes())
-    data[-1] ^= 1
-    blob.chmod(0o644)
-    blob.write_bytes(data)
+        files = versions.store.files(version.artifact)
+    assert overwrite(home, {files[version.adapter_path].sha256})
+
+
+def overwrite(home: Home, digests: Collection[str]) -> int:
+    """Overwrites files of a home by their digests, and returns how many."""
+    paths = [path for path in home.path.rglob("*") if path.is_file() and sha256_file(path) in digests]
+    for path in paths:
+        path.chmod(0o644)
+        path.write_bytes(b"no tensors")
+    return len(paths)
 
 
 def check_promoted(home: Home, number: int, *, roll_back: bool = True) -> ReleaseOutcome:
@@ -212,10 +214,7 @@ def test_a_broken_export_of_the_version_is_a_problem(opened: Home, tmp_path: Pat
     assert find_release_problems(opened, version, "production", NO_SAMPLE) == []
     with closing(Versions(opened)) as versions:
         digests = {e.sha256 for path, e in versions.store.files(export).items() if "peft" in path}
-    for blob in [path for path in (opened.path / "store").rglob("*") if path.is_file()]:
-        if sha256_file(blob) in digests:
-            blob.chmod(0o644)
-            blob.write_bytes(b"no tensors")
+    assert overwrite(opened, digests)
     (problem,) = find_release_problems(opened, version, "production", NO_SAMPLE)
     assert problem.startswith("exports: ")
 
