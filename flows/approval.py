@@ -54,6 +54,10 @@ class ApprovalRequest:
         """Returns True after the deadline, by this machine's clock."""
         return datetime.now(UTC) >= datetime.fromisoformat(self.deadline)
 
+    def names(self, digest: str) -> bool:
+        """Returns True if a digest, or at least 8 digits of it, is that of the version."""
+        return len(digest) >= 8 and self.sha256.startswith(digest.lower())
+
     @property
     def message(self) -> str:
         """Returns the message of the waiting state."""
@@ -132,7 +136,7 @@ def suspend_for_approval(request: ApprovalRequest, description: str = "") -> Pau
     keyset = keyset_from_paused_state(state)
     state.state_details.run_input_keyset = keyset
     # The form first: the page offers it as soon as the run is suspended.
-    form = _form().with_initial_data(description=description or request.message, sha256=request.sha256)
+    form = _form(request.sha256, description or request.message)
     form.save(keyset, flow_run_id=run.id)
     create_flow_run_input(key=_request_key(keyset), value=asdict(request), flow_run_id=run.id)
     with get_client(sync_client=True) as client:
@@ -244,8 +248,8 @@ def requeue_answered() -> list[UUID]:
         return requeued
 
 
-def _form() -> Any:
-    """Returns the form that Prefect's page shows."""
+def _form(digest: str, description: str) -> Any:
+    """Returns the form that Prefect's page shows, with the text above it."""
     from prefect.input import RunInput
     from pydantic import Field
 
@@ -255,8 +259,9 @@ def _form() -> Any:
         decision: Literal["approve", "reject"] = Field(title="Decision")
         reason: str = Field(min_length=1, max_length=2000, title="Reason", description="Stored in the event log.")
         actor: str = Field(min_length=1, max_length=200, title="Your name", description="Stored in the event log.")
-        sha256: str = Field(min_length=8, max_length=64, title="sha256 of the version")
+        sha256: str = Field(digest, min_length=8, max_length=64, title="sha256 of the version")
 
+    Approval._description = description
     return Approval
 
 

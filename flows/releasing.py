@@ -208,7 +208,7 @@ def _find_change(
         holder = _read(versions, f"{version.name}@{request.source}")
         now = f"{holder.ref} has it" if holder is not None else "no version has it"
         return f"it moved: it is not {request.source} any more, {now}"
-    if answer is not None and not request.sha256.startswith(answer.sha256.lower().removeprefix("sha256:")):
+    if answer is not None and not request.names(answer.sha256):
         return f"the approval is for sha256 {answer.sha256[:16]}, this is {request.sha256[:16]}"
     obstacle = find_obstacle(versions, version, request.alias)
     if obstacle:

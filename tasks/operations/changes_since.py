@@ -94,19 +94,36 @@ def changes_since_production(
         UnknownName: The adapter does not exist.
         UnknownVersion: The version does not exist.
     """
-    from registry.versions.versions import Versions
-
     with closing(Lineage(home.lineage_url)) as lineage:
         version = resolve_version(lineage, f"{name}@{ref}")
         try:
             before = resolve_version(lineage, f"{name}@{alias}")
         except (UnknownName, UnknownVersion):
             return ProductionChanges(None, version.ref)
+    return compare_releases(home, before.ref, version.ref)
+
+
+def compare_releases(home: Home, first: str, second: str) -> ProductionChanges:
+    """Compares two versions without their weights; `first` is taken as the one in production.
+
+    Args:
+        home: The home with all state.
+        first: `name@version` or `name@alias`.
+        second: As `first`.
+
+    Raises:
+        UnknownName: An adapter does not exist.
+        UnknownVersion: A version does not exist.
+    """
+    from registry.versions.versions import Versions
+
+    with closing(Lineage(home.lineage_url)) as lineage:
+        before, version = resolve_version(lineage, first), resolve_version(lineage, second)
         sides = [find_upstream_steps(lineage, side, through_versions=True) for side in (before, version)]
         revoked = frozenset(read_revoked(lineage))
     images, notes = _compare_images(home, (before, version), sides, revoked)
     with closing(Versions(home)) as versions:
-        metrics = compare_metrics(versions, version, alias)
+        metrics = compare_metrics(versions, version, before.version)
     old, new = ({name: _settings(step) for name, step in side.steps.items()} for side in sides)
     return ProductionChanges(
         before.ref,

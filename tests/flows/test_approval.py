@@ -15,9 +15,10 @@ import yaml
 from registry.home import Home
 from registry.versions.promotion import history
 from registry.versions.versions import Versions
+from tests.flows.browser import browsed
 from tests.flows.commands import loraline_here
 from tests.flows.made import run_line
-from tests.flows.shared import draw_noise
+from tests.flows.shared import draw_noise, wait_until_up
 from tests.flows.test_schedule import LINE, PREFECT, PROJECT, environment, post, read, server, started, wait_for
 
 __all__ = ["environment", "server"]
@@ -96,6 +97,16 @@ class Scheduled:
     def events(self) -> list[tuple[str, int | None, str, str]]:
         with closing(Versions(self.home)) as versions:
             return [(e.action, e.after, e.actor, e.reason) for e in history(versions, "nightly", "production")]
+
+
+@pytest.fixture
+def server_with_pages(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
+    """Yields the address of a server that serves its pages, too."""
+    api = environment["PREFECT_API_URL"]
+    port = api.rpartition(":")[2].removesuffix("/api")
+    with started([PREFECT, "server", "start", "--host", "127.0.0.1", "--port", port], environment, tmp_path / "log"):
+        wait_until_up(api)
+        yield api
 
 
 @contextmanager
@@ -209,6 +220,31 @@ def test_approvals_expire_and_answers_survive_another_run(
         state = wait_for(lambda: (now := state_of(line.read(waiting["id"])))[1] == "Promoted" and now, 300, "promoted")
         assert state == ("COMPLETED", "Promoted", f"{second} is production")
     assert line.events()[-1] == ("promote", 2, "ben", "sharp")
+
+
+@pytest.mark.nightly
+@pytest.mark.needs("chromium")
+@pytest.mark.usefixtures("trained_here")
+def test_a_user_approves_on_the_page_of_prefect(
+    server_with_pages: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    with scheduled(tmp_path / "work", server_with_pages, environment) as line:
+        first = line.stage(1)
+        line.deploy()
+        waiting = line.tick()
+        with browsed(tmp_path / "browser") as page:
+            page.open(f"{server_with_pages.removesuffix('/api')}/runs/flow-run/{waiting['id']}")
+            page.wait_for_text("AwaitingApproval")
+            page.click("Resume")
+            page.wait_for_text(f"{first} (sha256 ")
+            page.click("Select...")
+            page.click("approve")
+            page.type("Reason", "sharp rings")
+            page.type("Your name", "anna")
+            page.click("Submit")
+            assert state_of(line.wait(waiting["id"])) == ("COMPLETED", "Promoted", f"{first} is production")
+            page.wait_for_text("Promoted")
+        assert line.events() == [("promote", 1, "anna", "sharp rings")]
 
 
 def test_approving_without_a_server_names_the_verb_that_needs_none(tmp_path: Path) -> None:

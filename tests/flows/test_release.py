@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection
 from contextlib import closing
 from pathlib import Path
@@ -21,7 +22,7 @@ from registry.versions.versions import Versions
 from tasks.operations.release import ReleaseOutcome, find_obstacle, finish_checks, log_decision, promote_and_check
 from tasks.operations.release_check import ReleaseCheck, find_release_problems, is_flat
 from tests.flows.made import bring_in, random_adapter
-from tests.flows.shared import draw_noise
+from tests.flows.shared import draw_noise, fill_once
 
 OPEN: dict[str, Any] = {
     "needs_evaluation": False,
@@ -42,14 +43,23 @@ steps:
 """
 
 
-@pytest.fixture
-def opened(tmp_path: Path) -> Home:
+@pytest.fixture(scope="session")
+def rings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a home with `ring@1`, `ring@2` and `ring@3`, of which the last draws no image; anyone may promote."""
-    made = Home.open(tmp_path / "home")
-    set_policy(made)
-    for seed, scale in enumerate((0.1, 0.1, HUGE)):
-        register(made, "ring", seed, scale, tmp_path)
-    return made
+
+    def fill(folder: Path) -> None:
+        made = Home.open(folder)
+        set_policy(made)
+        for seed, scale in enumerate((0.1, 0.1, HUGE)):
+            register(made, "ring", seed, scale, tmp_path_factory.mktemp("ring"))
+
+    return fill_once(tmp_path_factory, "rings", fill)
+
+
+@pytest.fixture
+def opened(rings: Path, tmp_path: Path) -> Home:
+    """Returns a copy of that home."""
+    return Home.open(Path(shutil.copytree(rings, tmp_path / "home")))
 
 
 def register(home: Home, name: str, seed: int, scale: float, folder: Path) -> None:
