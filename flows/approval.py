@@ -132,7 +132,7 @@ def suspend_for_approval(request: ApprovalRequest, description: str = "") -> Pau
     run = context.flow_run
     assert run is not None
     key = f"{request.sha256[:16]}-{run.run_count}"
-    state = Paused(name=AWAITING, message=request.message, reschedule=True, pause_key=key)
+    state: Any = Paused(name=AWAITING, message=request.message, reschedule=True, pause_key=key)
     keyset = keyset_from_paused_state(state)
     state.state_details.run_input_keyset = keyset
     # The form first: the page offers it as soon as the run is suspended.
@@ -240,7 +240,7 @@ def requeue_answered() -> list[UUID]:
             is_by_limit = run.state is not None and "concurrency limit" in (run.state.message or "")
             answered = _read_answer(client, run.id) if is_by_limit else None
             if answered is not None and answered[1] is not None:
-                due = Scheduled(
+                due: Any = Scheduled(
                     scheduled_time=datetime.now(UTC) + _REQUEUE, message="answered; another run was executing"
                 )
                 client.set_flow_run_state(run.id, due, force=True)

@@ -25,6 +25,7 @@ from registry.errors import RegistryError, UnknownName, UnknownVersion
 from registry.home import Home
 from registry.identity import current_user
 from registry.lineage.record import Lineage
+from registry.policy.policy_file import read_policies
 from registry.refs import split_ref
 from registry.versions.versions import Versions
 from tasks.operations.changes_since import changes_since_production
@@ -150,7 +151,7 @@ def check_of(settings: RetrainingSettings) -> ReleaseCheck:
 
 def _ask(spec: PipelineSpec, home: Home, staged: Sequence[tuple[AdapterVersion, str]], state: FinalState) -> FinalState:
     """Suspends the run for the first version that no other run asks about; returns the state if there is none."""
-    if not staged:
+    if not staged or state.failed:  # the next run asks, so this one can say what failed
         return state
     if not can_wait():
         return FinalState(state.name, f"{state.message}; asks nobody, because no deployment runs it", state.failed)
@@ -181,6 +182,11 @@ def _apply(
             return ReleaseOutcome(
                 "Refused", f"{request.ref} not {request.alias}: the run was resumed without an answer"
             )
+        policy = read_policies(home.path).of(request.alias)
+        if not policy.may_move(answer.actor):
+            movers = ", ".join(policy.movers)
+            why = f"{answer.actor} may not move this alias; {movers} may"
+            return ReleaseOutcome("Refused", f"{request.ref} not {request.alias}: {why}")
         if answer.decision == "reject":
             log_decision(versions, version, request.alias, "rejected", actor=answer.actor, reason=answer.reason)
             return ReleaseOutcome("Rejected", f"{version.ref} not {request.alias}: {answer.actor}: {answer.reason}")

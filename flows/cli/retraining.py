@@ -39,8 +39,7 @@ def approve(
 
     reason = require_reason(reason, f"{ref!r} cannot be decided")
     version, run = _find_waiting(ref, expect)
-    if not reject:
-        _require_mover(run.request.alias)
+    _require_mover(run.request.alias)
     answer = ApprovalAnswer("reject" if reject else "approve", reason, current_user(), version.sha256)
     answer_request(run, answer)
     facts = {"version": version.ref, "sha256": version.sha256, "alias": run.request.alias, "run": run.name}
@@ -55,6 +54,9 @@ def approve(
 
 def deployments(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Pipeline file, YAML or JSON.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="OUT", help="Prefect file to write, or to update if it exists.")
+    ],
     cron: Annotated[
         str | None, typer.Option(metavar="CRON", help="Schedule, such as '0 3 * * *'.  [default: no schedule]")
     ] = None,
@@ -67,9 +69,6 @@ def deployments(
         list[str] | None, typer.Option("--param", metavar="KEY=VALUE", help="Value of a parameter of the file.")
     ] = None,
     paused: Annotated[bool, typer.Option("--paused", help="Write the schedules as inactive.")] = False,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="FILE.yaml", help="Prefect file to write or update.")
-    ] = Path("prefect.yaml"),
     as_json: Json = False,
 ) -> None:
     """Write one Prefect deployment per pipeline of a file, for `prefect deploy`."""
@@ -142,7 +141,9 @@ def _require_mover(alias: str) -> None:
     policy, actor = read_policies(home_path()).of(alias), current_user()
     if not policy.may_move(actor):
         reason = f"{actor} may not move this alias; {', '.join(policy.movers)} may"
-        raise Refused(f"{alias!r} cannot be approved", reasons=(reason,), where=alias, remedy="ask one of these users")
+        raise Refused(
+            f"{alias!r} cannot be decided about", reasons=(reason,), where=alias, remedy="ask one of these users"
+        )
 
 
 def _parse_parameters(texts: list[str]) -> dict[str, str]:

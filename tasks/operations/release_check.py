@@ -101,7 +101,8 @@ def is_flat(path: Path) -> bool:
     from PIL import Image
 
     with Image.open(path) as image:
-        return all(low == high for low, high in image.convert("RGB").getextrema())
+        colors = image.convert("RGB").getcolors(1)
+    return colors is not None
 
 
 def _find_base(home: Home, version: AdapterVersion) -> str:

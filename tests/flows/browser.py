@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
 
 from tests.conftest import PROGRAMS
 
@@ -37,7 +37,7 @@ _TYPE = """(() => {
 class Page:
     """One page of a browser; every action waits until it is possible."""
 
-    def __init__(self, socket: ClientConnection) -> None:
+    def __init__(self, socket: Any) -> None:
         self.socket, self.number = socket, 0
 
     def open(self, address: str) -> None:

@@ -75,7 +75,7 @@ class Scheduled:
 
     def answer(self, run: str, **answer: str) -> dict[str, Any]:
         """Answers as the page does."""
-        return post(self.api, f"flow_runs/{run}/resume", {"run_input": answer})
+        return dict(post(self.api, f"flow_runs/{run}/resume", {"run_input": answer}))
 
     def loraline(self, *arguments: object, actor: str = "anna") -> subprocess.CompletedProcess[str]:
         from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -84,7 +84,7 @@ class Scheduled:
             return loraline_here(*arguments, home=self.home.path, LORALINE_ACTOR=actor)
 
     def read(self, run: str) -> dict[str, Any]:
-        return read(self.api, f"flow_runs/{run}")
+        return dict(read(self.api, f"flow_runs/{run}"))
 
     def sha256(self, ref: str) -> str:
         with closing(Versions(self.home)) as versions:
@@ -174,6 +174,7 @@ def test_a_run_waits_for_an_approval_and_a_person_decides(
 
         third = line.stage(3)
         waiting, other = line.tick(), line.sha256(second)
+        assert waiting["state"]["message"].startswith(third)
         line.answer(waiting["id"], decision="approve", reason="sharp", actor="ben", sha256=other)
         state = state_of(line.wait(waiting["id"]))
         assert state == (

@@ -223,6 +223,7 @@ def test_a_broken_export_of_the_version_is_a_problem(opened: Home, tmp_path: Pat
     version = show(opened, 1)
     assert find_release_problems(opened, version, "production", NO_SAMPLE) == []
     with closing(Versions(opened)) as versions:
+        assert export is not None
         digests = {e.sha256 for path, e in versions.store.files(export).items() if "peft" in path}
     assert overwrite(opened, digests)
     (problem,) = find_release_problems(opened, version, "production", NO_SAMPLE)
@@ -241,7 +242,7 @@ def test_a_schedule_promotes_by_policy_and_never_repeats_a_version_that_was_roll
 
     def tick(text: str) -> tuple[str, str]:
         spec.write_text(text)
-        state = retrain(str(spec), str(home.path), return_state=True)
+        state: Any = retrain(str(spec), str(home.path), return_state=True)
         return state.name, state.message
 
     good, bad = PIPELINE.replace("SECOND", "two"), PIPELINE.replace("SECOND", "huge")
