@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 RETRAIN = "retrain"
 """Name of the scheduled flow."""
 AWAITING = "AwaitingApproval"
-_LIMIT = 200
+_LATEST: Any = {"sort": "START_TIME_DESC", "limit": 200}
 _REQUEUE = timedelta(seconds=15)
 
 
@@ -40,6 +40,7 @@ class ApprovalRequest:
         alias: The alias to promote it to.
         deadline: ISO time at which the request expires, with time zone.
         rest: `name@version` of versions that the run asks about afterwards.
+        answered: ISO time of the answer; empty without one.
     """
 
     ref: str
@@ -48,11 +49,13 @@ class ApprovalRequest:
     alias: str
     deadline: str
     rest: tuple[str, ...] = ()
+    answered: str = ""
 
     @property
     def expired(self) -> bool:
-        """Returns True after the deadline, by this machine's clock."""
-        return datetime.now(UTC) >= datetime.fromisoformat(self.deadline)
+        """Returns True if the deadline passed before the answer came; without one, by this machine's clock."""
+        at = datetime.fromisoformat(self.answered) if self.answered else datetime.now(UTC)
+        return at >= datetime.fromisoformat(self.deadline)
 
     def names(self, digest: str) -> bool:
         """Returns True if a digest, or at least 8 digits of it, is that of the version."""
@@ -176,12 +179,9 @@ def can_wait() -> bool:
 def find_waiting_runs() -> list[WaitingRun]:
     """Returns the runs of `retrain` that wait for an approval, newest first."""
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.sorting import FlowRunSort
 
     with get_client(sync_client=True) as client:
-        runs = client.read_flow_runs(
-            **_filters({"state": {"name": {"any_": [AWAITING]}}}), sort=FlowRunSort.START_TIME_DESC, limit=_LIMIT
-        )
+        runs = client.read_flow_runs(**_filters({"state": {"name": {"any_": [AWAITING]}}}), **_LATEST)
         waiting = []
         for run in runs:
             request = _read_request(run)
@@ -219,6 +219,25 @@ def end_run(run: UUID, name: str, message: str, *, failed: bool) -> None:
         client.set_flow_run_state(run, state, force=True)
 
 
+def find_answered_runs() -> list[WaitingRun]:
+    """Returns the runs of `retrain` that were answered and whose answer is not applied yet."""
+    from prefect.client.orchestration import get_client
+    from prefect.context import FlowRunContext
+
+    context = FlowRunContext.get()
+    own = context.flow_run.id if context is not None and context.flow_run is not None else None
+    states = {"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING", "CANCELLED"]}}
+    with get_client(sync_client=True) as client:
+        # A run that was suspended has started before; new ones have no start time.
+        runs = client.read_flow_runs(**_filters({"state": states, "start_time": {"is_null_": False}}), **_LATEST)
+        answered = []
+        for run in runs:
+            found = _read_answer(client, run.id) if run.id != own and not _is_cancelled_by_user(run) else None
+            if found is not None and found[1] is not None:
+                answered.append(WaitingRun(run.id, run.name, found[0]))
+        return answered
+
+
 def requeue_answered() -> list[UUID]:
     """Schedules answered runs again that the deployment's limit cancelled, because another run was executing.
 
@@ -226,26 +245,23 @@ def requeue_answered() -> list[UUID]:
         The flow runs.
     """
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.sorting import FlowRunSort
     from prefect.states import Scheduled
 
+    requeued = []
     with get_client(sync_client=True) as client:
-        cancelled = client.read_flow_runs(
-            **_filters({"state": {"type": {"any_": ["CANCELLED"]}}, "start_time": {"is_null_": False}}),
-            sort=FlowRunSort.START_TIME_DESC,
-            limit=_LIMIT,
-        )
-        requeued = []
-        for run in cancelled:
-            is_by_limit = run.state is not None and "concurrency limit" in (run.state.message or "")
-            answered = _read_answer(client, run.id) if is_by_limit else None
-            if answered is not None and answered[1] is not None:
-                due: Any = Scheduled(
-                    scheduled_time=datetime.now(UTC) + _REQUEUE, message="answered; another run was executing"
-                )
-                client.set_flow_run_state(run.id, due, force=True)
-                requeued.append(run.id)
-        return requeued
+        for answered in find_answered_runs():
+            state = client.read_flow_run(answered.id).state
+            if state is not None and state.is_cancelled():
+                message = "answered; another run was executing"
+                due: Any = Scheduled(scheduled_time=datetime.now(UTC) + _REQUEUE, message=message)
+                client.set_flow_run_state(answered.id, due, force=True)
+                requeued.append(answered.id)
+    return requeued
+
+
+def _is_cancelled_by_user(run: FlowRun) -> bool:
+    state = run.state
+    return state is not None and state.is_cancelled() and "concurrency limit" not in (state.message or "")
 
 
 def _form(digest: str, description: str) -> Any:
@@ -289,15 +305,19 @@ def _load_request(run: UUID, keyset: Any) -> ApprovalRequest | None:
 
 
 def _read_answer(client: SyncPrefectClient, run: UUID) -> tuple[ApprovalRequest, ApprovalAnswer | None] | None:
-    paused = [state for state in client.read_flow_run_states(run) if state.is_paused()]
-    if not paused:
+    states = sorted(client.read_flow_run_states(run), key=lambda state: state.timestamp)
+    last = next((number for number in reversed(range(len(states))) if states[number].is_paused()), None)
+    if last is None:
         return None
-    keyset = max(paused, key=lambda state: state.timestamp).state_details.run_input_keyset
+    keyset, later = states[last].state_details.run_input_keyset, states[last + 1 :]
     request = _load_request(run, keyset) if keyset else None
     if keyset is None or request is None:
         return None
     value = _read_input(run, keyset["response"])
-    return request, None if value is None else ApprovalAnswer(**value)
+    if value is None:
+        return request, None
+    answered = later[0].timestamp.isoformat() if later else ""
+    return replace(request, answered=answered), ApprovalAnswer(**value)
 
 
 def _read_input(run: UUID, key: str) -> Any:

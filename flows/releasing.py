@@ -12,6 +12,7 @@ from flows.approval import (
     ApprovalRequest,
     can_wait,
     end_run,
+    find_answered_runs,
     find_waiting_runs,
     make_request,
     suspend_for_approval,
@@ -155,9 +156,9 @@ def _ask(spec: PipelineSpec, home: Home, staged: Sequence[tuple[AdapterVersion, 
         return state
     if not can_wait():
         return FinalState(state.name, f"{state.message}; asks nobody, because no deployment runs it", state.failed)
-    waiting = {run.request.ref: run.name for run in find_waiting_runs()}
-    asked = [ref for ref in (version.ref for version, _ in staged) if ref in waiting]
-    open_questions = [(version, source) for version, source in staged if version.ref not in waiting]
+    pending = {run.request.ref for run in (*find_waiting_runs(), *find_answered_runs())}
+    asked = [version.ref for version, _ in staged if version.ref in pending]
+    open_questions = [(version, source) for version, source in staged if version.ref not in asked]
     if not open_questions:
         return FinalState(state.name, f"{state.message}; {', '.join(asked)} waits for an approval", state.failed)
     version, source = open_questions[0]
