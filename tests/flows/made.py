@@ -14,6 +14,7 @@ from lora_engine.formats import Card, write_adapter
 from registry.entities import AdapterVersion
 from registry.home import Home
 from registry.lineage.record import Lineage
+from registry.policy.revocations import read_revoked
 from registry.versions.versions import Versions
 from tasks.execution import execute
 from tasks.job import prepare_job
@@ -66,14 +67,14 @@ def run_line(path: Path, home: Home) -> AdapterVersion:
 def run_spec(spec: PipelineSpec, home: Home) -> AdapterVersion:
     """Runs a pipeline as `run_line` does."""
     lineage = Lineage(home.lineage_url)
-    run = lineage.start_run(spec.name, spec.source)
+    run, revoked = lineage.start_run(spec.name, spec.source), read_revoked(lineage)
     outputs = {}
     for name, step in spec.steps.items():
         inputs: dict = {}
         for field, target, _ in step.references():
             ref = outputs[target] if target in outputs else registered_adapter(target, home)
             inputs[field] = (*inputs.get(field, ()), ref)
-        outputs[name] = execute(prepare_job(name, step, spec.folder), inputs, home, run.id).ref
+        outputs[name] = execute(prepare_job(name, step, spec.folder, revoked), inputs, home, run.id).ref
     lineage.finish_run(run.id, "COMPLETED")
     lineage.close()
     return Versions(home).show(spec.name)

@@ -127,7 +127,7 @@ def state_of(run: dict[str, Any]) -> tuple[str, str, str]:
 
 
 @pytest.mark.usefixtures("trained_here")
-def test_a_run_waits_for_an_approval_and_a_person_decides(
+def test_a_run_waits_for_an_approval_and_a_user_decides(
     server: str, environment: dict[str, str], tmp_path: Path
 ) -> None:
     with scheduled(tmp_path / "work", server, environment) as line:
