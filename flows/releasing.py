@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 
 from flows.approval import (
-    RETRAIN,
     ApprovalAnswer,
     ApprovalRequest,
     can_wait,
-    end_run,
-    find_answered_runs,
-    find_waiting_runs,
     make_request,
     suspend_for_approval,
 )
-from flows.crashed import mark_crashed, tag_of
+from flows.decisions import apply_answer, check_of, expire_request, find_change, find_version_of
 from flows.result import FinalState, PipelineResult
-from flows.retraining import RetrainingSettings
 from flows.spec import PipelineSpec
-from registry.entities import AdapterVersion, RunStatus
-from registry.errors import RegistryError, UnknownName, UnknownVersion
+from flows.waiting_runs import end_run, find_answered_runs, find_waiting_runs
+from registry.entities import AdapterVersion
+from registry.errors import RegistryError
 from registry.home import Home
 from registry.identity import current_user
-from registry.lineage.record import Lineage
-from registry.policy.policy_file import read_policies
 from registry.refs import split_ref
 from registry.versions.versions import Versions
 from tasks.operations.changes_since import changes_since_production
@@ -34,10 +28,8 @@ from tasks.operations.release import (
     ReleaseOutcome,
     find_obstacle,
     finish_checks,
-    log_decision,
     promote_and_check,
 )
-from tasks.operations.release_check import ReleaseCheck
 
 _log = logging.getLogger(__name__)
 _SEVERITY = ("Promoted", "Rejected", "ApprovalExpired", "Refused", "CheckFailed", "RolledBack")
@@ -97,10 +89,10 @@ def decide(spec: PipelineSpec, home: Home, request: ApprovalRequest, answer: App
         prefect.exceptions.Pause: The run waits for the next approval.
     """
     settings = spec.retraining
-    outcome = _apply(home, settings, request, answer)
+    outcome = apply_answer(home, settings, request, answer)
     state = FinalState(outcome.state, outcome.message, outcome.failed)
     with closing(Versions(home)) as versions:
-        rest = [version for ref in request.rest if (version := _read(versions, ref)) is not None]
+        rest = [version for ref in request.rest if (version := find_version_of(versions, ref)) is not None]
         staged = [(version, request.source) for version in rest if _may_ask(versions, version, request)]
     return _ask(spec, home, staged, state) if staged else state
 
@@ -116,38 +108,6 @@ def describe_changes(home: Home, result: PipelineResult, alias: str) -> str:
         if changes.production not in (None, version.ref):
             texts.append(changes.to_markdown())
     return "\n\n".join(texts)
-
-
-@contextmanager
-def watched_decision(spec: PipelineSpec, home: Home) -> Iterator[None]:
-    """Records a decision as a run of the home, so a later run marks its flow run as Crashed if this process dies."""
-    from prefect.client.orchestration import get_client
-    from prefect.context import FlowRunContext
-
-    context = FlowRunContext.get()
-    with closing(Lineage(home.lineage_url)) as lineage:
-        run = lineage.start_run(spec.name, spec.source)
-        status: RunStatus = "FAILED"
-        try:
-            if context is not None and context.flow_run is not None:
-                with get_client(sync_client=True) as client:
-                    client.update_flow_run(context.flow_run.id, tags=[*context.flow_run.tags, tag_of(run.id)])
-            yield
-            status = "COMPLETED"
-        finally:
-            lineage.finish_run(run.id, status)
-
-
-def mark_lost_answers(home: Home) -> None:
-    """Marks runs of `retrain` whose process died while it applied an answer as Crashed."""
-    with closing(Lineage(home.lineage_url)) as lineage:
-        lineage.find_dead_runs()
-        mark_crashed({run.id: run.status for run in lineage.runs()}, RETRAIN)
-
-
-def check_of(settings: RetrainingSettings) -> ReleaseCheck:
-    """Returns the check that a file asks for."""
-    return ReleaseCheck(**settings.check.model_dump())
 
 
 def _ask(spec: PipelineSpec, home: Home, staged: Sequence[tuple[AdapterVersion, str]], state: FinalState) -> FinalState:
@@ -169,76 +129,16 @@ def _ask(spec: PipelineSpec, home: Home, staged: Sequence[tuple[AdapterVersion, 
     raise suspend_for_approval(request, _describe(home, version, request))
 
 
-def _apply(
-    home: Home, settings: RetrainingSettings, request: ApprovalRequest, answer: ApprovalAnswer | None
-) -> ReleaseOutcome:
-    with closing(Versions(home)) as versions:
-        version = _read(versions, request.ref)
-        refusal = _find_change(versions, version, request, answer)
-        if version is None or refusal:
-            return ReleaseOutcome("Refused", f"{request.ref} not {request.alias}: {refusal}")
-        if request.expired:
-            return _expire(versions, version, request)
-        if answer is None:
-            return ReleaseOutcome(
-                "Refused", f"{request.ref} not {request.alias}: the run was resumed without an answer"
-            )
-        policy = read_policies(home.path).of(request.alias)
-        if not policy.may_move(answer.actor):
-            movers = ", ".join(policy.movers)
-            why = f"{answer.actor} may not move this alias; {movers} may"
-            return ReleaseOutcome("Refused", f"{request.ref} not {request.alias}: {why}")
-        if answer.decision == "reject":
-            log_decision(versions, version, request.alias, "rejected", actor=answer.actor, reason=answer.reason)
-            return ReleaseOutcome("Rejected", f"{version.ref} not {request.alias}: {answer.actor}: {answer.reason}")
-    return promote_and_check(
-        home,
-        version,
-        request.alias,
-        actor=answer.actor,
-        reason=answer.reason,
-        check=check_of(settings),
-        roll_back=settings.rollback,
-        source=request.source,
-    )
-
-
-def _find_change(
-    versions: Versions, version: AdapterVersion | None, request: ApprovalRequest, answer: ApprovalAnswer | None
-) -> str:
-    """Returns why an answer does not hold any more; empty if it does."""
-    if version is None:
-        return "it does not exist any more"
-    if version.sha256 != request.sha256:
-        return f"it has sha256 {version.sha256[:16]} now, not {request.sha256[:16]}"
-    if request.source not in version.aliases:
-        holder = _read(versions, f"{version.name}@{request.source}")
-        now = f"{holder.ref} has it" if holder is not None else "no version has it"
-        return f"it moved: it is not {request.source} any more, {now}"
-    if answer is not None and not request.names(answer.sha256):
-        return f"the approval is for sha256 {answer.sha256[:16]}, this is {request.sha256[:16]}"
-    obstacle = find_obstacle(versions, version, request.alias)
-    if obstacle:
-        return obstacle
-    return ""
-
-
-def _expire(versions: Versions, version: AdapterVersion, request: ApprovalRequest) -> ReleaseOutcome:
-    reason = f"no approval until {request.deadline}"
-    log_decision(versions, version, request.alias, "expired", actor=current_user(), reason=reason)
-    return ReleaseOutcome("ApprovalExpired", f"{version.ref} not {request.alias}: {reason}")
-
-
 def _end_overdue(home: Home, names: Sequence[str]) -> None:
     """Ends waiting runs of these adapters whose deadline passed, or whose version moved."""
     with closing(Versions(home)) as versions:
         for run in find_waiting_runs():
-            version = _read(versions, run.request.ref) if split_ref(run.request.ref)[0] in names else None
+            version = find_version_of(versions, run.request.ref) if split_ref(run.request.ref)[0] in names else None
             if version is None or version.sha256 != run.request.sha256:
                 continue  # of another home
             if run.request.expired:
-                outcome = _expire(versions, version, run.request)
-            elif refusal := _find_change(versions, version, run.request, None):
+                outcome = expire_request(versions, version, run.request)
+            elif refusal := find_change(versions, version, run.request, None):
                 outcome = ReleaseOutcome("Refused", f"{version.ref} not {run.request.alias}: {refusal}")
             else:
                 continue
@@ -263,13 +163,6 @@ def _find_staged(home: Home, result: PipelineResult, alias: str) -> list[tuple[A
 
 def _may_ask(versions: Versions, version: AdapterVersion, request: ApprovalRequest) -> bool:
     return request.source in version.aliases and not find_obstacle(versions, version, request.alias)
-
-
-def _read(versions: Versions, ref: str) -> AdapterVersion | None:
-    try:
-        return versions.show(*split_ref(ref))
-    except (UnknownName, UnknownVersion):
-        return None
 
 
 def _combine(state: FinalState, outcomes: Sequence[ReleaseOutcome]) -> FinalState:

@@ -13,12 +13,14 @@ from typing import Any
 
 from prefect import flow
 
-from flows.approval import ApprovalAnswer, ApprovalRequest, read_answer, requeue_answered
+from flows.approval import ApprovalAnswer, ApprovalRequest, read_answer
+from flows.decisions import mark_lost_answers, watched_decision
 from flows.pipeline import run_pipeline
 from flows.prefect import logs_of_flow_run, publish_markdown, to_prefect
-from flows.releasing import decide, describe_changes, mark_lost_answers, release_versions, watched_decision
+from flows.releasing import decide, describe_changes, release_versions
 from flows.result import FinalState, PipelineResult, final_state
 from flows.spec import PipelineSpec, load_pipelines, load_spec
+from flows.waiting_runs import requeue_answered
 from flows.warm_start import warm_started
 from lora_engine.lean import optional_hidden
 from registry.home import Home

@@ -11,7 +11,7 @@ from flows.cli.output import Json, home_path, open_home
 from flows.cli.verbs import Access, add_verb
 
 if TYPE_CHECKING:
-    from flows.approval import WaitingRun
+    from flows.waiting_runs import WaitingRun
     from registry.entities import AdapterVersion
 
 
@@ -32,8 +32,9 @@ def approve(
     as_json: Json = False,
 ) -> None:
     """Approve or reject a version for which a scheduled run waits; the run then promotes it."""
-    from flows.approval import ApprovalAnswer, answer_request
+    from flows.approval import ApprovalAnswer
     from flows.cli.output import print_json
+    from flows.waiting_runs import answer_request
     from registry.identity import current_user
     from registry.versions.promotion import require_reason
 
@@ -96,8 +97,8 @@ def _find_waiting(ref: str, expect: str | None) -> tuple[AdapterVersion, Waiting
     """
     from contextlib import closing
 
-    from flows.approval import find_waiting_runs
     from flows.prefect import configure_prefect
+    from flows.waiting_runs import find_waiting_runs
     from registry.errors import PromotionError
     from registry.versions.expected_version import require_expected
     from registry.versions.versions import Versions

@@ -13,8 +13,8 @@ import pytest
 
 from flows.approval import AWAITING, RETRAIN
 from flows.crashed import mark_crashed, tag_of
+from flows.decisions import mark_lost_answers
 from flows.prefect import FLOW
-from flows.releasing import mark_lost_answers
 from registry.home import Home
 from registry.lineage.record import Lineage
 from tests.flows.commands import say
