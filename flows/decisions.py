@@ -59,7 +59,7 @@ def apply_answer(
     """Promotes or rejects the version as the answer says, or refuses an answer that does not hold any more."""
     with closing(Versions(home)) as versions:
         version = find_version_of(versions, request.ref)
-        refusal = find_change(versions, version, request, answer)
+        refusal = find_answer_obstacle(versions, version, request, answer)
         if version is None or refusal:
             return ReleaseOutcome("Refused", f"{request.ref} not {request.alias}: {refusal}")
         if request.expired:
@@ -88,7 +88,7 @@ def apply_answer(
     )
 
 
-def find_change(
+def find_answer_obstacle(
     versions: Versions, version: AdapterVersion | None, request: ApprovalRequest, answer: ApprovalAnswer | None
 ) -> str:
     """Returns why an answer does not hold any more; empty if it does."""

@@ -13,7 +13,7 @@ from flows.approval import (
     make_request,
     suspend_for_approval,
 )
-from flows.decisions import apply_answer, check_of, expire_request, find_change, find_version_of
+from flows.decisions import apply_answer, check_of, expire_request, find_answer_obstacle, find_version_of
 from flows.result import FinalState, PipelineResult
 from flows.spec import PipelineSpec
 from flows.waiting_runs import end_run, find_answered_runs, find_waiting_runs
@@ -79,7 +79,9 @@ def release_versions(spec: PipelineSpec, home: Home, result: PipelineResult, sta
     return _ask(spec, home, staged, _combine(state, outcomes))
 
 
-def decide(spec: PipelineSpec, home: Home, request: ApprovalRequest, answer: ApprovalAnswer | None) -> FinalState:
+def continue_release(
+    spec: PipelineSpec, home: Home, request: ApprovalRequest, answer: ApprovalAnswer | None
+) -> FinalState:
     """Applies the answer to a request, then asks about the next version of the run.
 
     Returns:
@@ -138,7 +140,7 @@ def _end_overdue(home: Home, names: Sequence[str]) -> None:
                 continue  # of another home
             if run.request.expired:
                 outcome = expire_request(versions, version, run.request)
-            elif refusal := find_change(versions, version, run.request, None):
+            elif refusal := find_answer_obstacle(versions, version, run.request, None):
                 outcome = ReleaseOutcome("Refused", f"{version.ref} not {run.request.alias}: {refusal}")
             else:
                 continue

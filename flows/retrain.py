@@ -17,7 +17,7 @@ from flows.approval import ApprovalAnswer, ApprovalRequest, read_answer
 from flows.decisions import mark_lost_answers, watched_decision
 from flows.pipeline import run_pipeline
 from flows.prefect import logs_of_flow_run, publish_markdown, to_prefect
-from flows.releasing import decide, describe_changes, release_versions
+from flows.releasing import continue_release, describe_changes, release_versions
 from flows.result import FinalState, PipelineResult, final_state
 from flows.spec import PipelineSpec, load_pipelines, load_spec
 from flows.waiting_runs import requeue_answered
@@ -97,7 +97,7 @@ def _tick(spec: PipelineSpec, home: Home) -> Any:
 def _finish(spec: PipelineSpec, home: Home, request: ApprovalRequest, answer: ApprovalAnswer | None) -> Any:
     """Continues a run that was suspended: applies the answer."""
     with watched_decision(spec, home):
-        state: FinalState = decide(spec, home, request, answer)
+        state: FinalState = continue_release(spec, home, request, answer)
     _log.log(logging.ERROR if state.failed else logging.INFO, "%s: %s", state.name, state.message)
     return to_prefect(state)
 
