@@ -25,9 +25,11 @@ _FIND = """(() => {
 })()"""
 _TYPE = """(() => {
   const label = [...document.querySelectorAll("label")].filter(one => one.innerText.includes(LABEL)).pop();
-  const field = label && label.querySelector("input, textarea");
+  const kinds = "input, textarea, select";
+  const field = label && (label.control || label.querySelector(kinds) || label.parentElement.querySelector(kinds));
   if (!field) return false;
-  const proto = field.tagName === "TEXTAREA" ? HTMLTextAreaElement : HTMLInputElement;
+  const protos = {TEXTAREA: HTMLTextAreaElement, SELECT: HTMLSelectElement, INPUT: HTMLInputElement};
+  const proto = protos[field.tagName];
   Object.getOwnPropertyDescriptor(proto.prototype, "value").set.call(field, VALUE);
   for (const name of ["input", "change"]) field.dispatchEvent(new Event(name, {bubbles: true}));
   return field.value === VALUE;
@@ -53,7 +55,7 @@ class Page:
         self._wait(_FIND.replace("TEXT", json.dumps(text)), f"no control {text!r}")
 
     def type(self, label: str, value: str) -> None:
-        """Types into the field of a label."""
+        """Types into the field of a label, or chooses in its list."""
         script = _TYPE.replace("LABEL", json.dumps(label)).replace("VALUE", json.dumps(value))
         self._wait(script, f"no field {label!r}")
 
