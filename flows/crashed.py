@@ -118,5 +118,8 @@ def _mark_with_parents(client: SyncPrefectClient, flow_run: Any) -> list[UUID]:
 
 
 def _is_attempt_of(outer: State | None, inner: State | None) -> bool:
-    """Returns True if the outer run is running since before the inner one, not queued or running again since then."""
+    """Returns True if the outer run is running since before the inner one, not queued or running again since then.
+
+    A suspended run has no process that could have died.
+    """
     return outer is not None and inner is not None and outer.is_running() and outer.timestamp <= inner.timestamp

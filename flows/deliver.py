@@ -14,10 +14,10 @@ from typing import Any
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.deployments import find_pipelines, start_run
 from flows.events import configured_server, relay_events
 from flows.prefect import logs_of_flow_run, to_prefect
 from flows.result import FinalState
+from flows.retrain_deployments import find_pipelines, start_run
 from lora_engine.files import atomic_write, canonical_json
 from registry.home import Home
 from registry.lineage.record import Lineage

@@ -1,105 +1,125 @@
-"""Finds the deployments of `retrain` on the Prefect server with their pipelines, and starts their runs once."""
+"""Writes the file that Prefect deploys: one deployment of `retrain` per pipeline of a pipeline file."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from flows.spec import PipelineSpec, load_spec
+from flows.spec import PipelineSpec
+from lora_engine.documents import read_document
+from lora_engine.files import atomic_write
 from tasks.errors import SpecError
 
-_log = logging.getLogger("flows.deployments")
-_PAGE = 200
+ENTRYPOINT = "flows/retrain.py:retrain"
+_HEAD = """\
+# Deployments of scheduled retraining. `loraline deployments` wrote those with a tag `pipeline:FILE`; it replaces them
+# when it runs again, and leaves others. Deploy: prefect --no-prompt deploy --all --prefect-file {name}
+"""
 
 
 @dataclass(frozen=True)
-class RetrainDeployment:
-    """A deployment of `retrain`.
+class DeploymentOptions:
+    """Options of the deployments of a file.
 
-    Args:
-        deployment: Its name, `retrain/nightly`.
-        id: Its id.
-        path: The pipeline file.
-        pipelines: The pipelines of the file.
+    Attributes:
+        cron: Cron expression; None deploys without a schedule.
+        timezone: Name of the time zone of the cron expression.
+        work_pool: Name of the work pool.
+        home: Path of the home, as the workers see it.
+        parameters: Values of the file's parameters.
+        active: False deploys paused schedules.
     """
 
-    deployment: str
-    id: UUID
-    path: Path
-    pipelines: tuple[PipelineSpec, ...]
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Returns the names of the adapters that its pipelines register."""
-        steps = [step for pipeline in self.pipelines for step in pipeline.steps.values()]
-        return frozenset(step.name for step in steps if step.uses == "register")  # type: ignore[attr-defined]
+    cron: str | None = None
+    timezone: str = "UTC"
+    work_pool: str = "local"
+    home: str = ".loraline"
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    active: bool = True
 
 
-def find_pipelines(deployments: Sequence[str] = ()) -> list[RetrainDeployment]:
-    """Returns the deployments of `retrain`, by name; warns about those whose pipeline file cannot be used.
+def write_deployments(
+    file: Path, pipelines: Sequence[PipelineSpec], output: Path, options: DeploymentOptions
+) -> list[str]:
+    """Writes or updates a Prefect file with one deployment per pipeline, named as the pipeline.
 
     Args:
-        deployments: Their names, such as `retrain/nightly`; empty means all.
-
-    Raises:
-        SpecError: There is no deployment of a name.
-    """
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowFilter, FlowFilterName
-
-    found: dict[str, Any] = {}
-    only = FlowFilter(name=FlowFilterName(any_=["retrain"]))
-    with get_client(sync_client=True) as client:
-        while page := client.read_deployments(flow_filter=only, limit=_PAGE, offset=len(found)):
-            found |= {f"retrain/{entry.name}": entry for entry in page}
-    missing = [name for name in deployments if name not in found]
-    if missing:
-        raise SpecError(
-            f"no deployment {missing[0]!r}", allowed=", ".join(sorted(found)) or "none; run `prefect deploy`"
-        )
-    chosen = [(name, found[name]) for name in sorted(deployments or found)]
-    return [known for name, entry in chosen if (known := _read_pipelines(name, entry)) is not None]
-
-
-def _read_pipelines(name: str, entry: Any) -> RetrainDeployment | None:
-    path = Path(str(entry.parameters.get("spec", "")))
-    try:
-        return RetrainDeployment(name, entry.id, path, (load_spec(path),))
-    except SpecError as error:
-        _log.warning("%s: %s", name, error)
-        return None
-
-
-def start_run(deployment: str, key: str) -> tuple[UUID, str]:
-    """Creates a run of a deployment, or returns the one that was created with the same key.
-
-    Args:
-        deployment: Its name.
-        key: The idempotency key.
+        file: The pipeline file.
+        pipelines: Its pipelines.
+        output: The Prefect file. Other deployments in it stay; those of the same pipeline file are replaced.
+        options: Options of all deployments.
 
     Returns:
-        The id of the flow run, and the type of its state.
+        The names of the deployments.
+
+    Raises:
+        SpecError: The cron expression or the time zone is invalid, the output is no Prefect file, or it has a
+            deployment of the same name from elsewhere.
     """
-    from prefect.client.orchestration import get_client
+    import yaml
 
-    with get_client(sync_client=True) as client:
-        found = client.read_deployment_by_name(deployment)
-        run = client.create_flow_run_from_deployment(found.id, idempotency_key=key)
-    return run.id, run.state_type.value if run.state_type is not None else ""
+    check_schedule(options)
+    document = read_document(output, SpecError, allowed="a Prefect file with deployments", optional=True)
+    content: dict[str, Any] = {"name": "loraline", "pull": _pull(), **document.data}
+    tag = f"pipeline:{file}"
+    others = [entry for entry in content.get("deployments") or [] if tag not in (entry.get("tags") or [])]
+    names = [pipeline.name for pipeline in pipelines]
+    taken = sorted({str(entry.get("name")) for entry in others} & set(names))
+    if taken:
+        raise SpecError(
+            f"the deployment {taken[0]!r} is in the file already, from elsewhere",
+            where=str(output),
+            remedy="rename the pipeline, remove that deployment, or choose another file with --output",
+        )
+    content["deployments"] = [*others, *(_deployment(file, tag, pipeline, options) for pipeline in pipelines)]
+    text = yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False, allow_unicode=True, width=120)
+    atomic_write(output, (_HEAD.format(name=output) + text).encode())
+    return names
 
 
-def was_cancelled(run: UUID) -> bool:
-    """Returns True if a flow run was cancelled, or deleted, before it ended: a concurrency limit may do that."""
-    from prefect.client.orchestration import get_client
-    from prefect.exceptions import ObjectNotFound
+def check_schedule(options: DeploymentOptions) -> None:
+    """Raises SpecError if the cron expression or its time zone is invalid, as Prefect would when it deploys."""
+    try:
+        ZoneInfo(options.timezone)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise SpecError(
+            f"unknown time zone {options.timezone!r}", where="--timezone", allowed="a name such as Europe/Berlin"
+        ) from None
+    if options.cron is None:
+        return
+    from prefect.client.schemas.schedules import CronSchedule
+    from pydantic import ValidationError
 
-    with get_client(sync_client=True) as client:
-        try:
-            state = client.read_flow_run(run).state
-        except ObjectNotFound:
-            return True
-    return state is not None and state.is_cancelled()
+    try:
+        CronSchedule(cron=options.cron, timezone=options.timezone)
+    except (ValidationError, ValueError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise SpecError(
+            f"{options.cron!r} is no cron expression: {reason}", where="--cron", allowed="five fields such as 0 3 * * *"
+        ) from None
+
+
+def _deployment(file: Path, tag: str, pipeline: PipelineSpec, options: DeploymentOptions) -> dict[str, Any]:
+    parameters: dict[str, Any] = {"spec": str(file), "home": options.home, "pipeline": pipeline.name}
+    if options.parameters:
+        parameters["parameters"] = dict(options.parameters)
+    schedule = {"cron": options.cron, "timezone": options.timezone, "active": options.active}
+    return {
+        "name": pipeline.name,
+        "description": str(pipeline.source.get("description") or f"Retrains {pipeline.name} if something changed."),
+        "entrypoint": ENTRYPOINT,
+        "parameters": parameters,
+        "schedules": [schedule] if options.cron is not None else [],
+        "concurrency_limit": {"limit": 1, "collision_strategy": "CANCEL_NEW"},
+        "tags": ["retrain", tag],
+        "work_pool": {"name": options.work_pool, "job_variables": {"command": "python -m prefect.engine"}},
+    }
+
+
+def _pull() -> list[Any]:
+    step = "prefect.deployments.steps.set_working_directory"
+    return [{step: {"directory": "{{ $LORALINE_PROJECT }}"}}]

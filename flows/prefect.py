@@ -148,9 +148,20 @@ def publish_table(name: str, rows: list[dict[str, str]], flow_run: UUID | None =
     """
     from prefect.artifacts import TableArtifact
 
-    key = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") or "pipeline"
+    key = _artifact_key(name)
     description = f"Steps of the pipeline `{name}`, and metrics against production."
     TableArtifact(key=key, description=description, table=redact_values(rows), flow_run_id=flow_run).create()
+
+
+def publish_markdown(name: str, suffix: str, text: str) -> None:
+    """Creates a Markdown artifact of the current flow run; its key is the pipeline's name and a suffix."""
+    from prefect.artifacts import MarkdownArtifact
+
+    MarkdownArtifact(key=f"{_artifact_key(name)}-{suffix}", markdown=redact(text)).create()
+
+
+def _artifact_key(name: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") or "pipeline"
 
 
 @contextmanager

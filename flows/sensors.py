@@ -19,9 +19,9 @@ from uuid import UUID
 
 from prefect import flow
 
-from flows.deployments import RetrainDeployment, find_pipelines, start_run, was_cancelled
 from flows.prefect import logs_of_flow_run, to_prefect
 from flows.result import FinalState
+from flows.retrain_deployments import RetrainDeployment, find_pipelines, start_run, was_cancelled
 from flows.spec import PipelineSpec
 from lora_engine.files import atomic_write, canonical_json, sha256_bytes
 from registry.entities import now

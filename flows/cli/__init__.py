@@ -21,6 +21,7 @@ import flows.cli.lineage as lineage_verbs
 import flows.cli.matrix as matrix_verbs
 import flows.cli.pipeline as pipeline_verbs
 import flows.cli.records as record_verbs
+import flows.cli.retraining as retraining_verbs
 import flows.cli.revocations as revocation_verbs
 import flows.cli.status as status_verbs
 import flows.cli.sweep as sweep_verbs
@@ -42,6 +43,7 @@ _MODULES = (
     matrix_verbs,
     sweep_verbs,
     up_verbs,
+    retraining_verbs,
     status_verbs,
     version_verbs,
     lineage_verbs,

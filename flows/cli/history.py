@@ -70,9 +70,16 @@ def reproduce(
 def diff(
     first: Annotated[str, typer.Argument(metavar="REF|FILE", help="name@ref or an adapter file.")],
     second: Annotated[str, typer.Argument(metavar="REF|FILE", help="name@ref or an adapter file to compare with.")],
+    changes: Annotated[
+        bool,
+        typer.Option("--changes", help="Show only what changed in images, captions, base, recipe and revisions."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show the differences of two versions or files: recipe, data, base, metrics, rights, weights."""
+    if changes:
+        _show_changes(first, second, as_json=as_json)
+        return
     from flows.cli.output import print_json
     from lora_engine.files import is_present
     from tasks.operations.diff import diff as compare
@@ -83,6 +90,19 @@ def diff(
         print_json(difference.as_json())
     else:
         _print_difference(difference)
+
+
+def _show_changes(first: str, second: str, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from flows.cli.output import print_facts, print_json
+    from tasks.operations.changes_since import compare_releases
+
+    changes = compare_releases(open_home(), first, second)
+    if as_json:
+        print_json(asdict(changes))
+    else:
+        print_facts([*changes.facts()] or [("changes", "none")])
 
 
 def import_file(

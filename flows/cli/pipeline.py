@@ -173,9 +173,7 @@ def plan(
         plans = {}  # each is planned on its own, so that those without an error are shown
 
     def plan_one(loaded: PipelineSpec) -> tuple[Any, bool]:
-        planned = plans.get(loaded.name) or plan_pipeline(
-            loaded, home, force=forced[loaded.name], selection=selection
-        )
+        planned = plans.get(loaded.name) or plan_pipeline(loaded, home, force=forced[loaded.name], selection=selection)
         (costs,) = estimate_costs([planned], home)
         if as_json:
             return [_planned(step) | _cost_json(step, costs) for step in planned.steps], True

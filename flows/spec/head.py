@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
+from flows.retraining import RetrainingSettings
 from flows.spec.parameters import Parameter, Scalar
 from flows.spec.references import MAX_CELLS, PARAMETER_NAME
 from tasks.spec import StepSpec
@@ -51,6 +52,7 @@ class Head(BaseModel):
         description: Text for readers.
         concurrency: Maximum trainings per device at the same time; the default depends on the device.
         sweep: A search over settings of the steps, for `loraline sweep`.
+        retraining: What scheduled runs do with a new version, and what its training starts from.
         steps: The steps by name; each is validated by its own class.
     """
 
@@ -66,6 +68,7 @@ class Head(BaseModel):
     description: str = ""
     concurrency: int | None = Field(None, ge=1, le=1024)
     sweep: SweepSettings | None = None
+    retraining: RetrainingSettings = RetrainingSettings()
     steps: dict[str, dict[str, Any]] = Field(min_length=1)
 
 
@@ -84,6 +87,7 @@ class PipelineSpec:
         concurrency: Maximum trainings per device at the same time; None means the default of the device.
         sweep: The search over settings that the file declares; None without one.
         cell: The values of the matrix that it has; None if the file has no matrix.
+        retraining: The settings of scheduled retraining.
     """
 
     name: str
@@ -95,3 +99,4 @@ class PipelineSpec:
     concurrency: int | None = None
     sweep: SweepSettings | None = None
     cell: Mapping[str, Any] | None = None
+    retraining: RetrainingSettings = field(default_factory=RetrainingSettings)

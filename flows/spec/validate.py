@@ -82,7 +82,18 @@ def check_document(document: Document, *, check_bases: bool = True, bases: Bases
     cell: Mapping[str, Any] | None = None
     if isinstance(document, PipelineDocument):
         source, cell = document.to_record(), document.cell
-    return PipelineSpec(head.name, head.base, head.seed, ordered, folder, source, head.concurrency, head.sweep, cell)
+    return PipelineSpec(
+        head.name,
+        head.base,
+        head.seed,
+        ordered,
+        folder,
+        source,
+        head.concurrency,
+        head.sweep,
+        cell,
+        head.retraining,
+    )
 
 
 def _families(head: Head, folder: Path, bases: Bases) -> list[Family]:

@@ -263,10 +263,9 @@ class Versions(RegistryContext):
             details: The `delivery`: target, location and event.
             actor: The user; None means this process's user.
         """
+        user = establish_actor(self, actor)
         with self.lineage.database.write() as session:
-            return queries.log_event(
-                session, "recall", actor=actor or current_user(), reason=reason, version=version, details=details
-            )
+            return queries.log_event(session, "recall", actor=user, reason=reason, version=version, details=details)
 
     def is_synced(self) -> bool:
         """Returns True if MLflow has every row, by the registry's database alone."""

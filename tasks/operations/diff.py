@@ -135,11 +135,11 @@ def _side(home: Home | None, ref: str, folder: Path) -> Side:
         lineage.close()
     file = folder / "adapter.safetensors"
     store.checkout_file(version.artifact, version.adapter_path, file)
-    images, note = _training_images(home, upstream)
+    images, note = training_images(home, upstream)
     return Side(version.ref, version.sha256, file, version.card, version, upstream, images, note)
 
 
-def _training_images(home: Home, upstream: UpstreamSteps) -> tuple[dict[str, dict[str, Any]] | None, str]:
+def training_images(home: Home, upstream: UpstreamSteps) -> tuple[dict[str, dict[str, Any]] | None, str]:
     """Returns the images of every dataset that an adapter was trained on, and a note if one cannot be read."""
     datasets = {
         ref

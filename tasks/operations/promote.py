@@ -105,9 +105,9 @@ def find_usable(versions: Versions, ref: str) -> AdapterVersion:
 
 
 def compare_metrics(
-    versions: Versions, version: AdapterVersion, alias: str
+    versions: Versions, version: AdapterVersion, alias: str | int
 ) -> dict[str, tuple[float | None, float | None]]:
-    """Returns, per metric, the value of the version that the alias points at (None without one) and of this version.
+    """Returns, per metric, the value of the version of an alias or number (None without one) and of this version.
 
     Values of different embedders are not comparable: the first is None then.
     """

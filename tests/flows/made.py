@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 
 from flows.plan import registered_adapter
-from flows.spec import load_spec
+from flows.spec import PipelineSpec, load_spec
 from lora_engine.adapters import Adapter, LoraDelta
 from lora_engine.bases.structure import base_module_shapes
 from lora_engine.formats import Card, write_adapter
 from registry.entities import AdapterVersion
 from registry.home import Home
 from registry.lineage.record import Lineage
+from registry.policy.revocations import read_revoked
 from registry.versions.versions import Versions
 from tasks.execution import execute
 from tasks.job import prepare_job
@@ -60,15 +61,20 @@ def bring_in(home: Home, file: Path, name: str, *, license_id: str = "MIT", **mo
 
 def run_line(path: Path, home: Home) -> AdapterVersion:
     """Runs a pipeline file step by step in this process; returns the version that it registered."""
-    spec, lineage = load_spec(path), Lineage(home.lineage_url)
-    run = lineage.start_run(spec.name, spec.source)
+    return run_spec(load_spec(path), home)
+
+
+def run_spec(spec: PipelineSpec, home: Home) -> AdapterVersion:
+    """Runs a pipeline as `run_line` does."""
+    lineage = Lineage(home.lineage_url)
+    run, revoked = lineage.start_run(spec.name, spec.source), read_revoked(lineage)
     outputs = {}
     for name, step in spec.steps.items():
         inputs: dict = {}
         for field, target, _ in step.references():
             ref = outputs[target] if target in outputs else registered_adapter(target, home)
             inputs[field] = (*inputs.get(field, ()), ref)
-        outputs[name] = execute(prepare_job(name, step, spec.folder), inputs, home, run.id).ref
+        outputs[name] = execute(prepare_job(name, step, spec.folder, revoked), inputs, home, run.id).ref
     lineage.finish_run(run.id, "COMPLETED")
     lineage.close()
     return Versions(home).show(spec.name)

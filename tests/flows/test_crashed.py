@@ -14,7 +14,9 @@ import httpx
 import pytest
 import yaml
 
+from flows.approval import AWAITING, RETRAIN
 from flows.crashed import MOST_STARTS, REQUEUE, mark_crashed, requeue_crashed, tag_of
+from flows.decisions import mark_lost_answers
 from flows.prefect import FLOW
 from registry.home import Home
 from registry.lineage.record import Lineage
@@ -127,3 +129,36 @@ def test_a_flow_run_is_marked_once(prefect_server: str, killed: Callable[..., tu
     with temporary_settings({PREFECT_API_URL: prefect_server}):
         assert {str(run) for run in mark_crashed({"a-run": "CRASHED"}, FLOW)} == {outer, inner}
         assert mark_crashed({"a-run": "CRASHED"}, FLOW) == []
+
+
+def test_a_run_that_waits_for_an_approval_is_not_marked(
+    prefect_server: str, killed: Callable[..., tuple[str, str, str]]
+) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    outer, inner, _ = killed("its-run")
+    waiting = {"state": {"type": "PAUSED", "name": AWAITING}, "force": True}
+    httpx.post(f"{prefect_server}/flow_runs/{outer}/set_state", json=waiting, timeout=60).raise_for_status()
+    with temporary_settings({PREFECT_API_URL: prefect_server}):
+        assert [str(run) for run in mark_crashed({"its-run": "CRASHED"}, FLOW)] == [inner]
+        assert mark_crashed({"its-run": "CRASHED"}, RETRAIN) == []
+
+
+def test_a_run_whose_process_died_while_it_applied_an_answer_is_marked(prefect_server: str, home: Path) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    opened = Home.open(home)
+    with closing(Lineage(opened.lineage_url)) as lineage:
+        dead, alive = (lineage.start_run("try", {}).id for _ in range(2))
+        lineage.finish_run(dead, "CRASHED")
+    flow = httpx.post(f"{prefect_server}/flows/", json={"name": RETRAIN}, timeout=60).json()["id"]
+    runs = [
+        httpx.post(
+            f"{prefect_server}/flow_runs/", json={"flow_id": flow, "tags": [tag_of(run)], "state": RUNNING}, timeout=60
+        ).json()["id"]
+        for run in (dead, alive)
+    ]
+    with temporary_settings({PREFECT_API_URL: prefect_server}):
+        mark_lost_answers(opened)
+    names = [httpx.get(f"{prefect_server}/flow_runs/{run}", timeout=60).json()["state"]["name"] for run in runs]
+    assert names == ["Crashed", "Running"]

@@ -120,7 +120,8 @@ def wait_for(condition: Any, seconds: float, description: str) -> Any:
 
 
 def post(api: str, path: str, body: dict[str, Any]) -> Any:
-    answer = httpx.post(f"{api}/{path}", json=body, timeout=60)
+    while (answer := httpx.post(f"{api}/{path}", json=body, timeout=60)).status_code == 503:
+        time.sleep(0.5)  # the server's database is locked
     answer.raise_for_status()
     return answer.json()
 
@@ -165,7 +166,8 @@ def notify(api: str, url: str) -> None:
 
 
 def documented_automation() -> dict[str, Any]:
-    (block,) = re.findall(r"```yaml\n(.*?)```", (PROJECT / "docs" / "scheduling.md").read_text(), flags=re.DOTALL)
+    page = (PROJECT / "docs" / "scheduling.md").read_text()
+    (block,) = re.findall(r"```yaml\n(name: notify-retrain\n.*?)```", page, flags=re.DOTALL)
     return dict(yaml.safe_load(block))
 
 

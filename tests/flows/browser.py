@@ -1,0 +1,106 @@
+"""Drives a page in chromium over its DevTools protocol."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from websockets.sync.client import connect
+
+from tests.conftest import PROGRAMS
+
+_FIND = """(() => {
+  const shown = element => element.offsetParent !== null && element.innerText.trim() === TEXT;
+  const all = [...document.querySelectorAll("button, a, li, [role=option], [role=button], .p-select-option, label")];
+  const match = all.filter(shown).pop();
+  if (match) match.click();
+  return Boolean(match);
+})()"""
+_TYPE = """(() => {
+  const label = [...document.querySelectorAll("label")].filter(one => one.innerText.includes(LABEL)).pop();
+  const kinds = "input, textarea, select";
+  const field = label && (label.control || label.querySelector(kinds) || label.parentElement.querySelector(kinds));
+  if (!field) return false;
+  const protos = {TEXTAREA: HTMLTextAreaElement, SELECT: HTMLSelectElement, INPUT: HTMLInputElement};
+  const proto = protos[field.tagName];
+  Object.getOwnPropertyDescriptor(proto.prototype, "value").set.call(field, VALUE);
+  for (const name of ["input", "change"]) field.dispatchEvent(new Event(name, {bubbles: true}));
+  return field.value === VALUE;
+})()"""
+
+
+class Page:
+    """One page of a browser; every action waits until it is possible."""
+
+    def __init__(self, socket: Any) -> None:
+        self.socket, self.number = socket, 0
+
+    def open(self, address: str) -> None:
+        """Loads an address."""
+        self._send("Page.navigate", url=address)
+
+    def evaluate(self, script: str) -> Any:
+        """Returns the value of a script."""
+        return self._send("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
+
+    def click(self, text: str) -> None:
+        """Clicks on the innermost visible control with this text."""
+        self._wait(_FIND.replace("TEXT", json.dumps(text)), f"no control {text!r}")
+
+    def type(self, label: str, value: str) -> None:
+        """Types into the field of a label, or chooses in its list."""
+        script = _TYPE.replace("LABEL", json.dumps(label)).replace("VALUE", json.dumps(value))
+        self._wait(script, f"no field {label!r}")
+
+    def wait_for_text(self, text: str) -> None:
+        """Waits until the page shows a text."""
+        self._wait(f"document.body.innerText.includes({json.dumps(text)})", f"no text {text!r}")
+
+    def _wait(self, script: str, problem: str, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not self.evaluate(script):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{problem} in:\n{self.evaluate('document.body.innerText')}")
+            time.sleep(0.3)
+
+    def _send(self, method: str, **params: Any) -> dict[str, Any]:
+        self.number += 1
+        self.socket.send(json.dumps({"id": self.number, "method": method, "params": params}))
+        while True:
+            answer = json.loads(self.socket.recv(60))
+            if answer.get("id") == self.number:
+                assert "error" not in answer, answer
+                return dict(answer["result"])
+
+
+@contextmanager
+def browsed(folder: Path) -> Iterator[Page]:
+    """Yields an empty page of a browser whose profile is in the folder."""
+    program = next(path for name in PROGRAMS["chromium"] if (path := shutil.which(name)))
+    command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0"]
+    process = subprocess.Popen(
+        [*command, f"--user-data-dir={folder}", "--window-size=1400,2000", "about:blank"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        file, deadline = folder / "DevToolsActivePort", time.monotonic() + 120
+        while not file.exists() or not file.read_text():
+            assert process.poll() is None
+            assert time.monotonic() < deadline, "the browser opened no port"
+            time.sleep(0.2)
+        port = file.read_text().split()[0]
+        pages = httpx.get(f"http://127.0.0.1:{port}/json", timeout=60).json()
+        address = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
+        with connect(address, max_size=None) as socket:
+            yield Page(socket)
+    finally:
+        process.terminate()
+        process.wait()
