@@ -20,9 +20,10 @@ from typing import Any, NoReturn
 
 from flows.crashed import mark_crashed, tag_of
 from flows.plan import Plan, PlannedStep, plan_pipeline
-from flows.prefect import FLOW, current_flow_run, publish_table, run_as_flow, submit_step
+from flows.prefect import FLOW, current_flow_run, publish_table, run_as_flow, submit_step, wait_for_result
 from flows.registered import read_registered
 from flows.result import PipelineResult, final_state, tabulate, tabulate_failure
+from flows.runners import RunnerSettings, read_runner, runners, started_runner
 from flows.server import prefect_server
 from flows.spec import PipelineSpec
 from lora_engine.bases.source import BaseSource, resolve_base
@@ -44,17 +45,21 @@ from tasks.step import locate_base
 _log = logging.getLogger(__name__)
 
 
-def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ()) -> PipelineResult:
+def run_pipeline(
+    spec: PipelineSpec, home: Home, *, force: Collection[str] = (), runner: RunnerSettings | None = None
+) -> PipelineResult:
     """Runs every step that is not cached, independent ones concurrently; cached results are verified.
 
     Args:
         spec: The pipeline.
         home: The home with all state.
         force: Names of steps to run even if they are cached.
+        runner: The task runner of the steps; None takes that of the home.
 
     Raises:
         EngineError, RegistryError, OSError: The first failure, once all steps that do not depend on it have finished.
     """
+    settings = runner or read_runner(home)
     plan = plan_pipeline(spec, home, force=force)
     for step in plan.steps:
         _log.info("step %s: %s", step.name, step.reason)
@@ -79,10 +84,12 @@ def run_pipeline(spec: PipelineSpec, home: Home, *, force: Collection[str] = ())
         publish_table(plan.name, tabulate(result, home), outer)
         return result
 
-    with prefect_server(), _recorded_run(plan, home) as run_id, threads(fitting_threads(_bases(plan))):
+    with prefect_server(), _recorded_run(plan, home) as run_id, threads(fitting_threads(bases_of(plan))):
         # Here, because Prefect's server starts meanwhile, and because torch reads `threads` at its import.
-        import_for(step.job for step in plan.steps if not step.cached)
-        return run_as_flow(plan.name, run_and_publish, final_state, tag=tag_of(run_id))(run_id)
+        if not runners[settings.type].isolated:
+            import_for(step.job for step in plan.steps if not step.cached)
+        with started_runner(settings, home) as started:
+            return run_as_flow(plan.name, run_and_publish, final_state, tag=tag_of(run_id), runner=started)(run_id)
 
 
 def adopt_results(spec: PipelineSpec, home: Home) -> Plan:
@@ -123,7 +130,7 @@ def run_steps(
                 for field, sources in step.sources.items()
             }
             futures[step.name] = submit_step(step.job, inputs, home, run_id, force=step.force)
-    results = {name: _wait(future) for name, future in futures.items()}
+    results = {name: wait_for_result(future) for name, future in futures.items()}
     errors = {name: result for name, result in results.items() if isinstance(result, BaseException)}
     return {name: result for name, result in results.items() if name not in errors}, errors
 
@@ -138,14 +145,6 @@ def raise_first(errors: Mapping[str, BaseException]) -> NoReturn:
     if isinstance(error, EngineError | RegistryError | OSError):
         raise error
     raise PipelineFailed(f"{type(error).__name__}: {error}", where=f"step {name!r}") from error
-
-
-def _wait(future: Any) -> Any:
-    """Waits for a step and returns its outcome or its error."""
-    future.wait()
-    if future.state.is_pending():
-        return NotStarted("not started, because an upstream step failed")
-    return future.result(raise_on_failure=False)
 
 
 @contextmanager
@@ -175,6 +174,7 @@ def _recorded_run(plan: Plan, home: Home) -> Iterator[str]:
         lineage.close()
 
 
-def _bases(plan: Plan) -> list[BaseSource]:
+def bases_of(plan: Plan) -> list[BaseSource]:
+    """Returns the base models that the steps of a plan use."""
     bases = {(base, step.job.folder) for step in plan.steps if (base := getattr(step.job.spec, "base", None))}
     return [resolve_base(base) for base in sorted(locate_base(base, folder) for base, folder in bases)]

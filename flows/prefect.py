@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,9 +20,11 @@ from lora_engine.lean import collection_paused
 from registry.entities import ArtifactRef
 from registry.home import Home
 from registry.store.redaction import SecretFreeErrors, redact, redact_values
-from tasks.errors import StepTimeout
+from tasks.errors import NotStarted, PipelineFailed, StepTimeout
 from tasks.execution import execute
+from tasks.imports import import_for
 from tasks.job import Job, Outcome
+from tasks.relay import Relay, relayed
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -30,10 +33,12 @@ if TYPE_CHECKING:
     from prefect.futures import PrefectFuture
 
     from flows.result import FinalState
+    from flows.runners import StartedRunner
 
 _Result = TypeVar("_Result")
 FLOW = "loraline"
 """Name of the flow of every pipeline."""
+_NOT_STARTED = "not started, because an upstream step failed"
 _PACKAGES = ("flows", "tasks", "registry", "lora_engine")
 
 
@@ -63,6 +68,7 @@ def run_as_flow(
     describe: Callable[[_Result], FinalState] | None = None,
     *,
     tag: str = "",
+    runner: StartedRunner | None = None,
 ) -> Callable[..., _Result]:
     """Wraps a function as a Prefect flow whose runs have the pipeline's name.
 
@@ -71,6 +77,7 @@ def run_as_flow(
         function: The function. The wrapper returns its result, and raises its errors, whatever the run's state.
         describe: Gives the final state of the flow run by the result; None lets Prefect choose it.
         tag: A tag of the flow run and its task runs; empty for none.
+        runner: Executes the tasks; None means threads.
     """
     with collection_paused():
         from prefect import flow, tags
@@ -82,17 +89,34 @@ def run_as_flow(
             results.append(function(*args))
         return None if describe is None else to_prefect(describe(results[0]))
 
-    wrapped: Any = flow(name=FLOW, flow_run_name=name, validate_parameters=False, persist_result=False)(run)
+    options = {"task_runner": runner.prefect} if runner is not None else {}
+    wrapped: Any = flow(name=FLOW, flow_run_name=name, validate_parameters=False, persist_result=False, **options)(
+        _run_current
+    )
 
     def call(*args: Any) -> _Result:
         results.clear()
-        with tags(*filter(None, [tag])):
-            state = wrapped(*args, return_state=True)
+        token, relay = _current.set(lambda: run(*args)), _relay.set(runner.relay if runner is not None else None)
+        try:
+            with tags(*filter(None, [tag])):
+                state = wrapped(return_state=True)
+        finally:
+            _current.reset(token)
+            _relay.reset(relay)
         if not results:
             state.result()  # raises the function's error
         return results[0]
 
     return call
+
+
+_current: ContextVar[Callable[[], Any]] = ContextVar("current")
+_relay: ContextVar[Relay | None] = ContextVar("relay", default=None)
+
+
+def _run_current() -> Any:
+    """Calls the function of the flow; a name in this module, because workers get a copy of the flow."""
+    return _current.get()()
 
 
 def to_prefect(state: FinalState, data: Any = None) -> Any:
@@ -171,18 +195,43 @@ def submit_step(
     from prefect.utilities.annotations import quote
 
     task = _task().with_options(name=job.name, task_run_name=job.name)
-    future: PrefectFuture[Outcome] = task.submit(quote(job), inputs, quote(home), run_id, force)
+    future: PrefectFuture[Outcome] = task.submit(quote(job), inputs, quote(home), run_id, force, _relay.get())
     return future
 
 
 def submit_work(name: str, work: Callable[[], _Result]) -> PrefectFuture[_Result]:
-    """Submits a function as a Prefect task of this name, to the task runner of the current flow."""
+    """Submits a function as a Prefect task of this name, to the task runner of the current flow.
+
+    Args:
+        name: The name.
+        work: The function; a task runner with processes needs one that can be pickled.
+    """
     from prefect import task
     from prefect.cache_policies import NO_CACHE
+    from prefect.utilities.annotations import quote
 
     declare = task(name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
-    future: PrefectFuture[_Result] = declare(work).submit()
+    future: PrefectFuture[_Result] = declare(_perform).submit(quote(work), _relay.get())
     return future
+
+
+def wait_for_result(future: PrefectFuture[_Result]) -> _Result | BaseException:
+    """Waits for a task; returns its result or its error, such as `NotStarted` because of another one."""
+    from prefect.exceptions import UpstreamTaskError
+
+    try:
+        future.wait()
+        if future.state.is_pending():
+            return NotStarted(_NOT_STARTED)
+        result: _Result | BaseException = future.result(raise_on_failure=False)
+    except UpstreamTaskError:
+        return NotStarted(_NOT_STARTED)
+    except Exception as error:  # each task runner has its own for a worker that died
+        return PipelineFailed(
+            f"a worker ended ({type(error).__name__}: {error})",
+            remedy="see whether the system killed it for its memory; run the same command to continue",
+        )
+    return result
 
 
 @lru_cache(maxsize=1)
@@ -196,14 +245,29 @@ def _task() -> Any:
     return declare(_execute)
 
 
-def _execute(job: Job, inputs: Mapping[str, list[Outcome | ArtifactRef]], home: Home, run_id: str, force: bool) -> Any:
+def _perform(work: Callable[[], _Result], relay: Relay | None) -> _Result:
+    with relayed(relay):
+        return work()
+
+
+def _execute(
+    job: Job,
+    inputs: Mapping[str, list[Outcome | ArtifactRef]],
+    home: Home,
+    run_id: str,
+    force: bool,
+    relay: Relay | None,
+) -> Any:
     from prefect.states import Completed
 
     refs = {
         field: tuple(item.ref if isinstance(item, Outcome) else item for item in items)
         for field, items in inputs.items()
     }
-    outcome = execute(job, refs, home, run_id, force=force)
+    with relayed(relay):
+        if relay is not None:  # the run imported them in its own process only
+            import_for([job])
+        outcome = execute(job, refs, home, run_id, force=force)
     return Completed(name="Cached", data=outcome) if outcome.cached else outcome
 
 

@@ -26,6 +26,15 @@ Forced = Annotated[list[str] | None, typer.Option("--force", metavar="STEP", hel
 
 _BASE = "Base model: tiny, a hub id, a diffusers folder or a checkpoint file. Its family has the training defaults."
 
+RunnerName = Annotated[
+    str | None,
+    typer.Option(
+        "--runner",
+        metavar="NAME",
+        help="Task runner: {flows.runners:runners}.  [default: that of the home, else threads]",
+    ),
+]
+
 Concurrency = Annotated[
     int | None,
     typer.Option(
@@ -173,6 +182,7 @@ def run(
     changes: Overrides = None,
     force: Forced = None,
     concurrency: Concurrency = None,
+    runner: RunnerName = None,
     as_json: Json = False,
 ) -> None:
     """Run a pipeline: every step that is not cached, with lineage."""
@@ -183,15 +193,17 @@ def run(
     from flows.cli.stopping import stoppable
     from flows.pipeline import run_pipeline
     from flows.prefect import configure_prefect
+    from flows.runners import read_runner
     from flows.spec import load_spec
 
     loaded = load_spec(spec, changes or ())
     if concurrency is not None:
         loaded = replace(loaded, concurrency=concurrency)
     home = open_home()
+    settings = read_runner(home, runner)
     configure_prefect(home)
     with stoppable(), show_run(list(loaded.steps), Console(stderr=as_json)):
-        result = run_pipeline(loaded, home, force=_check_force(force, loaded))
+        result = run_pipeline(loaded, home, force=_check_force(force, loaded), runner=settings)
     if as_json:
         outcomes = {name: {"ref": outcome.ref, "cached": outcome.cached} for name, outcome in result.outcomes.items()}
         versions = {name: registered.to_json() for name, registered in result.versions.items()}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.output import Json, open_home
+from flows.cli.pipeline import RunnerName
 from flows.cli.verbs import Access, add_verb
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def sweep(
         list[str] | None,
         typer.Option("--set", metavar="A.B=C", help="Value to set in the file, such as sweep.trials=40."),
     ] = None,
+    runner: RunnerName = None,
     as_json: Json = False,
 ) -> None:
     """Search settings of a pipeline, and register the best trial; finished trials are not repeated."""
@@ -35,6 +37,7 @@ def sweep(
     from flows.cli.output import print_facts, print_json
     from flows.cli.stopping import stoppable
     from flows.prefect import configure_prefect
+    from flows.runners import read_runner
     from flows.summary import summarize
     from flows.sweep import run_sweep
     from flows.sweep_file import load_sweep
@@ -43,10 +46,16 @@ def sweep(
     loaded = load_sweep(spec, changes or ())
     require_optuna()
     home = open_home()
+    settings = read_runner(home, runner)
     configure_prefect(home)
     console = Console(stderr=as_json)
     with stoppable(), show_run(list(loaded.spec.steps), console):
-        result = run_sweep(loaded, home, lambda record: console.print(_describe(record), markup=False, highlight=False))
+        result = run_sweep(
+            loaded,
+            home,
+            lambda record: console.print(_describe(record), markup=False, highlight=False),
+            runner=settings,
+        )
     if as_json:
         versions = {name: registered.to_json() for name, registered in result.pipeline.versions.items()}
         trials = [record.model_dump(mode="json") for record in result.trials]
