@@ -192,10 +192,8 @@ def submit_step(
         run_id: The run that the execution belongs to.
         force: True runs it even if it is cached.
     """
-    from prefect.utilities.annotations import quote
-
     task = _task().with_options(name=job.name, task_run_name=job.name)
-    future: PrefectFuture[Outcome] = task.submit(quote(job), inputs, quote(home), run_id, force, _relay.get())
+    future: PrefectFuture[Outcome] = task.submit(_Whole((job, home, _relay.get())), inputs, run_id, force)
     return future
 
 
@@ -208,10 +206,9 @@ def submit_work(name: str, work: Callable[[], _Result]) -> PrefectFuture[_Result
     """
     from prefect import task
     from prefect.cache_policies import NO_CACHE
-    from prefect.utilities.annotations import quote
 
     declare = task(name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
-    future: PrefectFuture[_Result] = declare(_perform).submit(quote(work), _relay.get())
+    future: PrefectFuture[_Result] = declare(_perform).submit(_Whole((work, _relay.get())))
     return future
 
 
@@ -245,20 +242,23 @@ def _task() -> Any:
     return declare(_execute)
 
 
-def _perform(work: Callable[[], _Result], relay: Relay | None) -> _Result:
+class _Whole:
+    """A value in which neither Prefect nor Dask looks for futures; they would visit and rebuild dataclasses."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _perform(work: _Whole) -> Any:
+    function, relay = work.value
     with relayed(relay):
-        return work()
+        return function()
 
 
-def _execute(
-    job: Job,
-    inputs: Mapping[str, list[Outcome | ArtifactRef]],
-    home: Home,
-    run_id: str,
-    force: bool,
-    relay: Relay | None,
-) -> Any:
+def _execute(work: _Whole, inputs: Mapping[str, list[Outcome | ArtifactRef]], run_id: str, force: bool) -> Any:
     from prefect.states import Completed
+
+    job, home, relay = work.value
 
     refs = {
         field: tuple(item.ref if isinstance(item, Outcome) else item for item in items)

@@ -144,13 +144,16 @@ class _Receiver:
         self._publish_new()
 
     def _publish_new(self) -> None:
-        for path in sorted(self._relay.folder.glob("*.jsonl")):
-            with path.open("rb") as file:
-                file.seek(self._read.get(path, 0))
-                content, newline, _ = file.read().rpartition(b"\n")  # the last line may be incomplete
-            self._read[path] = self._read.get(path, 0) + len(content) + len(newline)
-            for line in content.splitlines():
-                _receive(json.loads(line))
+        messages = [message for path in self._relay.folder.glob("*.jsonl") for message in self._read_new(path)]
+        for message in sorted(messages, key=lambda message: message["time"]):
+            _receive(message)
+
+    def _read_new(self, path: Path) -> list[dict[str, Any]]:
+        with path.open("rb") as file:
+            file.seek(self._read.get(path, 0))
+            content, newline, _ = file.read().rpartition(b"\n")  # the last line may be incomplete
+        self._read[path] = self._read.get(path, 0) + len(content) + len(newline)
+        return [json.loads(line) for line in content.splitlines()]
 
 
 def _receive(message: Mapping[str, Any]) -> None:
@@ -158,7 +161,9 @@ def _receive(message: Mapping[str, Any]) -> None:
         logging.getLogger(message["log"]).log(message["level"], "%s", message["text"])
         return
     points = [Point(*point) for point in message["points"]]
-    publish(StepEvent(**{**message, "points": points, "files": [Path(file) for file in message["files"]]}))
+    files = [Path(file) for file in message["files"]]
+    event = {name: value for name, value in message.items() if name != "time"}
+    publish(StepEvent(**{**event, "points": points, "files": files}))
 
 
 def running_steps() -> int:
@@ -216,6 +221,6 @@ class _Sender(logging.Handler):
             return
         try:
             with self.lock or threading.RLock(), self._path.open("ab") as file:
-                file.write(json.dumps(message).encode() + b"\n")
+                file.write(json.dumps({**message, "time": time.time()}).encode() + b"\n")
         except OSError:  # a full disk costs the display only
             self._failed = True
