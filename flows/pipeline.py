@@ -14,7 +14,7 @@ From `loraline run` to an optimizer step:
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, NoReturn
 
@@ -84,7 +84,7 @@ def run_pipeline(
         publish_table(plan.name, tabulate(result, home), outer)
         return result
 
-    with prefect_server(), _recorded_run(plan, home) as run_id, threads(fitting_threads(bases_of(plan))):
+    with prefect_server(), _recorded_run(plan, home) as run_id, threads(fitting_threads(bases_of([spec]))):
         # Here, because Prefect's server starts meanwhile, and because torch reads `threads` at its import.
         if not runners[settings.type].isolated:
             import_for(step.job for step in plan.steps if not step.cached)
@@ -174,7 +174,9 @@ def _recorded_run(plan: Plan, home: Home) -> Iterator[str]:
         lineage.close()
 
 
-def bases_of(plan: Plan) -> list[BaseSource]:
-    """Returns the base models that the steps of a plan use."""
-    bases = {(base, step.job.folder) for step in plan.steps if (base := getattr(step.job.spec, "base", None))}
+def bases_of(specs: Iterable[PipelineSpec]) -> list[BaseSource]:
+    """Returns the base models that the steps of pipelines use."""
+    bases = {
+        (base, spec.folder) for spec in specs for step in spec.steps.values() if (base := getattr(step, "base", None))
+    }
     return [resolve_base(base) for base in sorted(locate_base(base, folder) for base, folder in bases)]

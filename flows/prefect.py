@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -197,18 +198,22 @@ def submit_step(
     return future
 
 
-def submit_work(name: str, work: Callable[[], _Result]) -> PrefectFuture[_Result]:
+def submit_work(name: str, work: Callable[[], _Result], prefix: str = "") -> PrefectFuture[_Result]:
     """Submits a function as a Prefect task of this name, to the task runner of the current flow.
 
     Args:
         name: The name.
         work: The function; a task runner with processes needs one that can be pickled.
+        prefix: Goes before the names of steps in events from other processes, with a slash.
     """
     from prefect import task
     from prefect.cache_policies import NO_CACHE
 
     declare = task(name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
-    future: PrefectFuture[_Result] = declare(_perform).submit(_Whole((work, _relay.get())))
+    relay = _relay.get()
+    if relay is not None and prefix:
+        relay = replace(relay, prefix=f"{prefix}/")
+    future: PrefectFuture[_Result] = declare(_perform).submit(_Whole((work, relay)))
     return future
 
 

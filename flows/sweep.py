@@ -84,7 +84,7 @@ def run_sweep(
     run = _SweepRun(sweep, home, trial_folder(home, _key_of(sweep, plan)), report)
     settings = runner or read_runner(home)
     # Here, because workers compute with the threads of this process; those of a trial change the last bits of results.
-    with prefect_server(), threads(fitting_threads(bases_of(plan))):
+    with prefect_server(), threads(fitting_threads(bases_of([sweep.spec]))):
         with started_runner(settings, home) as started:
             trials = run.run_trials(started)
         best = best_trial(sweep.settings, trials)

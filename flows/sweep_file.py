@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from flows.refusals import nearest
-from flows.spec import PipelineSpec, check_document, read_pipeline_file, set_value
-from lora_engine.documents import Document
+from flows.spec import PipelineDocument, PipelineSpec, check_document, read_pipeline_file, set_value
 from lora_engine.evaluation.metrics import METRICS
 from tasks.errors import SpecError
 from tasks.steps.evaluate import Evaluate
@@ -33,7 +33,7 @@ class DeclaredSweep:
         trial_steps: Names of the steps of a trial.
     """
 
-    document: Document
+    document: PipelineDocument
     settings: SweepSettings
     spec: PipelineSpec
     adapter: str
@@ -68,13 +68,21 @@ class DeclaredSweep:
         return [name for name, step in steps if isinstance(step, Register) and step.adapter == self.adapter]
 
 
-def load_sweep(path: Path, overrides: Sequence[str] = ()) -> DeclaredSweep:
+def load_sweep(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    parameters: Mapping[str, Any] = MappingProxyType({}),
+    names: Collection[str] = (),
+) -> DeclaredSweep:
     """Reads a pipeline file with a section `sweep`, and validates it with the ends of every range.
+
+    `parameters` and `names` are those of `load_pipelines`; one pipeline must remain.
 
     Raises:
         SpecError: The file is not valid, has no such section, or a trial would not be.
     """
-    document = read_pipeline_file(path, overrides)
+    document = read_pipeline_file(path, overrides, parameters=parameters, names=names)
     spec = check_document(document)
     settings = spec.sweep
     if settings is None:
@@ -101,7 +109,7 @@ def _upstream(spec: PipelineSpec, name: str) -> Iterator[str]:
             yield from _upstream(spec, target)
 
 
-def _find_adapter(settings: SweepSettings, spec: PipelineSpec, document: Document) -> str:
+def _find_adapter(settings: SweepSettings, spec: PipelineSpec, document: PipelineDocument) -> str:
     """Returns the step with the adapter that the metric measures.
 
     Raises:

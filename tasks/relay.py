@@ -42,10 +42,12 @@ class Relay:
     Attributes:
         folder: The folder of the channel.
         level: Level of the log records that the run wants.
+        prefix: Goes before the names of steps in events.
     """
 
     folder: Path
     level: int = logging.WARNING
+    prefix: str = ""
 
     @property
     def stop(self) -> Path:
@@ -92,7 +94,7 @@ def relayed(relay: Relay | None) -> Iterator[None]:
             where=str(relay.folder),
             remedy="mount the home at the same path on every worker; if the run has ended, ignore this",
         )
-    sender = _Sender(relay.folder / f"{uuid4().hex}.jsonl")
+    sender = _Sender(relay.folder / f"{uuid4().hex}.jsonl", relay.prefix)
     ended = threading.Event()
     with optional_hidden(), step_scope(sender.send_event) as stop, sender.logging(relay.level):
         thread = threading.Thread(target=_watch, args=(relay, stop, ended), name="relay", daemon=True)
@@ -178,9 +180,9 @@ _sending: ContextVar[_Sender | None] = ContextVar("sending", default=None)
 class _Sender(logging.Handler):
     """Appends messages to the file of a worker, at most five a second of one step's progress."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, prefix: str) -> None:
         super().__init__()
-        self._path, self._next, self._failed = path, 0.0, False
+        self._path, self._prefix, self._next, self._failed = path, prefix, 0.0, False
 
     @contextmanager
     def logging(self, level: int) -> Iterator[None]:
@@ -214,7 +216,7 @@ class _Sender(logging.Handler):
             self._next = time.monotonic() + _POLL
         points = [(point.step, point.time, dict(point.values)) for point in event.points]
         changed = {"values": dict(event.values), "points": points, "files": [str(file) for file in event.files]}
-        self._send({**vars(event), **changed})
+        self._send({**vars(event), **changed, "step": self._prefix + event.step})
 
     def _send(self, message: Mapping[str, Any]) -> None:
         if self._failed:

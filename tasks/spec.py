@@ -67,7 +67,7 @@ class StepSpec(BaseModel):
 
     def references(self) -> Iterator[tuple[str, str, str]]:
         """Yields (field, name of the step or `name@version`, kind of artifact) for each reference."""
-        for field, marker in _marked(type(self), Input):
+        for field, marker in marked_fields(type(self), Input):
             value = getattr(self, field)
             names = [] if value is None else [value] if isinstance(value, str) else value
             for name in names:
@@ -76,7 +76,7 @@ class StepSpec(BaseModel):
 
     def externals(self) -> Iterator[tuple[str, str, ExternalKind]]:
         """Yields (field, path as written, kind of path) for each path that is set."""
-        for field, marker in _marked(type(self), External):
+        for field, marker in marked_fields(type(self), External):
             value = getattr(self, field)
             if value is not None:
                 yield field, value, marker.what
@@ -85,7 +85,7 @@ class StepSpec(BaseModel):
 
     def kept_files(self) -> dict[str, str]:
         """Returns field -> path as written, of the files that the store keeps."""
-        fields = [field for field, marker in _marked(type(self), External) if marker.kept]
+        fields = [field for field, marker in marked_fields(type(self), External) if marker.kept]
         fields += self._files_by_input()
         return {field: getattr(self, field) for field in fields if getattr(self, field) is not None}
 
@@ -95,7 +95,7 @@ class StepSpec(BaseModel):
         return False
 
     def _files_by_input(self) -> list[str]:
-        markers = [field for field, marker in _marked(type(self), Input) if marker.or_file]
+        markers = [field for field, marker in marked_fields(type(self), Input) if marker.or_file]
         return [field for field in markers if getattr(self, field) is not None and is_path(getattr(self, field))]
 
     def own_settings(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class StepSpec(BaseModel):
 
     @classmethod
     def _outside(cls) -> set[str]:
-        references, paths = _marked(cls, Input), _marked(cls, External)
+        references, paths = marked_fields(cls, Input), marked_fields(cls, External)
         return {"timeout", *(field for field, _ in references), *(field for field, _ in paths)}
 
     def narrow(self, settings: type[_Settings]) -> _Settings:
@@ -151,7 +151,8 @@ def _without_base(settings: dict[str, Any]) -> dict[str, Any]:
 Marker = TypeVar("Marker", Input, External)
 
 
-def _marked(spec: type[StepSpec], marker: type[Marker]) -> Iterator[tuple[str, Marker]]:
+def marked_fields(spec: type[StepSpec], marker: type[Marker]) -> Iterator[tuple[str, Marker]]:
+    """Yields (field, its marker) for each field of a spec with a marker of this class."""
     for name, field in spec.model_fields.items():
         for item in field.metadata:
             if isinstance(item, marker):

@@ -15,6 +15,7 @@ import flows.cli.files as files_verbs
 import flows.cli.governance as governance_verbs
 import flows.cli.history as history_verbs
 import flows.cli.lineage as lineage_verbs
+import flows.cli.matrix as matrix_verbs
 import flows.cli.pipeline as pipeline_verbs
 import flows.cli.records as record_verbs
 import flows.cli.revocations as revocation_verbs
@@ -28,12 +29,13 @@ app = typer.Typer(
     name="loraline",
     help="Train, version, evaluate and release LoRA adapters of diffusion models.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 _MODULES = (
     pipeline_verbs,
+    matrix_verbs,
     sweep_verbs,
     status_verbs,
     version_verbs,

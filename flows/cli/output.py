@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows.cli.completion import complete_adapters
 from flows.cli.verbs import Access, access_of_running
 
 if TYPE_CHECKING:
@@ -20,7 +21,10 @@ BASE_HELP = "Base model: a published one such as sdxl (list: docs/families.md), 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Dtype = Annotated[str | None, typer.Option(help="Output dtype: float32, float16 or bfloat16. Default: unchanged.")]
 Approximate = Annotated[bool, typer.Option(help="Approximate kinds that FORMAT cannot hold by LoRA.")]
-Ref = Annotated[str, typer.Argument(metavar="NAME@REF", help="name@version or name@alias.")]
+Ref = Annotated[
+    str,
+    typer.Argument(metavar="NAME@REF", help="name@version or name@alias.", autocompletion=complete_adapters),
+]
 Reason = Annotated[str, typer.Option(help="Reason, stored in the log.")]
 Expect = Annotated[
     str | None,

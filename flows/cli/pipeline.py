@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows.cli.completion import complete_steps
+from flows.cli.matrix import Overrides, Parameters, Selected, SpecPath, for_each, load_selected
 from flows.cli.output import Json, open_home
 from flows.cli.verbs import Access, add_verb
 
@@ -17,12 +20,10 @@ if TYPE_CHECKING:
     from flows.spec import PipelineSpec
     from registry.home import Home
 
-SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="Pipeline file, YAML or JSON.")]
-Overrides = Annotated[
+Forced = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="A.B=C", help="Value to set in the pipeline, such as adapter.rank=8."),
+    typer.Option("--force", metavar="STEP", help="Step to run even if it is cached.", autocompletion=complete_steps),
 ]
-Forced = Annotated[list[str] | None, typer.Option("--force", metavar="STEP", help="Step to run even if it is cached.")]
 
 _BASE = "Base model: tiny, a hub id, a diffusers folder or a checkpoint file. Its family has the training defaults."
 
@@ -148,70 +149,105 @@ def schema(
         print(f"Wrote {output}. First line of a pipeline file: # yaml-language-server: $schema={output}")
 
 
-def plan(spec: SpecPath, changes: Overrides = None, force: Forced = None, as_json: Json = False) -> None:
+def plan(
+    spec: SpecPath,
+    changes: Overrides = None,
+    given: Parameters = None,
+    selected: Selected = None,
+    force: Forced = None,
+    as_json: Json = False,
+) -> None:
     """Show what a run would do and why; run nothing."""
-    from flows.cli.output import print_json
     from flows.plan import plan_pipeline
-    from flows.spec import load_spec
 
-    loaded = load_spec(spec, changes or ())
-    planned = plan_pipeline(loaded, open_home(), force=_check_force(force, loaded))
-    if as_json:
-        print_json([_planned(step) for step in planned.steps])
-        return
-    _print_plan(planned)
-    if any(step.adoption for step in planned.steps):
-        print(f"`loraline adopt {spec}` takes the adoptable results over; then their steps do not run.")
+    pipelines = load_selected(spec, changes, given, selected)
+    home = open_home()
+
+    def plan_one(loaded: PipelineSpec) -> tuple[Any, bool]:
+        planned = plan_pipeline(loaded, home, force=_check_force(force, loaded))
+        if as_json:
+            return [_planned(step) for step in planned.steps], True
+        _print_plan(planned)
+        if any(step.adoption for step in planned.steps):
+            print(f"`loraline adopt {spec}` takes the adoptable results over; then their steps do not run.")
+        return None, True
+
+    for_each(pipelines, plan_one, as_json=as_json)
 
 
-def adopt(spec: SpecPath, changes: Overrides = None, as_json: Json = False) -> None:
+def adopt(
+    spec: SpecPath,
+    changes: Overrides = None,
+    given: Parameters = None,
+    selected: Selected = None,
+    as_json: Json = False,
+) -> None:
     """Take over results of earlier releases whose steps have the same revision and inputs; run nothing."""
-    from flows.cli.output import print_json
     from flows.pipeline import adopt_results
-    from flows.spec import load_spec
 
-    adopted = adopt_results(load_spec(spec, changes or ()), open_home())
-    if as_json:
-        print_json([_planned(step) for step in adopted.steps])
-    else:
+    pipelines = load_selected(spec, changes, given, selected)
+    home = open_home()
+
+    def adopt_one(loaded: PipelineSpec) -> tuple[Any, bool]:
+        adopted = adopt_results(loaded, home)
+        if as_json:
+            return [_planned(step) for step in adopted.steps], True
         _print_plan(adopted)
+        return None, True
+
+    for_each(pipelines, adopt_one, as_json=as_json)
 
 
 def run(
     spec: SpecPath,
     changes: Overrides = None,
+    given: Parameters = None,
+    selected: Selected = None,
     force: Forced = None,
     concurrency: Concurrency = None,
     runner: RunnerName = None,
     as_json: Json = False,
 ) -> None:
-    """Run a pipeline: every step that is not cached, with lineage."""
+    """Run a pipeline, or those of a matrix: every step that is not cached, with lineage."""
     from rich.console import Console
 
     from flows.cli.display import show_run
-    from flows.cli.output import print_json
     from flows.cli.stopping import stoppable
     from flows.pipeline import run_pipeline
     from flows.prefect import configure_prefect
-    from flows.runners import read_runner
-    from flows.spec import load_spec
+    from flows.runners import read_runner, runners
 
-    loaded = load_spec(spec, changes or ())
-    if concurrency is not None:
-        loaded = replace(loaded, concurrency=concurrency)
+    pipelines = load_selected(spec, changes, given, selected)
     home = open_home()
     settings = read_runner(home, runner)
     configure_prefect(home)
-    with stoppable(), show_run(list(loaded.steps), Console(stderr=as_json)):
-        result = run_pipeline(loaded, home, force=_check_force(force, loaded), runner=settings)
-    if as_json:
+    if concurrency is not None:
+        pipelines = tuple(replace(loaded, concurrency=concurrency) for loaded in pipelines)
+    for loaded in pipelines:
+        _check_force(force, loaded)
+    finished: Mapping[str, PipelineResult | BaseException] = {}
+    if len(pipelines) > 1 and runners[settings.type].isolated:
+        from flows.matrix import run_pipelines
+
+        names = [f"{loaded.name}/{step}" for loaded in pipelines for step in loaded.steps]
+        with stoppable(), show_run(names, Console(stderr=as_json, force_terminal=False)):
+            finished = run_pipelines(pipelines, home, settings, force=force or ())
+
+    def run_one(loaded: PipelineSpec) -> tuple[Any, bool]:
+        result = finished.get(loaded.name)
+        if result is None:
+            with stoppable(), show_run(list(loaded.steps), Console(stderr=as_json)):
+                result = run_pipeline(loaded, home, force=_check_force(force, loaded), runner=settings)
+        if isinstance(result, BaseException):
+            raise result
+        if not as_json:
+            _print_summary(loaded, home, result)
+            return None, not result.refusals
         outcomes = {name: {"ref": outcome.ref, "cached": outcome.cached} for name, outcome in result.outcomes.items()}
         versions = {name: registered.to_json() for name, registered in result.versions.items()}
-        print_json({"changed": result.changed, "outcomes": outcomes, "versions": versions})
-    else:
-        _print_summary(loaded, home, result)
-    if result.refusals:
-        raise typer.Exit(1)
+        return {"changed": result.changed, "outcomes": outcomes, "versions": versions}, not result.refusals
+
+    for_each(pipelines, run_one, as_json=as_json)
 
 
 def _print_plan(plan: Plan) -> None:

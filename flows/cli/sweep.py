@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.cli.matrix import Parameters, Selected
 from flows.cli.output import Json, open_home
 from flows.cli.pipeline import RunnerName
 from flows.cli.verbs import Access, add_verb
@@ -27,6 +28,8 @@ def sweep(
         list[str] | None,
         typer.Option("--set", metavar="A.B=C", help="Value to set in the file, such as sweep.trials=40."),
     ] = None,
+    given: Parameters = None,
+    selected: Selected = None,
     runner: RunnerName = None,
     as_json: Json = False,
 ) -> None:
@@ -38,12 +41,13 @@ def sweep(
     from flows.cli.stopping import stoppable
     from flows.prefect import configure_prefect
     from flows.runners import read_runner
+    from flows.spec import parse_parameters
     from flows.summary import summarize
     from flows.sweep import run_sweep
     from flows.sweep_file import load_sweep
     from tasks.sweep.search import require_optuna
 
-    loaded = load_sweep(spec, changes or ())
+    loaded = load_sweep(spec, changes or (), parameters=parse_parameters(given or ()), names=selected or ())
     require_optuna()
     home = open_home()
     settings = read_runner(home, runner)

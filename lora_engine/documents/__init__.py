@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from lora_engine.documents.json_source import decode, parse_json, place_of_key, read_json_object
     from lora_engine.documents.toml_source import read_toml
     from lora_engine.documents.yaml_source import Document, Where, parse_value, read_document
+    from lora_engine.documents.yaml_text import to_yaml
 
 _MODULES = {
     "lora_engine.documents.csv_source": "TableRow read_table",
     "lora_engine.documents.json_source": "decode parse_json place_of_key read_json_object",
     "lora_engine.documents.toml_source": "read_toml",
     "lora_engine.documents.yaml_source": "Document Where parse_value read_document",
+    "lora_engine.documents.yaml_text": "to_yaml",
 }
 
 __getattr__, __dir__ = exports(__name__, _MODULES)
@@ -36,4 +38,5 @@ __all__ = [
     "read_json_object",
     "read_table",
     "read_toml",
+    "to_yaml",
 ]

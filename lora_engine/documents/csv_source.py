@@ -34,7 +34,7 @@ class TableRow:
 def read_table(
     content: bytes,
     where: str,
-    columns: Sequence[str],
+    columns: Sequence[str] | None,
     error: type[WordedError],
     *,
     spellings: Mapping[str, str] | None = None,
@@ -46,7 +46,7 @@ def read_table(
     Args:
         content: The bytes of the table.
         where: The file, for errors.
-        columns: The columns to read.
+        columns: The columns to read; None means all of them.
         error: The class of the errors.
         spellings: Other spellings of columns -> the column.
 
@@ -60,6 +60,8 @@ def read_table(
     try:
         for cells in reader:
             place = f"{where}:{reader.line_num}"
+            if columns is None:
+                columns = [cell.strip().lower() for cell in cells]
             if names is None:
                 names = _read_names(cells, place, columns, spellings or {}, error)
             elif cells:

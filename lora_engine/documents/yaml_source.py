@@ -27,6 +27,13 @@ _FLOAT = re.compile(r"[-+]?((0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+|(0|[1-9][0-9]*)(\.[
 _BOOLEAN = re.compile(r"(true|false)$")
 _NULL = re.compile(r"(null|~|)$")
 _SCALARS = {"int": _INTEGER, "float": _FLOAT, "bool": _BOOLEAN, "null": _NULL}
+SCALAR_RESOLVERS = (
+    ("tag:yaml.org,2002:bool", _BOOLEAN, list("tf")),
+    ("tag:yaml.org,2002:null", _NULL, ["n", "~", ""]),
+    ("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789")),
+    ("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789")),
+)
+"""Tag, form and first characters of the scalars that are no text."""
 
 Where = tuple[str | int, ...]
 
@@ -52,7 +59,9 @@ class Document:
         return ":".join(map(str, (self.path, *self.lines.get(location, (1, 1)))))
 
 
-def read_document(path: Path, error: type[WordedError], *, allowed: str, optional: bool = False) -> Document:
+def read_document(
+    path: Path, error: type[WordedError], *, allowed: str, optional: bool = False, as_list: bool = False
+) -> Document:
     """Reads a YAML file, or a JSON file whose name ends in `.json`.
 
     Args:
@@ -60,6 +69,7 @@ def read_document(path: Path, error: type[WordedError], *, allowed: str, optiona
         error: The class of the errors.
         allowed: The mapping that the file must contain, for errors.
         optional: True reads a missing file and a file without a value as an empty mapping.
+        as_list: True expects a list, which is the value of the key `rows` of the data.
 
     Raises:
         WordedError: An `error`: the file is missing, not text, not YAML, too large or too deep, or has a duplicate key,
@@ -86,7 +96,9 @@ def read_document(path: Path, error: type[WordedError], *, allowed: str, optiona
             builder.parse(text.replace("\t", " "))
     if data is None and optional:
         data = {}
-    if not isinstance(data, dict):
+    if as_list and isinstance(data, list):
+        return Document(path, {"rows": data}, {("rows", *location): line for location, line in builder.lines.items()})
+    if as_list or not isinstance(data, dict):
         raise error(f"the file contains {_NOUNS[type(data)]}", where=str(path), allowed=allowed)
     return Document(path, data, builder.lines)
 
@@ -114,6 +126,7 @@ _NOUNS = {
     float: "a number",
     str: "text",
     list: "a list",
+    dict: "a mapping",
 }
 
 
@@ -137,13 +150,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-for _tag, _pattern, _first in (
-    ("tag:yaml.org,2002:bool", _BOOLEAN, "tf"),
-    ("tag:yaml.org,2002:null", _NULL, "n~\0"),
-    ("tag:yaml.org,2002:int", _INTEGER, "-+0123456789"),
-    ("tag:yaml.org,2002:float", _FLOAT, "-+.0123456789"),
-):
-    _Loader.add_implicit_resolver(_tag, _pattern, list(_first) if _tag[-4:] != "null" else ["n", "~", ""])
+for _tag, _pattern, _first in SCALAR_RESOLVERS:
+    _Loader.add_implicit_resolver(_tag, _pattern, _first)
 
 
 class _Builder:

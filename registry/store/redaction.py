@@ -102,6 +102,21 @@ def redact_error(error: BaseException) -> None:
         errors += [*filter(None, {current.__cause__, current.__context__})]
 
 
+def is_secret_key(name: str) -> bool:
+    """Returns True if the value of a setting with this name is a secret, which `redact_values` hides."""
+    return _SECRET_KEY.fullmatch(name) is not None
+
+
+def is_secret_variable(name: str) -> bool:
+    """Returns True if an environment variable with this name holds a secret."""
+    return _is_secret(name)
+
+
+def has_secret(text: str) -> bool:
+    """Returns True if a text has a part with the form of a secret, which `redact_values` hides."""
+    return _redact_forms(text) != text
+
+
 class SecretFreeErrors:
     """A `with` block whose errors leave it without secrets."""
 

@@ -257,7 +257,7 @@ OWN = {
     "registry/documents/gather.py": "files of an artifact, after their digests were verified",
     "flows/registered.py": "summaries of steps of this run",
     "flows/summary.py": "summaries of steps of this run",
-    "flows/spec.py": "data that the one parser has read, written again for pydantic's strict mode",
+    "flows/spec/validate.py": "data that the one parser has read, written again for pydantic's strict mode",
     "tasks/execution.py": "files of an artifact, after their digests were verified",
 }
 """Files with another parser -> what they read, which no user writes."""

@@ -31,7 +31,7 @@ MODULES: dict[str, tuple[str, tuple[str, ...]]] = {
     "policy": ("registry/policy/alias_policy.py", ("tests/registry",)),
     "promotion": ("registry/versions/promotion.py", ("tests/registry",)),
     "store": ("registry/store/artifacts.py", ("tests/registry",)),
-    "spec": ("flows/spec.py", ("tests/flows",)),
+    "spec": ("flows/spec/validate.py", ("tests/flows",)),
     "execution": ("tasks/execution.py", ("tests/flows", "tests/faults")),
 }
 """Module -> its file or package, and the folders with its tests. `reach` selects the tests for a mutant."""

@@ -1,4 +1,4 @@
-"""Loads a pipeline file as a `PipelineSpec` and validates all of it before anything runs.
+"""Validates the data of a pipeline file as a `PipelineSpec` before anything runs.
 
 Checks names, types, references between steps, cycles and files. Errors name file and line, the value, what is allowed
 and the nearest match. Executes nothing and opens no database.
@@ -7,169 +7,90 @@ and the nearest match. Executes nothing and opens no database.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from flows.refusals import explain, nearest
+from flows.spec.document import PipelineDocument
+from flows.spec.head import EXPANDED, INHERITED, Head, PipelineSpec
 from lora_engine.data.archives import is_archive, is_table
-from lora_engine.documents import Document, Where, parse_value, read_document
+from lora_engine.documents import Document, Where
 from lora_engine.errors import BaseModelError
 from lora_engine.families import Family, families
 from tasks.errors import SpecError
 from tasks.spec import REGISTERED, SAVED, STEP_NAME, ExternalKind, StepSpec
 from tasks.step import STEPS, locate_base
-from tasks.sweep.spec import SweepSettings
-
-INHERITED = ("base", "vae", "seed", "name")
-"""Top-level keys that are the defaults of the steps' keys of the same name."""
 
 
-class Head(BaseModel):
-    """A Loraline pipeline.
+class Bases:
+    """Finds base models and autoencoders; each is looked for once, for all pipelines of a file."""
 
-    Attributes:
-        name: Name of the pipeline, and default name of adapters that it registers.
-        base: Default base model of the steps: tiny, a hub id with @revision, a diffusers folder or a checkpoint file.
-        vae: Another autoencoder for the base in the steps that use one: a folder or a hub id.
-        seed: Default seed of the steps.
-        description: Text for readers.
-        concurrency: Maximum trainings per device at the same time; the default depends on the device.
-        sweep: A search over settings of the steps, for `loraline sweep`.
-        steps: The steps by name; each is validated by its own class.
-    """
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], Any] = {}
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    def find(self, field: str, name: str) -> Any:
+        """Returns the base, or with the field `vae` the autoencoder, of a name or path.
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
-    base: str = "tiny"
-    vae: str | None = None
-    seed: int = Field(0, ge=0, lt=2**63)
-    description: str = ""
-    concurrency: int | None = Field(None, ge=1, le=1024)
-    sweep: SweepSettings | None = None
-    steps: dict[str, dict[str, Any]] = Field(min_length=1)
+        Raises:
+            BaseModelError: There is none.
+        """
+        from lora_engine.bases.source import resolve_base
+        from lora_engine.bases.vae import resolve_vae
 
-
-@dataclass(frozen=True)
-class PipelineSpec:
-    """A valid pipeline.
-
-    Args:
-        name: Its name; the default name of adapters that `register` registers.
-        base: Default base model of the steps.
-        seed: Default seed of the steps.
-        steps: The steps by name, each after its upstream steps.
-        folder: The folder that relative paths in the file start from.
-        source: Data of the pipeline file, with overrides applied; recorded in lineage.
-        concurrency: Maximum trainings per device at the same time; None means the default of the device.
-        sweep: The search over settings that the file declares; None without one.
-    """
-
-    name: str
-    base: str
-    seed: int
-    steps: Mapping[str, StepSpec]
-    folder: Path
-    source: Mapping[str, Any]
-    concurrency: int | None = None
-    sweep: SweepSettings | None = None
+        if (field, name) not in self._found:
+            try:
+                self._found[field, name] = (resolve_vae if field == "vae" else resolve_base)(name)
+            except BaseModelError as error:
+                self._found[field, name] = error
+        found = self._found[field, name]
+        if isinstance(found, BaseModelError):
+            raise found
+        return found
 
 
-def load_spec(path: Path, overrides: Iterable[str] = ()) -> PipelineSpec:
-    """Reads and validates a pipeline file; see `read_pipeline_file`."""
-    return check_document(read_pipeline_file(path, overrides))
-
-
-def read_pipeline_file(path: Path, overrides: Iterable[str] = ()) -> Document:
-    """Reads a pipeline file without validating it.
-
-    Args:
-        path: A YAML or JSON file.
-        overrides: Texts `a.b=value`; `adapter.rank=8` is short for `steps.adapter.rank=8`.
-
-    Raises:
-        SpecError: The file is no mapping, or an override is not possible.
-    """
-    document = read_document(path, SpecError, allowed="a mapping with name, base, seed and steps")
-    for override in overrides:
-        _override(document, override)
-    return document
-
-
-def check_document(document: Document, *, check_bases: bool = True) -> PipelineSpec:
+def check_document(document: Document, *, check_bases: bool = True, bases: Bases | None = None) -> PipelineSpec:
     """Validates the data of a pipeline file.
 
     Args:
         document: The file. It need not exist; its folder is that of relative paths.
         check_bases: False does not look for the base models.
+        bases: The base models that were found before.
 
     Raises:
         SpecError: It is not a valid pipeline.
     """
+    for key in EXPANDED:
+        if key in document.data:
+            raise SpecError(f"{key!r} is not expanded", where=document.where((key,)), remedy="use `load_pipelines`")
     head = _validate(Head, document.data, (), document)
-    folder = document.path.resolve().parent
-    used = _families(head, folder) if check_bases else []
+    folder, bases = document.path.resolve().parent, bases or Bases()
+    used = _families(head, folder, bases) if check_bases else []
     steps = {name: _load_step(name, raw, head, used, document) for name, raw in head.steps.items()}
     steps |= dict(_saved_steps(steps, document))
     order = _order(steps, document)
     for name in order:
         _check_files(name, steps[name], folder, document)
         if check_bases:
-            _check_base(name, steps[name], folder, document)
+            _check_base(name, steps[name], folder, document, bases)
     ordered = {name: steps[name] for name in order}
-    return PipelineSpec(head.name, head.base, head.seed, ordered, folder, document.data, head.concurrency, head.sweep)
+    source, cell = document.data, None
+    if isinstance(document, PipelineDocument):
+        source, cell = document.to_record(), document.cell
+    return PipelineSpec(head.name, head.base, head.seed, ordered, folder, source, head.concurrency, head.sweep, cell)
 
 
-def _override(document: Document, override: str) -> None:
-    path, equals, text = override.partition("=")
-    keys = path.split(".")
-    if not equals or not all(keys):
-        # Without the rest, which may be a secret.
-        key = re.match(r"[\w.-]*", override)[0]  # type: ignore[index]  # it matches every text
-        raise SpecError(f"{key!r} has no key or no value", where="--set", allowed="KEY=VALUE, such as adapter.rank=8")
-    set_value(document, path, parse_value(text, f"--set {path}", SpecError), "--set")
-
-
-def set_value(document: Document, path: str, value: Any, where: str) -> None:
-    """Sets a value in the data of a pipeline file.
-
-    Args:
-        document: The file; its data change.
-        path: `a.b.c`; without a key of the file first, a path within its steps.
-        value: The value.
-        where: Where the path is from, for errors.
-
-    Raises:
-        SpecError: A key before the last is not in the file.
-    """
-    keys = path.split(".")
-    if keys[0] not in Head.model_fields:
-        keys.insert(0, "steps")
-    target: Any = document.data
-    for key in keys[:-1]:
-        if not isinstance(target, dict) or not isinstance(target.get(key), dict):
-            known = target if isinstance(target, dict) else ()
-            raise SpecError(f"{path!r}: unknown key {key!r}", where=where, **nearest(key, known))
-        target = target[key]
-    target[keys[-1]] = value
-
-
-def _families(head: Head, folder: Path) -> list[Family]:
+def _families(head: Head, folder: Path, bases: Bases) -> list[Family]:
     """Returns the families of the bases in a pipeline; without those that are not found."""
-    from lora_engine.bases.source import resolve_base
-
-    bases = {head.base, *(raw["base"] for raw in head.steps.values() if isinstance(raw.get("base"), str))}
+    names = {head.base, *(raw["base"] for raw in head.steps.values() if isinstance(raw.get("base"), str))}
     used: list[Family] = []
-    for base in sorted(bases):
+    for base in sorted(names):
         with suppress(BaseModelError):  # `_check_base` raises it
-            used.append(families[resolve_base(locate_base(base, folder)).family])
+            used.append(families[bases.find("base", locate_base(base, folder)).family])
     return used
 
 
@@ -273,15 +194,11 @@ def _is_of_kind(path: Path, kind: ExternalKind) -> bool:
     return kind == "file" or is_archive(path.name) or is_table(path.name)
 
 
-def _check_base(name: str, spec: StepSpec, folder: Path, document: Document) -> None:
-    from lora_engine.bases.source import resolve_base
-    from lora_engine.bases.vae import resolve_vae
-
-    finders: dict[str, Callable[[str], object]] = {"base": resolve_base, "vae": resolve_vae}
-    for field, resolve in finders.items():
+def _check_base(name: str, spec: StepSpec, folder: Path, document: Document, bases: Bases) -> None:
+    for field in ("base", "vae"):
         if (written := getattr(spec, field, None)) is not None:
             with _at_its_line(name, field, document):
-                resolve(locate_base(written, folder))
+                bases.find(field, locate_base(written, folder))
 
 
 @contextmanager
