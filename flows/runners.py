@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -178,9 +179,26 @@ def _create_threads(settings: RunnerSettings) -> TaskRunner[Any]:
 
 
 def _create_processes(settings: RunnerSettings) -> TaskRunner[Any]:
+    from prefect.settings import PREFECT_API_URL
     from prefect.task_runners import ProcessPoolTaskRunner
 
-    return ProcessPoolTaskRunner(max_workers=_workers(settings), initializer=_start_worker)
+    runner = ProcessPoolTaskRunner(max_workers=_workers(settings), initializer=_start_worker)
+    runner.set_subprocess_message_processor_factories([partial(_take_address, str(PREFECT_API_URL.value() or ""))])
+    return runner
+
+
+def _take_address(address: str) -> Callable[[str, Any], tuple[str, Any]]:
+    """Sets the server in the thread of the pool that forwards events; else Prefect starts another server for it."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    entered = temporary_settings({PREFECT_API_URL: address})
+    entered.__enter__()
+
+    def pass_on(kind: str, message: Any) -> tuple[str, Any]:
+        assert entered is not None  # held until the thread ends, which needs the settings
+        return kind, message
+
+    return pass_on
 
 
 def _create_dask(settings: RunnerSettings) -> TaskRunner[Any]:
