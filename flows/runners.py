@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "LORALINE_RUNNER"
 """Environment variable with the name of the task runner; overrides the setting of the home."""
+_ADDRESS = "PREFECT_API_URL"
 _GRACE = 90.0
 """Seconds that the steps of a worker have to save, once its run was killed. A training has 60."""
 
@@ -158,8 +158,30 @@ def started_runner(settings: RunnerSettings, home: Home) -> Iterator[StartedRunn
         yield StartedRunner(kind.create(settings))
         return
     shared = None if THREADS in os.environ else max(1, count_cores() // _workers(settings))
-    with threads(shared), receive_events(home) as relay:
+    with threads(shared), _exported_address(), receive_events(home) as relay:
         yield StartedRunner(kind.create(settings), relay)
+
+
+@contextmanager
+def _exported_address() -> Iterator[None]:
+    """Sets the address of the server in the environment, too.
+
+    Threads of task runners have no context of ours, read the environment, and would start another server.
+    """
+    from prefect.settings import PREFECT_API_URL
+
+    address, before = PREFECT_API_URL.value(), os.environ.get(_ADDRESS)
+    if not address:
+        yield
+        return
+    os.environ[_ADDRESS] = str(address)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ADDRESS]
+        else:
+            os.environ[_ADDRESS] = before
 
 
 def kill_workers() -> None:
@@ -179,26 +201,9 @@ def _create_threads(settings: RunnerSettings) -> TaskRunner[Any]:
 
 
 def _create_processes(settings: RunnerSettings) -> TaskRunner[Any]:
-    from prefect.settings import PREFECT_API_URL
     from prefect.task_runners import ProcessPoolTaskRunner
 
-    runner = ProcessPoolTaskRunner(max_workers=_workers(settings), initializer=_start_worker)
-    runner.set_subprocess_message_processor_factories([partial(_take_address, str(PREFECT_API_URL.value() or ""))])
-    return runner
-
-
-def _take_address(address: str) -> Callable[[str, Any], tuple[str, Any]]:
-    """Sets the server in the thread of the pool that forwards events; else Prefect starts another server for it."""
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    entered = temporary_settings({PREFECT_API_URL: address})
-    entered.__enter__()
-
-    def pass_on(kind: str, message: Any) -> tuple[str, Any]:
-        assert entered is not None  # held until the thread ends, which needs the settings
-        return kind, message
-
-    return pass_on
+    return ProcessPoolTaskRunner(max_workers=_workers(settings), initializer=_start_worker)
 
 
 def _create_dask(settings: RunnerSettings) -> TaskRunner[Any]:
