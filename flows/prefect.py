@@ -90,10 +90,10 @@ def run_as_flow(
             results.append(function(*args))
         return None if describe is None else to_prefect(describe(results[0]))
 
-    options = {"task_runner": runner.prefect} if runner is not None else {}
-    wrapped: Any = flow(name=FLOW, flow_run_name=name, validate_parameters=False, persist_result=False, **options)(
-        _run_current
-    )
+    executes = runner.prefect if runner is not None else None
+    wrapped: Any = flow(
+        name=FLOW, flow_run_name=name, validate_parameters=False, persist_result=False, task_runner=executes
+    )(_run_current)
 
     def call(*args: Any) -> _Result:
         results.clear()
@@ -217,7 +217,7 @@ def submit_work(name: str, work: Callable[[], _Result], prefix: str = "") -> Pre
     return future
 
 
-def wait_for_result(future: PrefectFuture[_Result]) -> _Result | BaseException:
+def wait_for_result(future: PrefectFuture[Any]) -> Any:
     """Waits for a task; returns its result or its error, such as `NotStarted` because of another one."""
     from prefect.exceptions import UpstreamTaskError
 
@@ -225,7 +225,7 @@ def wait_for_result(future: PrefectFuture[_Result]) -> _Result | BaseException:
         future.wait()
         if future.state.is_pending():
             return NotStarted(_NOT_STARTED)
-        result: _Result | BaseException = future.result(raise_on_failure=False)
+        result = future.result(raise_on_failure=False)
     except UpstreamTaskError:
         return NotStarted(_NOT_STARTED)
     except Exception as error:  # each task runner has its own for a worker that died

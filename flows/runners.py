@@ -207,7 +207,7 @@ def _create_processes(settings: RunnerSettings) -> TaskRunner[Any]:
 
 
 def _create_dask(settings: RunnerSettings) -> TaskRunner[Any]:
-    from prefect_dask import DaskTaskRunner
+    from prefect_dask.task_runners import DaskTaskRunner
 
     if settings.address:
         return DaskTaskRunner(address=settings.address)
@@ -226,12 +226,13 @@ def _create_ray(settings: RunnerSettings) -> TaskRunner[Any]:
     # Before the import of ray. It would hide the GPUs from tasks that reserve none; the home's device slots limit them.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    from prefect_ray import RayTaskRunner
+    from prefect_ray import RayTaskRunner  # type: ignore[import-untyped]
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if not settings.address:
         options |= {"num_cpus": _workers(settings), "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    return RayTaskRunner(address=settings.address, init_kwargs=options)
+    runner: TaskRunner[Any] = RayTaskRunner(address=settings.address, init_kwargs=options)
+    return runner
 
 
 def _start_worker() -> None:

@@ -96,7 +96,7 @@ def relayed(relay: Relay | None) -> Iterator[None]:
         )
     sender = _Sender(relay.folder / f"{uuid4().hex}.jsonl", relay.prefix)
     ended = threading.Event()
-    with optional_hidden(), step_scope(sender.send_event) as stop, sender.logging(relay.level):
+    with optional_hidden(), step_scope(sender.send_event) as stop, sender.sending_logs(relay.level):
         thread = threading.Thread(target=_watch, args=(relay, stop, ended), name="relay", daemon=True)
         thread.start()
         _running.add(sender)
@@ -185,7 +185,7 @@ class _Sender(logging.Handler):
         self._path, self._prefix, self._next, self._failed = path, prefix, 0.0, False
 
     @contextmanager
-    def logging(self, level: int) -> Iterator[None]:
+    def sending_logs(self, level: int) -> Iterator[None]:
         """Sends our log records, which this process then shows nowhere else."""
         loggers = [logging.getLogger(package) for package in _PACKAGES]
         before = [(logger.level, logger.propagate) for logger in loggers]
