@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 VARIABLE = "LORALINE_RUNNER"
 """Environment variable with the name of the task runner; overrides the setting of the home."""
-_ADDRESS = "PREFECT_API_URL"
 _GRACE = 90.0
 """Seconds that the steps of a worker have to save, once its run was killed. A training has 60."""
 
@@ -158,30 +157,24 @@ def started_runner(settings: RunnerSettings, home: Home) -> Iterator[StartedRunn
         yield StartedRunner(kind.create(settings))
         return
     shared = None if THREADS in os.environ else max(1, count_cores() // _workers(settings))
-    with threads(shared), _exported_address(), receive_events(home) as relay:
+    with threads(shared), _settings_of_all_threads(), receive_events(home) as relay:
         yield StartedRunner(kind.create(settings), relay)
 
 
 @contextmanager
-def _exported_address() -> Iterator[None]:
-    """Sets the address of the server in the environment, too.
+def _settings_of_all_threads() -> Iterator[None]:
+    """Makes Prefect's current settings those of threads without a context of ours.
 
-    Threads of task runners have no context of ours, read the environment, and would start another server.
+    Such threads of task runners would start another server, because the address of ours is not among their settings.
     """
-    from prefect.settings import PREFECT_API_URL
+    from prefect import context
 
-    address, before = PREFECT_API_URL.value(), os.environ.get(_ADDRESS)
-    if not address:
-        yield
-        return
-    os.environ[_ADDRESS] = str(address)
+    before = context.GLOBAL_SETTINGS_CONTEXT
+    context.GLOBAL_SETTINGS_CONTEXT = context.SettingsContext.get()
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_ADDRESS]
-        else:
-            os.environ[_ADDRESS] = before
+        context.GLOBAL_SETTINGS_CONTEXT = before
 
 
 def kill_workers() -> None:
