@@ -14,15 +14,25 @@ From `loraline run` to an optimizer step:
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, NoReturn
 
 from flows.crashed import mark_crashed, tag_of
 from flows.plan import Plan, PlannedStep, plan_pipeline
-from flows.prefect import CONDITION, FLOW, SkippedStep, current_flow_run, publish_table, run_as_flow, submit_step
+from flows.prefect import (
+    CONDITION,
+    FLOW,
+    SkippedStep,
+    current_flow_run,
+    publish_table,
+    run_as_flow,
+    submit_step,
+    wait_for_result,
+)
 from flows.registered import read_registered
 from flows.result import PipelineResult, final_state, tabulate, tabulate_failure
+from flows.runners import RunnerSettings, read_runner, runners, started_runner
 from flows.selection import ALL_STEPS, Selection
 from flows.server import prefect_server
 from flows.spec import PipelineSpec
@@ -49,7 +59,12 @@ _log = logging.getLogger(__name__)
 
 
 def run_pipeline(
-    spec: PipelineSpec, home: Home, *, force: Collection[str] = (), selection: Selection = ALL_STEPS
+    spec: PipelineSpec,
+    home: Home,
+    *,
+    force: Collection[str] = (),
+    selection: Selection = ALL_STEPS,
+    runner: RunnerSettings | None = None,
 ) -> PipelineResult:
     """Runs every step that is not cached, independent ones concurrently; cached results are verified.
 
@@ -58,10 +73,12 @@ def run_pipeline(
         home: The home with all state.
         force: Names of steps to run even if they are cached.
         selection: The steps of a partial run.
+        runner: The task runner of the steps; None takes that of the home.
 
     Raises:
         EngineError, RegistryError, OSError: The first failure, once all steps that do not depend on it have finished.
     """
+    settings = runner or read_runner(home)
     plan = plan_pipeline(spec, home, force=force, selection=selection)
     for step in plan.steps:
         _log.info("step %s: %s", step.name, step.reason)
@@ -88,10 +105,12 @@ def run_pipeline(
         publish_table(plan.name, tabulate(result, home), outer)
         return result
 
-    with prefect_server(), _recorded_run(plan, home) as run_id, threads(fitting_threads(_bases(plan))):
+    with prefect_server(), _recorded_run(plan, home) as run_id, threads(fitting_threads(bases_of([spec]))):
         # Here, because Prefect's server starts meanwhile, and because torch reads `threads` at its import.
-        import_for(step.job for step in plan.steps if step.runs)
-        return run_as_flow(plan.name, run_and_publish, final_state, tag=tag_of(run_id))(run_id)
+        if not runners[settings.type].isolated:
+            import_for(step.job for step in plan.steps if step.runs)
+        with started_runner(settings, home) as started:
+            return run_as_flow(plan.name, run_and_publish, final_state, tag=tag_of(run_id), runner=started)(run_id)
 
 
 def adopt_results(spec: PipelineSpec, home: Home) -> Plan:
@@ -135,7 +154,7 @@ def run_steps(
             if step.condition is not None:
                 inputs[CONDITION] = [futures[step.condition]]
             futures[step.name] = submit_step(step.job, inputs, home, run_id, force=step.force)
-    results = {name: _wait(future) for name, future in futures.items()}
+    results = {name: wait_for_result(future) for name, future in futures.items()}
     errors = {name: result for name, result in results.items() if isinstance(result, BaseException)}
     return {name: result for name, result in results.items() if name not in errors}, errors
 
@@ -150,14 +169,6 @@ def raise_first(errors: Mapping[str, BaseException]) -> NoReturn:
     if isinstance(error, EngineError | RegistryError | OSError):
         raise error
     raise PipelineFailed(f"{type(error).__name__}: {error}", where=f"step {name!r}") from error
-
-
-def _wait(future: Any) -> Any:
-    """Waits for a step and returns its outcome or its error."""
-    future.wait()
-    if future.state.is_pending():
-        return NotStarted("not started, because an upstream step failed")
-    return future.result(raise_on_failure=False)
 
 
 @contextmanager
@@ -196,6 +207,9 @@ def _names_to_register(plan: Plan) -> set[str]:
     return {spec.name for spec in specs if isinstance(spec, Register)}
 
 
-def _bases(plan: Plan) -> list[BaseSource]:
-    bases = {(base, step.job.folder) for step in plan.steps if (base := getattr(step.job.spec, "base", None))}
+def bases_of(specs: Iterable[PipelineSpec]) -> list[BaseSource]:
+    """Returns the base models that the steps of pipelines use."""
+    bases = {
+        (base, spec.folder) for spec in specs for step in spec.steps.values() if (base := getattr(step, "base", None))
+    }
     return [resolve_base(base) for base in sorted(locate_base(base, folder) for base, folder in bases)]

@@ -12,7 +12,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -24,10 +25,12 @@ from registry.home import Home
 from registry.store.artifacts import open_store
 from registry.store.redaction import SecretFreeErrors, redact, redact_values
 from tasks.condition import explain_unmet, parse_condition, read_condition_report
-from tasks.errors import SpecError, StepTimeout
+from tasks.errors import NotStarted, PipelineFailed, SpecError, StepTimeout
 from tasks.execution import execute
+from tasks.imports import import_for
 from tasks.job import Job, Outcome
 from tasks.progress import StepEvent, publish
+from tasks.relay import Relay, relayed
 from tasks.resources import retries_of
 from tasks.step import Inputs
 
@@ -38,12 +41,14 @@ if TYPE_CHECKING:
     from prefect.futures import PrefectFuture
 
     from flows.result import FinalState
+    from flows.runners import StartedRunner
 
 _Result = TypeVar("_Result")
 FLOW = "loraline"
 """Name of the flow of every pipeline."""
 CONDITION = "when"
 """Input of a step whose condition is about a report that its run makes."""
+_NOT_STARTED = "not started, because an upstream step failed"
 _PACKAGES = ("flows", "tasks", "registry", "lora_engine")
 
 
@@ -88,6 +93,7 @@ def run_as_flow(
     describe: Callable[[_Result], FinalState] | None = None,
     *,
     tag: str = "",
+    runner: StartedRunner | None = None,
 ) -> Callable[..., _Result]:
     """Wraps a function as a Prefect flow whose runs have the pipeline's name.
 
@@ -96,6 +102,7 @@ def run_as_flow(
         function: The function. The wrapper returns its result, and raises its errors, whatever the run's state.
         describe: Gives the final state of the flow run by the result; None lets Prefect choose it.
         tag: A tag of the flow run and its task runs; empty for none.
+        runner: Executes the tasks; None means threads.
     """
     with collection_paused():
         from prefect import flow, tags
@@ -108,17 +115,34 @@ def run_as_flow(
             results.append(function(*args))
         return None if describe is None else to_prefect(describe(results[0]))
 
-    wrapped: Any = flow(name=FLOW, flow_run_name=name, validate_parameters=False, persist_result=False)(run)
+    executes = runner.prefect if runner is not None else None
+    wrapped: Any = flow(
+        name=FLOW, flow_run_name=name, validate_parameters=False, persist_result=False, task_runner=executes
+    )(_run_current)
 
     def call(*args: Any) -> _Result:
         results.clear()
-        with tags(*filter(None, [tag])):
-            state = wrapped(*args, return_state=True)
+        token, relay = _current.set(lambda: run(*args)), _relay.set(runner.relay if runner is not None else None)
+        try:
+            with tags(*filter(None, [tag])):
+                state = wrapped(return_state=True)
+        finally:
+            _current.reset(token)
+            _relay.reset(relay)
         if not results:
             state.result()  # raises the function's error
         return results[0]
 
     return call
+
+
+_current: ContextVar[Callable[[], Any]] = ContextVar("current")
+_relay: ContextVar[Relay | None] = ContextVar("relay", default=None)
+
+
+def _run_current() -> Any:
+    """Calls the function of the flow; a name in this module, because workers get a copy of the flow."""
+    return _current.get()()
 
 
 def to_prefect(state: FinalState, data: Any = None) -> Any:
@@ -205,8 +229,6 @@ def submit_step(
         run_id: The run that the execution belongs to.
         force: True runs it even if it is cached.
     """
-    from prefect.utilities.annotations import quote
-
     retries = retries_of(job.spec.retries)
     task = _task().with_options(
         name=job.name,
@@ -215,18 +237,47 @@ def submit_step(
         retry_delay_seconds=retries.delay,
         retry_condition_fn=_is_no_stop if retries.any else _is_transient,
     )
-    future: PrefectFuture[Outcome | SkippedStep] = task.submit(quote(job), inputs, quote(home), run_id, force)
+    work = _Whole((job, home, _relay.get()))
+    future: PrefectFuture[Outcome | SkippedStep] = task.submit(work, inputs, run_id, force)
     return future
 
 
-def submit_work(name: str, work: Callable[[], _Result]) -> PrefectFuture[_Result]:
-    """Submits a function as a Prefect task of this name, to the task runner of the current flow."""
+def submit_work(name: str, work: Callable[[], _Result], prefix: str = "") -> PrefectFuture[_Result]:
+    """Submits a function as a Prefect task of this name, to the task runner of the current flow.
+
+    Args:
+        name: The name.
+        work: The function; a task runner with processes needs one that can be pickled.
+        prefix: Goes before the names of steps in events from other processes, with a slash.
+    """
     from prefect import task
     from prefect.cache_policies import NO_CACHE
 
     declare = task(name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
-    future: PrefectFuture[_Result] = declare(work).submit()
+    relay = _relay.get()
+    if relay is not None and prefix:
+        relay = replace(relay, prefix=f"{prefix}/")
+    future: PrefectFuture[_Result] = declare(_perform).submit(_Whole((work, relay)))
     return future
+
+
+def wait_for_result(future: PrefectFuture[Any]) -> Any:
+    """Waits for a task; returns its result or its error, such as `NotStarted` because of another one."""
+    from prefect.exceptions import UpstreamTaskError
+
+    try:
+        future.wait()
+        if future.state.is_pending():
+            return NotStarted(_NOT_STARTED)
+        result = future.result(raise_on_failure=False)
+    except UpstreamTaskError:
+        return NotStarted(_NOT_STARTED)
+    except Exception as error:  # each task runner has its own for a worker that died
+        return PipelineFailed(
+            f"a worker ended ({type(error).__name__}: {error})",
+            remedy="see whether the system killed it for its memory; run the same command to continue",
+        )
+    return result
 
 
 @lru_cache(maxsize=1)
@@ -237,7 +288,30 @@ def _task() -> Any:
     return task(cache_policy=NO_CACHE, persist_result=False)(_execute)
 
 
+class _Whole:
+    """A value in which neither Prefect nor Dask looks for futures; they would visit and rebuild dataclasses."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _perform(work: _Whole) -> Any:
+    function, relay = work.value
+    with relayed(relay):
+        return function()
+
+
 def _execute(
+    work: _Whole, inputs: Mapping[str, list[Outcome | SkippedStep | ArtifactRef]], run_id: str, force: bool
+) -> Any:
+    job, home, relay = work.value
+    with relayed(relay):
+        if relay is not None:  # the run imported them in its own process only
+            import_for([job])
+        return _execute_here(job, inputs, home, run_id, force)
+
+
+def _execute_here(
     job: Job, inputs: Mapping[str, list[Outcome | SkippedStep | ArtifactRef]], home: Home, run_id: str, force: bool
 ) -> Any:
     from prefect.states import Completed

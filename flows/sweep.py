@@ -12,13 +12,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flows.pipeline import run_pipeline
-from flows.plan import plan_pipeline
-from flows.prefect import run_as_flow, submit_work
+from flows.pipeline import bases_of, raise_first, run_pipeline
+from flows.plan import Plan, plan_pipeline
+from flows.prefect import run_as_flow, submit_work, wait_for_result
 from flows.result import PipelineResult
+from flows.runners import IN_THREADS, RunnerSettings, StartedRunner, read_runner, started_runner
 from flows.server import prefect_server
 from flows.spec import PipelineSpec
 from flows.sweep_file import DeclaredSweep
+from lora_engine.compute import fitting_threads, threads
 from lora_engine.errors import InterruptedRun, NonFiniteError, TrainingError
 from lora_engine.files import atomic_write, canonical_json, sha256_bytes
 from registry.entities import ArtifactRef
@@ -61,14 +63,19 @@ class SweepResult:
 
 
 def run_sweep(
-    sweep: DeclaredSweep, home: Home, report: Callable[[TrialRecord], None] = lambda record: None
+    sweep: DeclaredSweep,
+    home: Home,
+    report: Callable[[TrialRecord], None] = lambda record: None,
+    *,
+    runner: RunnerSettings | None = None,
 ) -> SweepResult:
     """Runs the trials that did not end yet, and registers the best one.
 
     Args:
         sweep: The sweep.
         home: The home with all state.
-        report: Called with every trial that ends.
+        report: Called with every trial that ends, in order.
+        runner: The task runner of the trials; None takes that of the home. The steps of a trial run in threads.
 
     Raises:
         TrainingError: No trial completed.
@@ -76,9 +83,13 @@ def run_sweep(
     """
     require_optuna()
     require_training(home, [step.name for step in sweep.spec.steps.values() if isinstance(step, Register)])
-    run = _SweepRun(sweep, home, trial_folder(home, sweep_key(sweep, home)), report)
-    with prefect_server():
-        trials = run_as_flow(f"{sweep.spec.name} sweep", run.run_trials)()
+    plan = _plan_trial(sweep, home)
+    run = _SweepRun(sweep, home, trial_folder(home, _key_of(sweep, plan)), report)
+    settings = runner or read_runner(home)
+    # Here, because workers compute with the threads of this process; those of a trial change the last bits of results.
+    with prefect_server(), threads(fitting_threads(bases_of([sweep.spec]))):
+        with started_runner(settings, home) as started:
+            trials = run.run_trials(started)
         best = best_trial(sweep.settings, trials)
         if best is None:
             raise TrainingError(
@@ -88,7 +99,7 @@ def run_sweep(
             )
         winner = describe_winner(sweep.settings, trials, best)
         spec = sweep.with_values(best.values, winner)
-        result = run_pipeline(spec, home)
+        result = run_pipeline(spec, home, runner=IN_THREADS)
     page = home.reports / f"{sweep.spec.name}-sweep.html"
     atomic_write(page, render_sweep(sweep.spec.name, sweep.settings, trials, best).encode())
     return SweepResult(trials, best, spec, result, page)
@@ -101,8 +112,11 @@ class _SweepRun:
     folder: Path
     report: Callable[[TrialRecord], None]
 
-    def run_trials(self) -> list[TrialRecord]:
+    def run_trials(self, runner: StartedRunner) -> list[TrialRecord]:
         """Returns all trials; those that did not end yet are run, as many at a time as the sweep declares."""
+        return run_as_flow(f"{self.sweep.spec.name} sweep", self._run_waves, runner=runner)()
+
+    def _run_waves(self) -> list[TrialRecord]:
         settings, ended = self.sweep.settings, read_trials(self.folder)
         for start in range(0, settings.trials, settings.parallel):
             numbers = range(start, min(start + settings.parallel, settings.trials))
@@ -117,18 +131,33 @@ class _SweepRun:
     def _run_wave(
         self, left: Mapping[int, Mapping[str, Any]], earlier: Sequence[TrialRecord]
     ) -> dict[int, TrialRecord]:
-        trials = {number: _Trial(self, number, values, earlier) for number, values in left.items()}
-        futures = {number: submit_work(f"trial-{number}", trial.run) for number, trial in trials.items()}
-        for future in futures.values():
-            future.wait()
-        return {number: future.result() for number, future in futures.items()}
+        futures = {
+            number: submit_work(
+                f"trial-{number}", _Trial(self.sweep, self.home, self.folder, number, values, earlier).run
+            )
+            for number, values in left.items()
+        }
+        ended: dict[int, TrialRecord] = {}
+        errors: dict[str, BaseException] = {}
+        for number, future in futures.items():
+            result = wait_for_result(future)
+            if isinstance(result, BaseException):
+                errors[f"trial-{number}"] = result
+            else:
+                ended[number] = result
+                self.report(result)
+        if errors:
+            raise_first(errors)
+        return ended
 
 
 @dataclass
 class _Trial:
-    """A trial in progress."""
+    """A trial in progress; before it starts, plain data that can be pickled."""
 
-    sweep_run: _SweepRun
+    sweep: DeclaredSweep
+    home: Home
+    folder: Path
     number: int
     values: Mapping[str, Any]
     earlier: Sequence[TrialRecord]
@@ -136,18 +165,18 @@ class _Trial:
 
     def run(self) -> TrialRecord:
         """Runs the pipeline and returns the record of the trial, once it is written."""
-        settings, home = self.sweep_run.sweep.settings, self.sweep_run.home
-        spec = self.sweep_run.sweep.with_values(self.values)
+        settings, home = self.sweep.settings, self.home
+        spec = self.sweep.with_values(self.values)
         with step_scope(lambda event: self._watch(event, stop)) as stop:
             try:
-                outcomes = run_pipeline(spec, home).outcomes
+                outcomes = run_pipeline(spec, home, runner=IN_THREADS).outcomes
             except NonFiniteError as error:
                 return self._record(state="failed", why=error.problem)
             except InterruptedRun:
                 if not stop.is_set():
                     raise
                 return self._pruned(tuple(sorted(self.curve.items())))
-        adapter = outcomes[self.sweep_run.sweep.adapter].ref
+        adapter = outcomes[self.sweep.adapter].ref
         curve = comparable_curve(read_training(home, adapter))
         if find_pruned_step(settings, self.earlier, curve) is not None:
             # It ended before it was stopped; the next trials must not depend on that.
@@ -156,7 +185,7 @@ class _Trial:
         return self._record(state="completed", value=value, curve=curve, **measure_adapter(home, adapter))
 
     def _watch(self, event: StepEvent, stop: threading.Event) -> None:
-        if event.step != self.sweep_run.sweep.adapter:
+        if event.step != self.sweep.adapter:
             return
         for point in event.points:
             loss = point.values.get("choice_loss", point.values.get("validation_loss"))
@@ -164,11 +193,11 @@ class _Trial:
                 continue
             self.curve[point.step] = loss
             curve = tuple(self.curve.items())
-            if find_pruned_step(self.sweep_run.sweep.settings, self.earlier, curve) is not None:
+            if find_pruned_step(self.sweep.settings, self.earlier, curve) is not None:
                 stop.set()
 
     def _pruned(self, curve: tuple[tuple[int, float], ...]) -> TrialRecord:
-        step = find_pruned_step(self.sweep_run.sweep.settings, self.earlier, curve)
+        step = find_pruned_step(self.sweep.settings, self.earlier, curve)
         until = tuple(point for point in curve if step is None or point[0] <= step)
         return self._record(
             state="pruned", curve=until, why=f"validation loss above the median of earlier trials at step {step}"
@@ -176,15 +205,17 @@ class _Trial:
 
     def _record(self, **facts: Any) -> TrialRecord:
         record = TrialRecord(number=self.number, values=dict(self.values), **facts)
-        write_trial(self.sweep_run.folder, record)
-        self.sweep_run.report(record)
+        write_trial(self.folder, record)
         return record
 
 
 def sweep_key(sweep: DeclaredSweep, home: Home) -> str:
     """Returns a digest of everything that the trials depend on, except their number."""
+    return _key_of(sweep, _plan_trial(sweep, home))
+
+
+def _key_of(sweep: DeclaredSweep, plan: Plan) -> str:
     settings = sweep.settings.model_dump(mode="json", exclude={"trials"})
-    plan = plan_pipeline(replace(sweep.spec, steps=_only(sweep)), home)
     made = {step.outcome.ref for step in plan.steps if step.outcome is not None}
     parts = []
     for step in plan.steps:
@@ -198,5 +229,7 @@ def sweep_key(sweep: DeclaredSweep, home: Home) -> str:
     return sha256_bytes(canonical_json([settings, parts]))
 
 
-def _only(sweep: DeclaredSweep) -> dict[str, Any]:
-    return {name: step for name, step in sweep.spec.steps.items() if name in sweep.trial_steps}
+def _plan_trial(sweep: DeclaredSweep, home: Home) -> Plan:
+    """Plans the steps of a trial with the values that the file has."""
+    steps = {name: step for name, step in sweep.spec.steps.items() if name in sweep.trial_steps}
+    return plan_pipeline(replace(sweep.spec, steps=steps), home)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Self
+from typing import Any, Self
 
 _SHOWN = 2000
 """Characters of each part of a message; the values that it quotes may be of any length."""
@@ -43,6 +43,10 @@ class WordedError(Exception):
         if remedy:
             parts.append(f"Fix: {make_readable(remedy)}.")
         super().__init__(" ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in parts))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles an error as it is, also of a class with other arguments, for the process that waits for it."""
+        return _restore_error, (type(self), self.args, vars(self))
 
     @property
     def reason(self) -> str:
@@ -91,6 +95,13 @@ class NonFiniteError(TrainingError):
 
 class InterruptedRun(TrainingError):
     """A signal stopped the run; the next run resumes from its last checkpoint."""
+
+
+def _restore_error(kind: type[WordedError], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> WordedError:
+    error = kind.__new__(kind, *arguments)
+    error.args = arguments
+    vars(error).update(attributes)
+    return error
 
 
 def make_readable(text: str) -> str:

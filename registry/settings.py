@@ -1,9 +1,10 @@
-"""Reads and writes the locations of store and databases: `loraline.yaml` in the home, or environment variables."""
+"""Reads and writes the settings of a home: `loraline.yaml` in it, or environment variables."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,7 +21,7 @@ VARIABLES = {"store": "LORALINE_STORE_URL", "database": "LORALINE_DATABASE_URL",
 
 
 class Settings(BaseModel):
-    """Locations outside the home; None keeps the part in the folder of the home.
+    """Locations outside the home; None keeps the part in the folder of the home. And how its runs execute.
 
     Attributes:
         store: fsspec URL of the folder or bucket that holds the blobs, such as `s3://bucket/loraline`.
@@ -28,6 +29,7 @@ class Settings(BaseModel):
         mlflow: SQLAlchemy URL of MLflow's database.
         concurrency_limit: Name of a global concurrency limit of the Prefect server, of which every step that uses a
             model holds a slot; None uses none.
+        runner: The task runner of runs; not read here.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,13 +38,14 @@ class Settings(BaseModel):
     database: str | None = None
     mlflow: str | None = None
     concurrency_limit: str | None = None
+    runner: dict[str, Any] | None = None
 
 
 def read_settings(home: Path) -> Settings:
     """Returns the settings of a home: those of its file, overridden by environment variables.
 
     Raises:
-        HomeError: The file is not YAML, or has an unknown key or a value that is not text.
+        HomeError: The file is not YAML, or has an unknown key or a value of another type.
     """
     overrides = {field: os.environ[name] for field, name in VARIABLES.items() if os.environ.get(name)}
     return read_file(home).model_copy(update=overrides)
@@ -65,7 +68,7 @@ def read_file(home: Path) -> Settings:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         key, where = ".".join(map(str, first["loc"])), document.where(first["loc"])
-        problem = f"{key}: the value is not text"
+        problem = f"{key}: the value is not {'a mapping' if key == 'runner' else 'text'}"
         if first["type"] == "extra_forbidden":
             problem = f"unknown setting {redact(key)!r}"
             remedy = did_you_mean(key, Settings.model_fields, remedy)

@@ -1,6 +1,7 @@
 """Publishes events of running steps to listeners, and passes stop requests to steps.
 
-Steps run in threads of one process. The command line listens and displays.
+Both stay in one process; `tasks.relay` carries them to and from workers in other processes. The command line listens
+and displays.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ Listener = Callable[[StepEvent], None]
 @dataclass(frozen=True)
 class _Scope:
     listener: Listener
+    outer: _Scope | None
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -75,7 +77,7 @@ def publish(event: StepEvent) -> None:
     """Sends an event to all listeners."""
     for listener in list(_listeners):
         listener(event)
-    if (scope := _scope.get()) is not None:
+    for scope in _scopes():
         scope.listener(event)
 
 
@@ -115,21 +117,29 @@ def stopping_on_sigterm() -> Iterator[None]:
 
 
 def stop_requested() -> bool:
-    """Returns True if a stop was requested, of all steps or of those of the caller's scope."""
-    scope = _scope.get()
-    return _stop.is_set() or (scope is not None and scope.stop.is_set())
+    """Returns True if a stop was requested, of all steps or of those of a scope that the caller runs in."""
+    return _stop.is_set() or any(scope.stop.is_set() for scope in _scopes())
 
 
 @contextmanager
 def step_scope(listener: Listener) -> Iterator[threading.Event]:
     """Listens to the steps that start inside a `with` block alone, and yields what stops them alone.
 
+    Scopes nest: an event reaches the listeners of all scopes around it.
+
     Args:
         listener: Called from the steps' threads, which Prefect starts with the context of the block.
     """
-    scope = _Scope(listener)
+    scope = _Scope(listener, _scope.get())
     token = _scope.set(scope)
     try:
         yield scope.stop
     finally:
         _scope.reset(token)
+
+
+def _scopes() -> Iterator[_Scope]:
+    scope = _scope.get()
+    while scope is not None:
+        yield scope
+        scope = scope.outer

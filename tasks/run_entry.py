@@ -19,7 +19,7 @@ from typing import Any
 
 from lora_engine.files import atomic_write, canonical_json
 from registry.home import Home
-from tasks.progress import StepEvent, listening
+from tasks.progress import StepEvent, step_scope
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def recording(home: Home, run_id: str, steps: Mapping[str, str]) -> Iterator[Non
     """
     entry = _Entry(home.runs / run_id, steps)
     _delete_oldest(home.runs)
-    with listening(entry.update):
+    with step_scope(entry.update):  # other runs in this process may have steps of the same names
         try:
             yield
         finally:
@@ -85,7 +85,7 @@ class _Entry:
     def update(self, event: StepEvent) -> None:
         """Takes an event of a step."""
         step = self._steps.get(event.step)
-        if step is None:  # of another run in this process
+        if step is None:  # of a pipeline around it
             return
         with self._lock:
             if event.kind == "warning":

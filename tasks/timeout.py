@@ -66,7 +66,7 @@ def _work_in_child(job: Job, context: Context, deadline: float) -> None:
                 logger, text, in_artifact = content
                 logging.getLogger(logger).warning(text, extra={"in_artifact": in_artifact})
             elif kind == "error":
-                raise _rebuilt(*content)
+                raise content
             else:
                 context.compute.update(content)
                 return
@@ -104,7 +104,7 @@ def _work(job: Job, context: Context, sender: Connection) -> None:
     try:
         work_on_device(job, replace(context, progress=report))
     except (EngineError, RegistryError, OSError) as error:
-        sender.send(("error", (type(error), error.args, vars(error))))
+        sender.send(("error", error))
     else:
         sender.send(("compute", context.compute))
 
@@ -118,14 +118,6 @@ class _WarningSender(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._sender.send(("warning", (record.name, record.getMessage(), getattr(record, "in_artifact", False))))
-
-
-def _rebuilt(kind: type[Exception], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> Exception:
-    """Returns an error as it was raised; its class may take other arguments than its text."""
-    error = kind.__new__(kind, *arguments)
-    error.args = arguments
-    vars(error).update(attributes)
-    return error
 
 
 def _timeout(job: Job) -> StepTimeout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,6 +32,15 @@ From = Annotated[list[str] | None, typer.Option("--from", metavar="STEP", help="
 To = Annotated[list[str] | None, typer.Option("--to", metavar="STEP", help="Step to run, with everything it needs.")]
 
 _BASE = "Base model: tiny, a hub id, a diffusers folder or a checkpoint file. Its family has the training defaults."
+
+RunnerName = Annotated[
+    str | None,
+    typer.Option(
+        "--runner",
+        metavar="NAME",
+        help="Task runner: {flows.runners:runners}.  [default: that of the home, else threads]",
+    ),
+]
 
 Concurrency = Annotated[
     int | None,
@@ -218,6 +228,7 @@ def run(
     only: Only = None,
     begin: From = None,
     end: To = None,
+    runner: RunnerName = None,
     as_json: Json = False,
 ) -> None:
     """Run a pipeline, or those of a matrix: every step that is not cached, with lineage."""
@@ -227,19 +238,32 @@ def run(
     from flows.cli.stopping import stoppable
     from flows.pipeline import run_pipeline
     from flows.prefect import configure_prefect
+    from flows.runners import read_runner, runners
     from flows.selection import Selection
 
     pipelines = load_selected(spec, changes, given, selected)
     forced = {loaded.name: _check_force(force, loaded) for loaded in pipelines}
     home = open_home()
+    settings = read_runner(home, runner)
     configure_prefect(home)
+    if concurrency is not None:
+        pipelines = tuple(replace(loaded, concurrency=concurrency) for loaded in pipelines)
     selection = Selection(only or (), begin or (), end or ())
+    finished: Mapping[str, PipelineResult | BaseException] = {}
+    if len(pipelines) > 1 and runners[settings.type].isolated:
+        from flows.matrix import run_pipelines
+
+        names = [f"{loaded.name}/{step}" for loaded in pipelines for step in loaded.steps]
+        with stoppable(), show_run(names, Console(stderr=as_json, force_terminal=False)):
+            finished = run_pipelines(pipelines, home, settings, force=force or (), selection=selection)
 
     def run_one(loaded: PipelineSpec) -> tuple[Any, bool]:
-        if concurrency is not None:
-            loaded = replace(loaded, concurrency=concurrency)
-        with stoppable(), show_run(list(loaded.steps), Console(stderr=as_json)):
-            result = run_pipeline(loaded, home, force=forced[loaded.name], selection=selection)
+        result = finished.get(loaded.name)
+        if result is None:
+            with stoppable(), show_run(list(loaded.steps), Console(stderr=as_json)):
+                result = run_pipeline(loaded, home, force=forced[loaded.name], selection=selection, runner=settings)
+        if isinstance(result, BaseException):
+            raise result
         if not as_json:
             _print_summary(loaded, home, result)
             return None, not result.refusals

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from flows.runners import kill_workers
 from tasks.progress import clear_stop, request_stop, stop_requested
 
 
@@ -18,6 +19,7 @@ def stoppable() -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop_requested():
+            kill_workers()
             raise KeyboardInterrupt
         request_stop()
         print("\nStopping: saving progress. Press Ctrl-C again to stop at once.", file=sys.stderr)

@@ -9,6 +9,7 @@ import typer
 
 from flows.cli.matrix import Parameters, Selected
 from flows.cli.output import Json, open_home
+from flows.cli.pipeline import RunnerName
 from flows.cli.verbs import Access, add_verb
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def sweep(
     ] = None,
     given: Parameters = None,
     selected: Selected = None,
+    runner: RunnerName = None,
     as_json: Json = False,
 ) -> None:
     """Search settings of a pipeline, and register the best trial; finished trials are not repeated."""
@@ -38,6 +40,7 @@ def sweep(
     from flows.cli.output import print_facts, print_json
     from flows.cli.stopping import stoppable
     from flows.prefect import configure_prefect
+    from flows.runners import read_runner
     from flows.spec import parse_parameters
     from flows.summary import summarize
     from flows.sweep import run_sweep
@@ -47,10 +50,16 @@ def sweep(
     loaded = load_sweep(spec, changes or (), parameters=parse_parameters(given or ()), names=selected or ())
     require_optuna()
     home = open_home()
+    settings = read_runner(home, runner)
     configure_prefect(home)
     console = Console(stderr=as_json)
     with stoppable(), show_run(list(loaded.spec.steps), console):
-        result = run_sweep(loaded, home, lambda record: console.print(_describe(record), markup=False, highlight=False))
+        result = run_sweep(
+            loaded,
+            home,
+            lambda record: console.print(_describe(record), markup=False, highlight=False),
+            runner=settings,
+        )
     if as_json:
         versions = {name: registered.to_json() for name, registered in result.pipeline.versions.items()}
         trials = [record.model_dump(mode="json") for record in result.trials]
