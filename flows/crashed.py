@@ -94,7 +94,7 @@ def requeue_crashed(flow: str) -> list[UUID]:
             and now - _RECENT < run.state.timestamp < now - _PAUSE
         ]
         for run_id in lost:
-            client.set_flow_run_state(run_id, AwaitingRetry(message=_AGAIN))  # type: ignore[call-arg]
+            client.set_flow_run_state(run_id, AwaitingRetry(message=_AGAIN))
         return lost
 
 

@@ -170,7 +170,8 @@ def _settings_of_all_threads() -> Iterator[None]:
     from prefect import context
 
     before = context.GLOBAL_SETTINGS_CONTEXT
-    context.GLOBAL_SETTINGS_CONTEXT = context.SettingsContext.get()
+    current = context.SettingsContext.get()
+    context.GLOBAL_SETTINGS_CONTEXT = before if current is None else current
     try:
         yield
     finally:

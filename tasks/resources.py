@@ -22,8 +22,8 @@ class Retries(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    count: int = Field(2, ge=0, le=100)
-    delay: float = Field(1.0, ge=0, le=86400, allow_inf_nan=False)
+    count: Annotated[int, Field(ge=0, le=100)] = 2
+    delay: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] = 1.0
     any: bool = False
 
 
@@ -39,7 +39,7 @@ class Resources(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: Annotated[str, Field(pattern=DEVICE_PATTERN)] = "auto"
-    memory: float | None = Field(None, gt=0, le=65536, allow_inf_nan=False)
+    memory: Annotated[float | None, Field(gt=0, le=65536, allow_inf_nan=False)] = None
     exclusive: bool = False
 
 

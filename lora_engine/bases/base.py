@@ -220,7 +220,7 @@ def device_chosen(device: str) -> Iterator[None]:
         SettingsError: This machine lacks the device.
     """
     kind, _, number = device.partition(":")
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    available: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     count = torch.cuda.device_count() if number else 0
     if (kind in available and not available[kind]()) or (number and int(number) >= count):
         raise SettingsError(
