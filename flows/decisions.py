@@ -12,12 +12,16 @@ from flows.spec import PipelineSpec
 from registry.entities import AdapterVersion, RunStatus
 from registry.errors import UnknownName, UnknownVersion
 from registry.home import Home
-from registry.identity import current_user
 from registry.lineage.record import Lineage
-from registry.policy.policy_file import read_policies
 from registry.refs import split_ref
 from registry.versions.versions import Versions
-from tasks.operations.release import ReleaseOutcome, find_obstacle, log_decision, promote_and_check
+from tasks.operations.release import (
+    ReleaseOutcome,
+    find_denial_of_move,
+    find_obstacle,
+    log_decision,
+    promote_and_check,
+)
 from tasks.operations.release_check import ReleaseCheck
 
 
@@ -68,11 +72,9 @@ def apply_answer(
             return ReleaseOutcome(
                 "Refused", f"{request.ref} not {request.alias}: the run was resumed without an answer"
             )
-        policy = read_policies(home.path).of(request.alias)
-        if not policy.may_move(answer.actor):
-            movers = ", ".join(policy.movers)
-            why = f"{answer.actor} may not move this alias; {movers} may"
-            return ReleaseOutcome("Refused", f"{request.ref} not {request.alias}: {why}")
+        denial = find_denial_of_move(versions, version, request.alias, answer.actor)
+        if denial:
+            return ReleaseOutcome("Refused", f"{request.ref} not {request.alias}: {denial}")
         if answer.decision == "reject":
             log_decision(versions, version, request.alias, "rejected", actor=answer.actor, reason=answer.reason)
             return ReleaseOutcome("Rejected", f"{version.ref} not {request.alias}: {answer.actor}: {answer.reason}")
@@ -111,7 +113,7 @@ def find_answer_obstacle(
 def expire_request(versions: Versions, version: AdapterVersion, request: ApprovalRequest) -> ReleaseOutcome:
     """Logs that a request expired; its version is released by hand alone from then on."""
     reason = f"no approval until {request.deadline}"
-    log_decision(versions, version, request.alias, "expired", actor=current_user(), reason=reason)
+    log_decision(versions, version, request.alias, "expired", actor=None, reason=reason)
     return ReleaseOutcome("ApprovalExpired", f"{version.ref} not {request.alias}: {reason}")
 
 

@@ -81,6 +81,21 @@ def read_aliased(session: Session, name: str | None = None) -> list[AdapterVersi
     return entities(session, [row for row in rows if _has_ref(row)])
 
 
+def read_latest(session: Session, name: str | None = None) -> list[tuple[AdapterVersion, int]]:
+    """Returns the latest active version of one name, or of all, with the number of its active versions; by name."""
+    if not can_exist(name or "any"):
+        return []
+    latest = select(VersionRow.name, func.max(VersionRow.version).label("version"), func.count().label("active"))
+    latest = latest.where(VersionRow.state == "ACTIVE").group_by(VersionRow.name)
+    found = (latest if name is None else latest.where(VersionRow.name == name)).subquery()
+    query = select(VersionRow, found.c.active).join(
+        found, (VersionRow.name == found.c.name) & (VersionRow.version == found.c.version)
+    )
+    rows = {row.name: (row, active) for row, active in session.execute(query) if _has_ref(row)}
+    versions = {version.name: version for version in entities(session, [row for row, _ in rows.values()])}
+    return [(versions[adapter], rows[adapter][1]) for adapter in sorted(versions)]
+
+
 def read_registered(session: Session, runs: Iterable[str]) -> list[AdapterVersion]:
     """Returns the versions that runs registered, by the runs' ids, ordered by name and number."""
     rows = [row for (row,) in batched(session, select(VersionRow), VersionRow.run_id, runs) if _has_ref(row)]

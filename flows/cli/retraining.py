@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.cli.matrix import Parameters, Selected, SpecPath
 from flows.cli.output import Json, home_path, open_home
 from flows.cli.verbs import Access, add_verb
 
@@ -35,13 +36,12 @@ def approve(
     from flows.approval import ApprovalAnswer
     from flows.cli.output import print_json
     from flows.waiting_runs import answer_request
-    from registry.identity import current_user
     from registry.versions.promotion import require_reason
 
     reason = require_reason(reason, f"{ref!r} cannot be decided")
     version, run = _find_waiting(ref, expect)
-    _require_mover(run.request.alias)
-    answer = ApprovalAnswer("reject" if reject else "approve", reason, current_user(), version.sha256)
+    actor = _require_mover(version, run.request.alias)
+    answer = ApprovalAnswer("reject" if reject else "approve", reason, actor, version.sha256)
     answer_request(run, answer)
     facts = {"version": version.ref, "sha256": version.sha256, "alias": run.request.alias, "run": run.name}
     if as_json:
@@ -54,7 +54,7 @@ def approve(
 
 
 def deployments(
-    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Pipeline file, YAML or JSON.")],
+    spec: SpecPath,
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="OUT", help="Prefect file to write, or to update if it exists.")
     ],
@@ -63,22 +63,18 @@ def deployments(
     ] = None,
     timezone: Annotated[str, typer.Option(metavar="ZONE", help="Time zone of the schedule.")] = "UTC",
     work_pool: Annotated[str, typer.Option("--work-pool", metavar="POOL", help="Work pool of the runs.")] = "local",
-    names: Annotated[
-        list[str] | None, typer.Option("--name", metavar="NAME", help="Pipeline to deploy; * matches.  [default: all]")
-    ] = None,
-    parameters: Annotated[
-        list[str] | None, typer.Option("--param", metavar="KEY=VALUE", help="Value of a parameter of the file.")
-    ] = None,
+    selected: Selected = None,
+    given: Parameters = None,
     paused: Annotated[bool, typer.Option("--paused", help="Write the schedules as inactive.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write one Prefect deployment per pipeline of a file, for `prefect deploy`."""
     from flows.cli.output import print_json
     from flows.deployments import DeploymentOptions, write_deployments
-    from flows.spec import load_pipelines
+    from flows.spec import load_pipelines, parse_parameters
 
-    values = _parse_parameters(parameters or [])
-    pipelines = load_pipelines(spec, parameters=values, names=names or ())
+    values = parse_parameters(given or ())
+    pipelines = load_pipelines(spec, parameters=values, names=selected or ())
     options = DeploymentOptions(cron, timezone, work_pool, str(home_path()), values, not paused)
     written = write_deployments(spec, pipelines, output, options)
     if as_json:
@@ -133,27 +129,22 @@ def _require_server(remedy: str) -> None:
         )
 
 
-def _require_mover(alias: str) -> None:
-    """Raises Refused if this user may not move the alias; the run would refuse it too, later."""
+def _require_mover(version: AdapterVersion, alias: str) -> str:
+    """Returns this process's user.
+
+    Raises:
+        Refused: The user may not move the alias; the run would refuse the answer too, later.
+    """
+    from contextlib import closing
+
     from registry.errors import Refused
-    from registry.identity import current_user
-    from registry.policy.policy_file import read_policies
+    from registry.policy.actors import establish_actor
+    from registry.versions.versions import Versions
+    from tasks.operations.release import find_denial_of_move
 
-    policy, actor = read_policies(home_path()).of(alias), current_user()
-    if not policy.may_move(actor):
-        reason = f"{actor} may not move this alias; {', '.join(policy.movers)} may"
-        raise Refused(
-            f"{alias!r} cannot be decided about", reasons=(reason,), where=alias, remedy="ask one of these users"
-        )
-
-
-def _parse_parameters(texts: list[str]) -> dict[str, str]:
-    from tasks.errors import SpecError
-
-    values = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not key or not equals:
-            raise SpecError(f"{key!r} has no key or no value", where="--param", allowed="KEY=VALUE")
-        values[key] = value
-    return values
+    with closing(Versions(open_home())) as versions:
+        user = establish_actor(versions)
+        denial = find_denial_of_move(versions, version, alias, user)
+    if denial:
+        raise Refused(f"{alias!r} cannot be decided about", reasons=(denial,), where=alias, remedy="ask a user who may")
+    return user

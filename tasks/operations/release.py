@@ -18,7 +18,10 @@ from registry import queries
 from registry.entities import AdapterVersion, Event
 from registry.errors import GoneVersion, MlflowError, PromotionError, Refused, RegistryError, UnknownVersion
 from registry.home import Home
+from registry.identity import Actor
+from registry.policy.actors import establish_actor
 from registry.policy.evaluate import evaluate_policy
+from registry.policy.policy_file import read_policies
 from registry.versions.promotion import promote, remove, rollback
 from registry.versions.versions import Versions
 from tasks.operations.promote import find_structure
@@ -66,16 +69,31 @@ def find_obstacle(versions: Versions, version: AdapterVersion, alias: str) -> st
     return ""
 
 
+def find_denial_of_move(versions: Versions, version: AdapterVersion, alias: str, actor: str | None) -> str:
+    """Returns why a user may not decide about an alias; empty if the user may. None means this process's user."""
+    user, policies = establish_actor(versions, actor), read_policies(versions.home.path)
+    policy = policies.of(alias)
+    if not policy.may_move(user):
+        return f"{user} may not move this alias; {', '.join(policy.movers)} may"
+    return policies.denial(user, "promote" if policy.protected else "stage", version.name, alias)
+
+
 def log_decision(
-    versions: Versions, version: AdapterVersion, alias: str, decision: Literal["rejected", "expired"], *, actor: str,
+    versions: Versions,
+    version: AdapterVersion,
+    alias: str,
+    decision: Literal["rejected", "expired"],
+    *,
+    actor: str | None,
     reason: str,
-) -> Event:  # fmt: skip
+) -> Event:
     """Logs that a version was rejected or that its approval expired; the alias stays."""
+    user = establish_actor(versions, actor)
     with versions.lineage.database.write() as session:
         current = queries.alias_target(session, version.name, alias)
         details = {_DECISION: decision}
         return queries.log_alias_event(
-            session, version, alias, current, action="refuse", actor=actor, reason=reason, details=details
+            session, version, alias, current, action="refuse", actor=user, reason=reason, details=details
         )
 
 
@@ -84,7 +102,7 @@ def promote_and_check(
     version: AdapterVersion,
     alias: str,
     *,
-    actor: str,
+    actor: str | None,
     reason: str,
     check: ReleaseCheck,
     roll_back: bool = True,
@@ -96,7 +114,7 @@ def promote_and_check(
         home: The home with all state.
         version: The version.
         alias: The alias.
-        actor: The user who decided; must be allowed to move the alias.
+        actor: The user who decided, who must be allowed to move the alias; None means this process's user.
         reason: The reason; stored in the log.
         check: The check.
         roll_back: False leaves the alias where it is if the check fails.
@@ -104,9 +122,10 @@ def promote_and_check(
     """
     versions = Versions(home)
     try:
+        user = establish_actor(versions, actor)
         pending = _pending(home, version, alias)
         structure = find_structure(versions, version)
-        refusal = _refuse(versions, version, alias, actor, structure)
+        refusal = _refuse(versions, version, alias, user, structure)
         if refusal:
             return ReleaseOutcome("Refused", f"{version.ref} not {alias}: {refusal}")
         # Before the promotion: the next run checks the version if this process dies in between.
@@ -118,7 +137,7 @@ def promote_and_check(
                 source or version.version,
                 alias,
                 reason=reason,
-                actor=actor,
+                actor=user,
                 expected_source=version.version,
                 structure=structure,
             )
@@ -128,20 +147,17 @@ def promote_and_check(
             pending.unlink(missing_ok=True)
             reasons = "; ".join(error.reasons) if isinstance(error, Refused) and error.reasons else error.problem
             return ReleaseOutcome("Refused", f"{version.ref} not {alias}: {reasons}")
-        return _check(versions, version, alias, actor, check, roll_back)
+        return _check(versions, version, alias, user, check, roll_back)
     finally:
         versions.close()
 
 
-def finish_checks(
-    home: Home, names: Sequence[str], *, actor: str, check: ReleaseCheck, roll_back: bool
-) -> list[ReleaseOutcome]:
+def finish_checks(home: Home, names: Sequence[str], *, check: ReleaseCheck, roll_back: bool) -> list[ReleaseOutcome]:
     """Checks versions whose promotion was recorded and whose check did not end, because the process died.
 
     Args:
         home: The home with all state.
         names: The adapters.
-        actor: The user of a rollback.
         check: The check.
         roll_back: False leaves the alias where it is if the check fails.
     """
@@ -154,14 +170,15 @@ def finish_checks(
                 continue
             version = versions.show(data["name"], data["version"])
             if data["alias"] in version.aliases:
-                outcomes.append(_check(versions, version, data["alias"], actor, check, roll_back))
+                user = establish_actor(versions)
+                outcomes.append(_check(versions, version, data["alias"], user, check, roll_back))
             path.unlink(missing_ok=True)
     finally:
         versions.close()
     return outcomes
 
 
-def _refuse(versions: Versions, version: AdapterVersion, alias: str, actor: str, structure: Sequence[str]) -> str:
+def _refuse(versions: Versions, version: AdapterVersion, alias: str, actor: Actor, structure: Sequence[str]) -> str:
     """Returns the reasons of the policy; asking first keeps refusals of every tick out of the log."""
     decision = evaluate_policy(
         versions, version, alias, actor=actor, damage=versions.damage(version), structure=structure
@@ -170,7 +187,7 @@ def _refuse(versions: Versions, version: AdapterVersion, alias: str, actor: str,
 
 
 def _check(
-    versions: Versions, version: AdapterVersion, alias: str, actor: str, check: ReleaseCheck, roll_back: bool
+    versions: Versions, version: AdapterVersion, alias: str, actor: Actor, check: ReleaseCheck, roll_back: bool
 ) -> ReleaseOutcome:
     problems = find_release_problems(versions.home, version, alias, check)
     outcome = ReleaseOutcome("Promoted", f"{version.ref} is {alias}")
@@ -186,7 +203,7 @@ def _check(
     return outcome
 
 
-def _roll_back(versions: Versions, version: AdapterVersion, alias: str, actor: str, reason: str) -> str:
+def _roll_back(versions: Versions, version: AdapterVersion, alias: str, actor: Actor, reason: str) -> str:
     """Moves the alias back, or removes it where no earlier version may have it; returns where it is, in words."""
     why = f"the check of {version.ref} failed: {reason}"
     with suppress(UnknownVersion):

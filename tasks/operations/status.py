@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -106,16 +105,10 @@ def read_adapters(home: Home, name: str | None = None) -> list[AdapterSummary]:
     if not _has_tables(home):
         return []
     with closing(Lineage(home.lineage_url)) as lineage, lineage.database.read() as session:
-        active = [version for version in queries.read_versions(session, name) if version.state == "ACTIVE"]
-    latest: dict[str, AdapterVersion] = {}
-    for version in active:
-        if version.name not in latest or version.version > latest[version.name].version:
-            latest[version.name] = version
-    numbers = Counter(version.name for version in active)
-    return [
-        AdapterSummary(adapter, version.version, version.created_at, version.gate_status, numbers[adapter])
-        for adapter, version in sorted(latest.items())
-    ]
+        return [
+            AdapterSummary(version.name, version.version, version.created_at, version.gate_status, number)
+            for version, number in queries.read_latest(session, name)
+        ]
 
 
 def read_status(home: Home, limit: int = 5, name: str | None = None) -> list[RunState]:

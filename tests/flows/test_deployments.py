@@ -74,7 +74,7 @@ def test_each_pipeline_gets_a_deployment_and_others_stay(pipeline: Callable[...,
         (["--cron", "0 3 * *"], "'0 3 * *' is no cron expression"),
         (["--cron", "61 3 * * *"], "'61 3 * * *' is no cron expression"),
         (["--cron", "0 3 * * *", "--timezone", "Mars/Base"], "unknown time zone 'Mars/Base'"),
-        (["--param", "novalue"], "'novalue' has no key or no value"),
+        (["--param", "novalue"], "'novalue' is no parameter with a value"),
     ],
 )
 def test_a_schedule_that_prefect_would_refuse_writes_nothing(

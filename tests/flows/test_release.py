@@ -144,8 +144,8 @@ def check_promoted(home: Home, number: int, *, roll_back: bool = True) -> Releas
     (home.path / "checks" / f"ring@{number}.production.json").write_text(
         f'{{"name": "ring", "version": {number}, "alias": "production"}}'
     )
-    (outcome,) = finish_checks(home, ["ring"], actor="anna", check=NO_SAMPLE, roll_back=roll_back)
-    assert finish_checks(home, ["ring"], actor="anna", check=NO_SAMPLE, roll_back=roll_back) == []
+    (outcome,) = finish_checks(home, ["ring"], check=NO_SAMPLE, roll_back=roll_back)
+    assert finish_checks(home, ["ring"], check=NO_SAMPLE, roll_back=roll_back) == []
     return outcome
 
 
@@ -154,7 +154,7 @@ def test_a_check_that_was_left_behind_is_dropped_once_the_alias_moved_on(opened:
     (opened.path / "checks" / "ring@3.production.json").write_text(
         '{"name": "ring", "version": 3, "alias": "production"}'
     )
-    assert finish_checks(opened, ["ring"], actor="anna", check=NO_SAMPLE, roll_back=True) == []
+    assert finish_checks(opened, ["ring"], check=NO_SAMPLE, roll_back=True) == []
     assert list((opened.path / "checks").iterdir()) == []
 
 

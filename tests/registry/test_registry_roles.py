@@ -100,7 +100,7 @@ NEEDED = {
 
 def test_every_operation_of_a_user_is_tried() -> None:
     # These follow from others, only read, or are tried elsewhere: import, gc and repair through the command line.
-    others = {"import", "gc", "repair", "stage", "flag", "refuse", "export", "sign", "link"}
+    others = {"import", "gc", "repair", "stage", "flag", "refuse", "export", "recall", "sign", "link"}
     assert NEEDED.keys() | others == set(OPERATIONS)
 
 
