@@ -142,7 +142,7 @@ def relay_events(home: Home, server: str, *, timeout: float = _TIMEOUT) -> list[
 
 
 @contextmanager
-def relayed(path: Path) -> Iterator[None]:
+def sending_events(path: Path) -> Iterator[None]:
     """Sends the events of a verb at its end, also if it was refused; does nothing without `PREFECT_API_URL`.
 
     A server that does not answer is a warning, because the flow `relay` sends the events later.

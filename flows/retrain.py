@@ -16,6 +16,7 @@ from prefect import flow
 from flows.approval import ApprovalAnswer, ApprovalRequest, read_answer
 from flows.crashed import requeue_crashed
 from flows.decisions import mark_lost_answers, watched_decision
+from flows.events import sending_events
 from flows.pipeline import run_pipeline
 from flows.prefect import logs_of_flow_run, publish_markdown, to_prefect
 from flows.releasing import continue_release, describe_changes, release_versions
@@ -73,7 +74,7 @@ def retrain(
         prefect.exceptions.Pause: The run waits for an approval.
     """
     opened = Home.open(Path(home))
-    with optional_hidden(), stopping_on_sigterm(), SecretFreeErrors(), logs_of_flow_run():
+    with optional_hidden(), stopping_on_sigterm(), SecretFreeErrors(), logs_of_flow_run(), sending_events(opened.path):
         loaded = _load(Path(spec), pipeline, parameters or {})
         waited = read_answer()
         if waited is not None:

@@ -59,9 +59,9 @@ class Verb(TyperCommand):
             if ctx.obj in {Access.NONE, Access.READ} or not os.environ.get("PREFECT_API_URL"):
                 return super().invoke(ctx)
             from flows.cli.output import home_path
-            from flows.events import relayed
+            from flows.events import sending_events
 
-            with relayed(home_path()):
+            with sending_events(home_path()):
                 return super().invoke(ctx)
         finally:
             _running.reset(token)

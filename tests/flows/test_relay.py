@@ -56,7 +56,7 @@ def test_verbs_send_what_they_log_once_and_old_events_are_not_sent(trained: Trai
     home = trained.home
     old = len(log_of(home))
     verb("promote", "small@1", "--to", "production", "--reason", "looks right", home=home, server=prefect_server)
-    verb("withdraw", "small@1", "--reason", "too early", home=home, server=prefect_server)  # refused, not logged
+    verb("withdraw", "small@1", "--reason", "too early", home=home, server=prefect_server)  # refused
     verb("unalias", "small@production", "--reason", "off", home=home, server=prefect_server)
     verb("unalias", "small@staging", "--reason", "off", home=home, server=prefect_server)
     verb("withdraw", "small@1", "--reason", "done", home=home, server=prefect_server)
@@ -64,6 +64,7 @@ def test_verbs_send_what_they_log_once_and_old_events_are_not_sent(trained: Trai
     events = received(prefect_server, home)
     assert [event["event"].removeprefix("loraline.adapter.") for event in events] == [
         "promoted",
+        "refused",
         "alias-removed",
         "alias-removed",
         "withdrawn",
