@@ -9,7 +9,6 @@ import os
 import socket
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from types import MappingProxyType
 from typing import Any, Literal, Self
 
 from registry.errors import IdentityError
@@ -38,7 +37,7 @@ class Actor(str):
     def __new__(cls, name: str, established: ActorSource = "declared", facts: Mapping[str, Any] | None = None) -> Self:
         """Returns the actor."""
         actor = super().__new__(cls, name)
-        actor.established, actor.facts = established, MappingProxyType(dict(facts or {}))
+        actor.established, actor.facts = established, dict(facts or {})
         return actor
 
     def record(self) -> dict[str, Any]:

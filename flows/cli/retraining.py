@@ -147,4 +147,4 @@ def _require_mover(version: AdapterVersion, alias: str) -> str:
         denial = find_denial_of_move(versions, version, alias, user)
     if denial:
         raise Refused(f"{alias!r} cannot be decided about", reasons=(denial,), where=alias, remedy="ask a user who may")
-    return user
+    return str(user)
