@@ -341,11 +341,14 @@ def read_events(
 
 
 def read_moves(session: Session, name: str | None = None) -> dict[tuple[str, str], Event]:
-    """Returns the event that moved each alias to where it points, by (name, alias); of one name, or of all."""
-    query = select(EventRow).join(AliasRow, AliasRow.seq == EventRow.seq)
+    """Returns the event that moved each alias to where it points, by (name, alias); of one name, or of all.
+
+    An alias whose event is damaged is left out.
+    """
+    query = select(AliasRow.name, AliasRow.alias, EventRow).join(EventRow, AliasRow.seq == EventRow.seq)
     if name is not None:
         query = query.where(AliasRow.name == name)
-    return {(event.name, event.alias): event for event in map(_event, session.scalars(query))}
+    return {(adapter, alias): _event(row) for adapter, alias, row in session.execute(query)}
 
 
 def read_event(session: Session, seq: int) -> Event:

@@ -98,7 +98,8 @@ def _print_aliases(aliases: Sequence[AliasState], lockouts: Mapping[str, str]) -
     columns = ("alias", "version", "since (UTC)", "by", "because", "policy", "reason")
     rows = []
     for state in aliases:
-        moved = (f"{state.name}@{state.alias}", state.version, f"{state.since:%Y-%m-%d %H:%M}", state.actor)
+        since = f"{state.since:%Y-%m-%d %H:%M}" if state.since else ""
+        moved = (f"{state.name}@{state.alias}", state.version, since, state.actor)
         for reason in state.reasons or (_overridden(state.overridden),):
             rows.append((*moved, state.moved_because, "NOT MET" if state.reasons else "met", reason))
     if rows:

@@ -35,7 +35,7 @@ class AliasState:
         version: Number of the version.
         reasons: Reasons for which the version does not meet the policy; empty if it does.
         overridden: Reasons that a user overrode.
-        since: Time at which the alias was moved to the version.
+        since: Time at which the alias was moved to the version; None if the event is damaged.
         actor: The user who moved it.
         moved_because: The reason that the user gave.
     """
@@ -45,7 +45,7 @@ class AliasState:
     version: int
     reasons: tuple[str, ...]
     overridden: tuple[str, ...]
-    since: datetime
+    since: datetime | None
     actor: str
     moved_because: str
 
@@ -119,8 +119,8 @@ def read_alias_states(context: RegistryContext, session: Session, name: str | No
     for version in queries.read_aliased(session, name):
         for alias in version.aliases:
             decision, overridden = _judge(context, session, version, alias)
-            move, unmet = moves[version.name, alias], tuple(sorted(overridden))
-            moved = (move.at, move.actor, move.reason)
+            move, unmet = moves.get((version.name, alias)), tuple(sorted(overridden))
+            moved = (None, "", "") if move is None else (move.at, move.actor, move.reason)
             states.append(AliasState(version.name, alias, version.version, decision.reasons, unmet, *moved))
     return sorted(states, key=lambda state: (state.name, state.alias))
 

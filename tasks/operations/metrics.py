@@ -83,7 +83,7 @@ def _alias_metrics(aliases: Sequence[AliasState]) -> Iterator[Metric]:
     labels = ("adapter", "alias")
     states = {(state.name, state.alias): state for state in aliases}
     number = {key: state.version for key, state in states.items()}
-    since = {key: state.since.timestamp() for key, state in states.items()}
+    since = {key: state.since.timestamp() for key, state in states.items() if state.since}
     met = {key: int(not state.reasons) for key, state in states.items()}
     yield _gauge("alias_version", "Version that an alias points at", labels, number)
     yield _gauge("alias_moved_timestamp_seconds", "Time at which an alias moved to its version", labels, since)

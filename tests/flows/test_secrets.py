@@ -72,8 +72,8 @@ OVERRIDES = {
     f"captions.hf_token:{MARK}": "'captions.hf_token' has no key or no value",
     f"captions.hf_tokn='{MARK}": "--set captions.hf_tokn:1:9: found unexpected end of stream",
     f"captions.hf_tokn={MARK}": "unknown key 'captions.hf_tokn'",
-    f"seed={TOKEN}": "seed is '***'",
-    f"prepared.resolution=https://ada:{MARK}@hub/model": "prepared.resolution is 'https://***@hub/model'",
+    f"seed={TOKEN}": "seed is a secret in plain text",
+    f"prepared.resolution=https://ada:{MARK}@hub/model": "resolution is a secret in plain text",
 }
 
 
@@ -139,18 +139,20 @@ def test_a_target_database_is_named_without_its_secrets(opened: Home) -> None:
 def test_a_run_records_no_secret_of_its_file_or_its_environment(
     pipeline: Write, opened: Home, prefect_server: str
 ) -> None:
-    text = PREPARE + f"description: from https://ada:{MARK}@host/x?token={MARK}q, with {TOKEN}\n"
-    path = pipeline(text)
+    path = pipeline(PREPARE + "description: from the camera\n")
+    refused = path.with_name("refused.yaml")
+    refused.write_text(PREPARE + f"description: from https://ada:{MARK}@host/x?token={MARK}q, with {TOKEN}\n")
     secrets = {"HF_TOKEN": TOKEN, "AWS_SECRET_ACCESS_KEY": f"{MARK} key", "PREFECT_API_AUTH_STRING": f"ada:{MARK}"}
     outputs = [call(opened, verb, str(path), **secrets) for verb in ("run", "plan")]
     (path.parent / "images").rename(path.parent / "moved")
-    outputs.append(call(opened, "run", str(path), **secrets))
-    assert [code for code, _ in outputs] == [0, 0, 2]
+    outputs += [call(opened, "run", str(file), **secrets) for file in (path, refused)]
+    assert [code for code, _ in outputs] == [0, 0, 2, 2]
+    assert "description is a secret in plain text" in outputs[-1][1]
     assert leaks(opened.path, *(text for _, text in outputs)) == []
     lineage = Lineage(opened.lineage_url)
     (run,) = lineage.runs()
     lineage.close()
-    assert run.spec["description"] == "from https://***@host/x?token=***, with ***"
+    assert run.spec["description"] == "from the camera"
     for kind in ("flow_runs", "task_runs"):
         request = Request(f"{prefect_server}/{kind}/filter", b"{}", {"Content-Type": "application/json"})
         with urlopen(request, timeout=60) as answer:

@@ -258,6 +258,15 @@ OWN = {
     "flows/registered.py": "summaries of steps of this run",
     "flows/summary.py": "summaries of steps of this run",
     "flows/spec/validate.py": "data that the one parser has read, written again for pydantic's strict mode",
+    "tasks/relay.py": "events that the workers of this run write",
+    "tasks/operations/release.py": "a check that the home's own process began",
+    "tasks/operations/delivery_layout.py": "the front matter of a card, after its digest was verified",
+    "flows/deliver.py": "a number that the home's own process wrote",
+    "flows/events.py": "how far the home's own process sent events",
+    "flows/sensors.py": "what the home's own process saw last",
+    "flows/up.py": "what the home's own process started",
+    "flows/supervision.py": "answers of the Prefect server that our own process started",
+    "flows/deployments.py": "data that the one parser has read, copied",
     "tasks/execution.py": "files of an artifact, after their digests were verified",
 }
 """Files with another parser -> what they read, which no user writes."""
