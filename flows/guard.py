@@ -26,7 +26,7 @@ _LAST_GRACE = 15.0
 """Seconds between SIGTERM to every process, upon which trainings write a checkpoint, and SIGKILL."""
 
 
-def guarded(command: Sequence[str], grace: float) -> list[str]:
+def guarded_command(command: Sequence[str], grace: float) -> list[str]:
     """Returns the command line that runs a command under a guard.
 
     Args:

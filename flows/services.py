@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from flows.guard import guarded
+from flows.guard import guarded_command
 from tasks.errors import PipelineFailed
 
 _LINES = 12
@@ -38,7 +38,7 @@ class Service:
         descriptors: Sequence[int] = (),
     ) -> None:
         self.name, self.log, self.starts = name, log, 0
-        self._command, self._environment = guarded(command, grace), environment
+        self._command, self._environment = guarded_command(command, grace), environment
         self._descriptors = descriptors
         self._process: subprocess.Popen[bytes] | None = None
 

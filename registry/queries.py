@@ -96,7 +96,7 @@ def read_latest(session: Session, name: str | None = None) -> list[tuple[Adapter
     return [(versions[adapter], rows[adapter][1]) for adapter in sorted(versions)]
 
 
-def read_registered(session: Session, runs: Iterable[str]) -> list[AdapterVersion]:
+def read_versions_of_runs(session: Session, runs: Iterable[str]) -> list[AdapterVersion]:
     """Returns the versions that runs registered, by the runs' ids, ordered by name and number."""
     rows = [row for (row,) in batched(session, select(VersionRow), VersionRow.run_id, runs) if _has_ref(row)]
     return entities(session, sorted(rows, key=lambda row: (row.name, row.version)))

@@ -31,10 +31,10 @@ def status(
     """Show runs, adapters, and aliases with who moved them and their policies. Exit code 1 if a policy is not met."""
     from flows.cli.output import print_json
     from flows.queued import read_queued
-    from tasks.operations.status import read_adapters, read_aliases, read_status
+    from tasks.operations.status import read_aliases, read_status, summarize_adapters
 
     home = open_home()
-    runs, adapters = read_status(home, limit, name), read_adapters(home, name)
+    runs, adapters = read_status(home, limit, name), summarize_adapters(home, name)
     aliases, lockouts = read_aliases(home, name)
     queued = read_queued()
     if as_json:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from flows.retraining import RetrainingSettings
 from flows.spec.parameters import Parameter, Scalar
-from flows.spec.references import MAX_CELLS, PARAMETER_NAME
+from flows.spec.references import MAX_PIPELINES, PARAMETER_NAME
 from tasks.spec import StepSpec
 from tasks.sweep.spec import SweepSettings
 
@@ -21,8 +21,8 @@ INHERITED = ("base", "vae", "seed", "name")
 
 EXPANDED = ("extends", "parameters", "matrix")
 """Top-level keys that say how the file expands to pipelines; no pipeline has them."""
-_LISTS = {"type": "array", "minItems": 1, "maxItems": MAX_CELLS}
-_CELLS = {"type": "array", "maxItems": MAX_CELLS, "items": {"type": "object", "minProperties": 1}}
+_LISTS = {"type": "array", "minItems": 1, "maxItems": MAX_PIPELINES}
+_CELLS = {"type": "array", "maxItems": MAX_PIPELINES, "items": {"type": "object", "minProperties": 1}}
 _MATRIX = {
     "anyOf": [
         {**_CELLS, "minItems": 1},

@@ -10,8 +10,8 @@ from typing import Any
 
 from flows.refusals import nearest
 from flows.spec.document import PipelineDocument, refuse_secrets
-from flows.spec.parameters import Parameter, check_name
-from flows.spec.references import MAX_CELLS, References, typed_value
+from flows.spec.parameters import Parameter, check_parameter_name
+from flows.spec.references import MAX_PIPELINES, References, typed_value
 from lora_engine.documents import Where, read_document, read_table
 from tasks.errors import SpecError
 
@@ -48,7 +48,7 @@ class MatrixReader:
         """Returns the cells in the order of the file, the last axis changing first.
 
         Raises:
-            SpecError: The matrix has another form, no values, more than `MAX_CELLS` cells, or a bad value.
+            SpecError: The matrix has another form, no values, more than `MAX_PIPELINES` cells, or a bad value.
         """
         raw, root = self._document.data["matrix"], ("matrix",)
         if isinstance(raw, list):
@@ -93,26 +93,26 @@ class MatrixReader:
 
     def _list(self, key: str, raw: Mapping[str, Any]) -> Sequence[Any]:
         value = raw.get(key, [])
-        if not isinstance(value, list) or len(value) > MAX_CELLS:
+        if not isinstance(value, list) or len(value) > MAX_PIPELINES:
             raise SpecError(
                 f"matrix.{key} is {_kind(value)}",
                 where=self._document.where(("matrix", key)),
-                allowed=f"a list of at most {MAX_CELLS} mappings",
+                allowed=f"a list of at most {MAX_PIPELINES} mappings",
             )
         return value
 
     def _count(self, cells: int, more: int) -> None:
-        if cells + more > MAX_CELLS:
+        if cells + more > MAX_PIPELINES:
             raise SpecError(
                 f"the matrix has {cells + more} cells",
                 where=self._document.where(("matrix",)),
-                allowed=f"at most {MAX_CELLS}",
+                allowed=f"at most {MAX_PIPELINES}",
                 remedy="write several pipeline files that extend one",
             )
 
     def _check_axis(self, name: str, values: Any) -> None:
         where = self._document.where(("matrix", name))
-        check_name(name, "axis", where)
+        check_parameter_name(name, "axis", where)
         if not isinstance(values, list):
             raise SpecError(f"axis {name!r} is {_kind(values)}", where=where, allowed="a list of values")
         if not values:
@@ -128,7 +128,7 @@ class MatrixReader:
         if not isinstance(row, Mapping) or not row:
             raise SpecError(f"a cell of the matrix is {_kind(row)}", where=where, allowed="a mapping of values")
         for name in row:
-            check_name(name, "axis", self._document.where((*location, name)))
+            check_parameter_name(name, "axis", self._document.where((*location, name)))
         return {name: self._value(name, value, (*location, name)) for name, value in row.items()}
 
     def _value(self, name: str, value: Any, location: Where) -> Any:
@@ -176,7 +176,7 @@ class MatrixReader:
         for row in rows:
             cells = {name: text.strip() for name, text in row.cells.items() if text.strip()}
             for name in cells:
-                check_name(name, "column", row.place(name))
+                check_parameter_name(name, "column", row.place(name))
             place = row.where
             refuse_secrets(PipelineDocument(path, dict(cells), {}), place)
             yield {name: self._checked(name, text, lambda p=place: p, parsed=True) for name, text in cells.items()}

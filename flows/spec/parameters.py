@@ -134,7 +134,7 @@ def read_declared(document: PipelineDocument) -> dict[str, Parameter]:
     return {name: _read_parameter(name, entry, document) for name, entry in raw.items()}
 
 
-def check_name(name: str, what: str, where: str) -> None:
+def check_parameter_name(name: str, what: str, where: str) -> None:
     """Refuses a name that no reference can have.
 
     Raises:
@@ -148,7 +148,7 @@ def check_name(name: str, what: str, where: str) -> None:
 
 def _read_parameter(name: str, raw: Any, document: PipelineDocument) -> Parameter:
     location: Where = ("parameters", name)
-    check_name(name, "parameter", document.where(location))
+    check_parameter_name(name, "parameter", document.where(location))
     data = raw if isinstance(raw, Mapping) else {"default": raw}
     try:
         declared = Parameter.model_validate(data, strict=True)

@@ -15,7 +15,7 @@ from tasks.errors import SpecError
 
 PARAMETER_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 """Name of a parameter and of a matrix axis."""
-MAX_CELLS = 1000
+MAX_PIPELINES = 1000
 """Largest number of pipelines of a file."""
 _PART = re.compile(r"\$\$|\$\{(?P<inner>[^{}]*)\}|\$\{")
 _ENVIRONMENT = re.compile(r"env:(?P<name>[A-Za-z_][A-Za-z0-9_]{0,254})(?P<default>:-.*)?", re.DOTALL)

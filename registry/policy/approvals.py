@@ -38,7 +38,7 @@ class Endorsement:
     withdrawn: bool
 
 
-def digests_of(version: AdapterVersion) -> dict[str, str | None]:
+def endorsed_digests(version: AdapterVersion) -> dict[str, str | None]:
     """Returns the digests that an endorsement is bound to: the adapter file, its artifact and its report."""
     report = version.report.sha256 if version.report else None
     return {"sha256": version.sha256, "artifact": version.artifact.sha256, "report": report}
@@ -55,8 +55,8 @@ def read_endorsements(session: Session, version: AdapterVersion, alias: str | No
     newest: dict[tuple[str, str], Endorsement] = {}
     for row in _events(session, version, "endorse"):
         details = row.details if isinstance(row.details, Mapping) else {}
-        bound = {key: details.get(key) for key in digests_of(version)}
-        if bound != digests_of(version) or (alias is not None and details.get("alias") != alias):
+        bound = {key: details.get(key) for key in endorsed_digests(version)}
+        if bound != endorsed_digests(version) or (alias is not None and details.get("alias") != alias):
             continue
         actor = actor_of(row)
         entry = Endorsement(str(details["alias"]), actor, row.seq, row.reason, details.get("withdrawn") is True)

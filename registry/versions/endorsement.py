@@ -6,7 +6,7 @@ from registry import queries
 from registry.entities import AdapterVersion, Event, check_alias
 from registry.errors import PromotionError, Refused
 from registry.policy.actors import establish_actor
-from registry.policy.approvals import Endorsement, digests_of, read_endorsements, read_makers
+from registry.policy.approvals import Endorsement, endorsed_digests, read_endorsements, read_makers
 from registry.policy.policy_file import read_policies
 from registry.versions.expected_version import require_expected
 from registry.versions.guard import guarded
@@ -73,7 +73,7 @@ def endorse(
             raise PromotionError(f"{user} has not endorsed it for {alias!r}", where=version.ref)
         if earlier and earlier[-1].withdrawn == withdraw and earlier[-1].actor.established == user.established:
             return queries.read_event(session, earlier[-1].seq)
-        details = {"alias": alias, **digests_of(version), **({"withdrawn": True} if withdraw else {})}
+        details = {"alias": alias, **endorsed_digests(version), **({"withdrawn": True} if withdraw else {})}
         return queries.log_event(session, "endorse", actor=user, reason=reason, version=version, details=details)
 
 

@@ -19,7 +19,7 @@ from registry.policy.licenses import describe_problems
 from tasks.errors import SpecError
 
 DELIVERY_FILE = "delivery.yaml"
-Layout = Literal["comfyui", "a1111", "huggingface"]
+DeliveryLayout = Literal["comfyui", "a1111", "huggingface"]
 _KEYS = "targets, on_revocation"
 _DEFAULT_FILES = {"huggingface": "{name}"}
 _SUFFIX = ".safetensors"
@@ -52,7 +52,7 @@ class DeliveryTarget(BaseModel):
     alias: Annotated[str, AfterValidator(_alias)] = "production"
     adapters: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
     to: Annotated[str, Field(min_length=1)]
-    layout: Layout
+    layout: DeliveryLayout
     file: str = ""
     keep: Annotated[int, Field(ge=1, le=1000)] = 1
 

@@ -13,7 +13,7 @@ from lora_engine.files import atomic_write
 from registry.entities import AdapterVersion
 from registry.versions.versions import Versions
 from tasks.operations.adapter_files import convert_adapter
-from tasks.operations.delivery_file import Layout
+from tasks.operations.delivery_file import DeliveryLayout
 from tasks.operations.export_adapter import license_of
 
 if TYPE_CHECKING:
@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 
 LAYOUT_REVISION = 1
 """Raise it whenever the same version gives other files; targets are then written again."""
-_FORMATS: Mapping[Layout, str] = {"comfyui": "comfyui", "a1111": "kohya", "huggingface": "diffusers"}
+_FORMATS: Mapping[DeliveryLayout, str] = {"comfyui": "comfyui", "a1111": "kohya", "huggingface": "diffusers"}
 _WEIGHTS = "pytorch_lora_weights.safetensors"
 _FRONT = "---\n"
 _SD1 = {"sd15", "stable-diffusion-v1-4", "stable-diffusion-v1-5"}
 
 
-def build_layout(versions: Versions, version: AdapterVersion, layout: Layout, path: str, folder: Path) -> list[str]:
+def build_layout(
+    versions: Versions, version: AdapterVersion, layout: DeliveryLayout, path: str, folder: Path
+) -> list[str]:
     """Writes the files of a version into a folder, with their paths in the target.
 
     Args:
@@ -70,7 +72,7 @@ def build_layout(versions: Versions, version: AdapterVersion, layout: Layout, pa
     return [main, *sorted(name for name in others if name != main)]
 
 
-def _write_beside(output: Path, facts: Facts, layout: Layout) -> None:
+def _write_beside(output: Path, facts: Facts, layout: DeliveryLayout) -> None:
     """Writes the preview that the UI shows, and for A1111 the metadata of its card."""
     if facts.samples:
         suffix = ".preview.png" if layout == "a1111" else ".png"

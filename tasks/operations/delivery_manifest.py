@@ -12,12 +12,12 @@ from lora_engine.files import canonical_json
 from registry.errors import StoreError
 from registry.store.artifacts import check_relative
 from tasks.errors import DeliveryError
-from tasks.operations.delivery_file import DeliveryTarget, Layout
+from tasks.operations.delivery_file import DeliveryLayout, DeliveryTarget
 from tasks.operations.delivery_folder import TargetFolder
 
 _SUFFIX = "loraline.json"
 _MAX_NUMBER = 1 << 62
-Number = Annotated[int, Field(ge=1, le=_MAX_NUMBER)]
+EventNumber = Annotated[int, Field(ge=1, le=_MAX_NUMBER)]
 
 
 def _relative(path: str) -> str:
@@ -64,10 +64,10 @@ class DeliveryManifest(BaseModel):
     target: str
     layout: str
     name: str
-    version: Number
+    version: EventNumber
     sha256: str
     alias: str
-    event: Number
+    event: EventNumber
     files: Mapping[RelativePath, DeliveredFile] = Field(default_factory=dict)
     reason: str = ""
 
@@ -81,7 +81,7 @@ class DeliveryManifest(BaseModel):
         return canonical_json(self.model_dump(mode="json")) + b"\n"
 
 
-def manifest_path(path: str, layout: Layout) -> str:
+def manifest_path(path: str, layout: DeliveryLayout) -> str:
     """Returns the path of the manifest of a delivery: `NAME.loraline.json`, or `loraline.json` in its folder."""
     if layout == "huggingface":
         return f"{path}/{_SUFFIX}"

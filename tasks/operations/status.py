@@ -95,7 +95,7 @@ class AdapterSummary:
     versions: int
 
 
-def read_adapters(home: Home, name: str | None = None) -> list[AdapterSummary]:
+def summarize_adapters(home: Home, name: str | None = None) -> list[AdapterSummary]:
     """Returns a summary of each adapter with an active version, by name.
 
     Args:
@@ -132,7 +132,7 @@ def read_status(home: Home, limit: int = 5, name: str | None = None) -> list[Run
         ended = [run.id for run in runs if run.status != "RUNNING" or run.id in dead][:limit]
         shown = [run for run in runs if run.id in ended or (run.status == "RUNNING" and run.id not in dead)]
         with lineage.database.read() as session:
-            versions = queries.read_registered(session, [run.id for run in shown])
+            versions = queries.read_versions_of_runs(session, [run.id for run in shown])
     return [_state(home, run, run.id in dead, versions) for run in shown]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from flows.guard import guarded
+from flows.guard import guarded_command
 from registry.home import Home
 from registry.lineage.record import Lineage
 from tests.flows.commands import loraline_here
@@ -121,7 +121,7 @@ STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); 
 
 
 def guard(script: str, grace: float = 0) -> subprocess.Popen[str]:
-    command = guarded([sys.executable, "-c", script], grace)
+    command = guarded_command([sys.executable, "-c", script], grace)
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -161,7 +161,9 @@ def test_a_guard_returns_the_exit_code_of_its_command() -> None:
 
 
 def test_a_guard_without_a_pipe_as_input_runs_until_its_command_ends() -> None:
-    done = subprocess.run(guarded([sys.executable, "-c", "print(7)"], 0), stdin=subprocess.DEVNULL, capture_output=True)
+    done = subprocess.run(
+        guarded_command([sys.executable, "-c", "print(7)"], 0), stdin=subprocess.DEVNULL, capture_output=True
+    )
     assert (done.returncode, done.stdout) == (0, b"7\n")
 
 

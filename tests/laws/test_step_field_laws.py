@@ -18,7 +18,7 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("field", FIELDS)
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", STEP_CASES)
 def test_every_step_has_the_field_and_its_key_does_not_depend_on_it(name: str, field: str) -> None:
     plain, inputs = job_of({"uses": name, **STEP_CASES[name]})
     job, _ = job_of({"uses": name, **STEP_CASES[name], field: FIELDS[field]})

@@ -9,7 +9,7 @@ from registry.errors import GoneVersion, PolicyError, PromotionError, Refused
 from registry.identity import Actor
 from registry.maintenance.fsck import fsck
 from registry.maintenance.repair import repair
-from registry.policy.approvals import digests_of
+from registry.policy.approvals import endorsed_digests
 from registry.policy.policy_file import read_policies
 from registry.versions.deletion import withdraw
 from registry.versions.endorsement import endorse, list_endorsements
@@ -83,8 +83,8 @@ def test_an_endorsement_counts_for_its_version_and_alias_only(strict):
 
 def test_an_endorsement_of_other_digests_does_not_count(strict):
     version = strict.show("zorb", 1)
-    for key in digests_of(version):
-        details = {"alias": "production", **digests_of(version), key: "0" * 64}
+    for key in endorsed_digests(version):
+        details = {"alias": "production", **endorsed_digests(version), key: "0" * 64}
         with strict.lineage.database.write() as session:
             queries.log_event(session, "endorse", actor=Actor("eve"), reason="r", version=version, details=details)
     assert list_endorsements(strict, version) == []
