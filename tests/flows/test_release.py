@@ -17,6 +17,7 @@ from lora_engine.formats import write_adapter
 from registry.entities import AdapterVersion
 from registry.errors import PromotionError
 from registry.home import Home
+from registry.identity import current_user
 from registry.versions.promotion import history, promote, rollback
 from registry.versions.versions import Versions
 from tasks.operations.release import ReleaseOutcome, find_obstacle, finish_checks, log_decision, promote_and_check
@@ -109,7 +110,7 @@ def test_without_an_earlier_version_a_failed_check_removes_the_alias(opened: Hom
     outcome = check_promoted(opened, 1)
     assert outcome.state == "RolledBack"
     assert "production was removed, because no earlier version may have it" in outcome.message
-    assert events(opened) == [("promote", 1, "anna"), ("remove", None, "anna")]
+    assert events(opened) == [("promote", 1, "anna"), ("remove", None, current_user())]
 
 
 def test_without_rollback_a_failed_check_leaves_the_alias_and_fails(opened: Home) -> None:
