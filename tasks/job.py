@@ -99,7 +99,6 @@ class Job:
         """Returns what the cache key is the digest of; JSON values.
 
         The parts are the step's name and revision, its settings, the digests of its inputs, the content of the user's
-        The parts are the step's name and revision, its settings, the digests of its inputs, the content of the user's
         files, the fingerprints of the base and of other models, the registered versions that are not there, and the
         revisions of the entries that it uses; not names, paths or times, and no version of a package, except of a
         plug-in with an entry without a revision.
