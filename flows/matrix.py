@@ -6,12 +6,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from flows.pipeline import bases_of, run_pipeline
-from flows.prefect import run_as_flow, submit_work, wait_for_result
+from flows.prefect import run_as_flow
 from flows.result import PipelineResult
 from flows.runners import IN_THREADS, RunnerSettings, started_runner
 from flows.selection import ALL_STEPS, Selection
 from flows.server import prefect_server
 from flows.spec import PipelineSpec
+from flows.step_tasks import submit_work, wait_for_result
 from lora_engine.compute import fitting_threads, threads
 from registry.home import Home
 

@@ -20,22 +20,14 @@ from typing import Any, NoReturn
 
 from flows.crashed import mark_crashed, tag_of
 from flows.plan import Plan, PlannedStep, plan_pipeline
-from flows.prefect import (
-    CONDITION,
-    FLOW,
-    SkippedStep,
-    current_flow_run,
-    publish_table,
-    run_as_flow,
-    submit_step,
-    wait_for_result,
-)
+from flows.prefect import FLOW, current_flow_run, publish_table, run_as_flow
 from flows.registered import read_registered
 from flows.result import PipelineResult, final_state, tabulate, tabulate_failure
 from flows.runners import RunnerSettings, read_runner, runners, started_runner
 from flows.selection import ALL_STEPS, Selection
 from flows.server import prefect_server
 from flows.spec import PipelineSpec
+from flows.step_tasks import CONDITION, SkippedStep, submit_step, wait_for_result
 from lora_engine.bases.source import BaseSource, resolve_base
 from lora_engine.compute import fitting_threads, threads
 from lora_engine.errors import EngineError, InterruptedRun

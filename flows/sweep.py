@@ -14,11 +14,12 @@ from typing import Any
 
 from flows.pipeline import bases_of, raise_first, run_pipeline
 from flows.plan import Plan, plan_pipeline
-from flows.prefect import run_as_flow, submit_work, wait_for_result
+from flows.prefect import run_as_flow
 from flows.result import PipelineResult
 from flows.runners import IN_THREADS, RunnerSettings, StartedRunner, read_runner, started_runner
 from flows.server import prefect_server
 from flows.spec import PipelineSpec
+from flows.step_tasks import submit_work, wait_for_result
 from flows.sweep_file import DeclaredSweep
 from lora_engine.compute import fitting_threads, threads
 from lora_engine.errors import InterruptedRun, NonFiniteError, TrainingError
