@@ -193,6 +193,7 @@ def test_a_run_waits_for_an_approval_and_a_user_decides(
         assert line.production() == 1
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("trained_here")
 def test_approvals_expire_and_answers_survive_another_run(
     server: str, environment: dict[str, str], tmp_path: Path

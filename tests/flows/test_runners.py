@@ -175,6 +175,7 @@ def trials_of(home: Path) -> list[dict[str, object]]:
     return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("prefect_server", "trained_here")
 @pytest.mark.parametrize("name", TESTED)
 def test_a_sweep_has_the_same_trials_on_every_runner(pipeline: Write, tmp_path: Path, name: str) -> None:

@@ -85,6 +85,7 @@ def test_workers_for_a_server_elsewhere_share_a_home_and_do_not_outlive_a_killed
         wait_until(lambda: alive(children) == [])
 
 
+@pytest.mark.nightly
 def test_a_service_that_cannot_start_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
     project = Running(tmp_path / "project", PREFECT_SERVER_LOGGING_LEVEL="loud")
     with project.command("--port", "0", "--no-mlflow") as process:
