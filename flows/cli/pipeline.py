@@ -181,10 +181,11 @@ def plan(
         plans = {plan.name: plan for plan in plan_pipelines(pipelines, home, force=force or (), selection=selection)}
     except (EngineError, RegistryError, OSError):
         plans = {}  # each is planned on its own, so that those without an error are shown
+    estimates = dict(zip(plans, estimate_costs(plans.values(), home), strict=True))
 
     def plan_one(loaded: PipelineSpec) -> tuple[Any, bool]:
         planned = plans.get(loaded.name) or plan_pipeline(loaded, home, force=forced[loaded.name], selection=selection)
-        (costs,) = estimate_costs([planned], home)
+        costs = estimates[loaded.name] if loaded.name in estimates else estimate_costs([planned], home)[0]
         if as_json:
             return [_planned(step) | _cost_json(step, costs) for step in planned.steps], True
         _print_plan(planned, costs)

@@ -171,21 +171,22 @@ class Store:
             ref: The artifact.
             keep: Relative path of a file whose bytes are returned too.
             touch: True also restarts the grace period of each blob before it is read.
-            known: Digests of blobs that were verified a moment ago and are not read again; in-place: adds the
-                verified ones.
+            known: Digests of blobs that were verified a moment ago and are neither touched nor read again; in-place:
+                adds the verified ones.
         """
         known = set() if known is None else known
-        if touch:
+        if touch and ref.sha256 not in known:
             self.blobs.touch(ref.sha256)
         try:
             files = self.files(ref)
         except (MissingBlob, DamagedBlob) as error:
             return Inspection([_problem(error)])
+        known.add(ref.sha256)
         problems, content = [], None
         for relative, entry in files.items():
             where = f"{relative} of {ref.kind} {ref.sha256[:12]}"
             try:
-                if touch:
+                if touch and entry.sha256 not in known:
                     self.blobs.touch(entry.sha256)
                 if relative == keep:
                     content = self._read_blob(entry.sha256, where)
