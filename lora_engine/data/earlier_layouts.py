@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import lru_cache
 from pathlib import PurePosixPath
 
 from lora_engine.data.archives import is_archive, is_table
@@ -19,10 +20,16 @@ def is_plain(names: Collection[str]) -> bool:
 
     They read `a.txt` beside `a.png`, in PNG, JPEG and WebP, and no meaning of folder names.
     """
+    return _is_plain(frozenset(names))
+
+
+# Plans ask once per step, and the pipelines of a matrix share their folders.
+@lru_cache(maxsize=64)
+def _is_plain(names: frozenset[str]) -> bool:
     paths = [PurePosixPath(name) for name in names]
     kinds = {path.suffix for path in paths}
     images = {str(path) for path in paths if path.suffix.lower() not in COMPANIONS}
-    return is_without_archives(names) and not (
+    return _is_without_archives(names) and not (
         kinds & {".caption", ".json"}
         or {kind.lower() for kind in kinds} & {".avif", ".bmp", ".tif", ".tiff", ".gif"}
         or any(kind != TEXT and kind.lower() == TEXT for kind in kinds)
@@ -39,6 +46,11 @@ def is_without_archives(names: Collection[str]) -> bool:
     It knew no archives, tables, HEIC, dataset files of other trainers, splits and folders `mask`, and took `a.png.txt`
     before `a.caption`.
     """
+    return _is_without_archives(frozenset(names))
+
+
+@lru_cache(maxsize=64)
+def _is_without_archives(names: frozenset[str]) -> bool:
     paths = [PurePosixPath(name) for name in names]
     captions = {(path.parent, path.stem) for path in paths if path.suffix.lower() == ".caption"}
     doubled = ((path.parent, PurePosixPath(path.stem).stem) for path in paths if path.suffix.lower() == TEXT)
