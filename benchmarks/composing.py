@@ -12,7 +12,6 @@ first to run rotates. Figures are medians over rounds of the ratio to the bare n
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import time
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training_step import SHAPES, make_batch, make_network
+from benchmarks.training_step import SHAPES, make_batch, make_network, share_weights
 from lora_engine.adapters import Adapter, attach, create_adapter
 from lora_engine.adapters.merged_weights import MergedWeights
 
@@ -61,7 +60,7 @@ def make_contenders(shape: str, targets: str, rank: int) -> dict[str, Predict]:
 
         return predict
 
-    networks = {name: _share(network) for name in ("constant", "schedule", "attached", "peft")}
+    networks = {name: share_weights(network) for name in ("constant", "schedule", "attached", "peft")}
     constant = MergedWeights({"unet": networks["constant"]}, adapters)
     constant.set_multipliers(lambda index, name: _MULTIPLIERS[index])
     schedule, step = MergedWeights({"unet": networks["schedule"]}, adapters), 0
@@ -76,11 +75,6 @@ def make_contenders(shape: str, targets: str, rank: int) -> dict[str, Predict]:
     _inject(networks["peft"], adapters)
     steps = {name: predictor(own, change if name == "schedule" else lambda: None) for name, own in networks.items()}
     return {"bare": predictor(network), **steps}
-
-
-def _share(network: nn.Module) -> nn.Module:
-    memo = {id(value): value for value in (*network.parameters(), *network.buffers())}
-    return copy.deepcopy(network, memo)
 
 
 def _inject(network: nn.Module, adapters: Sequence[Adapter]) -> None:

@@ -145,7 +145,7 @@ def make_contenders(
         name: delta.with_factors({**delta.factors(), "up": 0.01 * torch.randn(delta.up.shape, generator=draw)})  # type: ignore[attr-defined]
         for name, delta in adapter.modules.items()
     }
-    ours, peers = _share(frozen), _share(frozen)
+    ours, peers = share_weights(frozen), share_weights(frozen)
     attach({"unet": ours}, type(adapter)(moved), trainable=True)
     exact = "|".join(name.removeprefix("unet.").replace(".", r"\.") for name in names)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=f"({exact})"), peers)
@@ -164,8 +164,8 @@ def make_contenders(
     }
 
 
-def _share(network: nn.Module) -> nn.Module:
-    # Another module tree that shares the weights.
+def share_weights(network: nn.Module) -> nn.Module:
+    """Returns another module tree with the same weights."""
     memo = {id(value): value for value in (*network.parameters(), *network.buffers())}
     return copy.deepcopy(network, memo)
 

@@ -9,9 +9,8 @@ import sys
 from lora_engine.errors import did_you_mean
 from registry.store.redaction import redact
 from tasks.errors import SpecError
-from tasks.warnings import current_step
+from tasks.warnings import LOGGED_PACKAGES, current_step
 
-_PACKAGES = ("flows", "tasks", "registry", "lora_engine")
 _FORMATS = ("json",)
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
@@ -38,7 +37,7 @@ def configure_logs() -> None:
     names = {"levelname": "level", "name": "logger"}
     pattern = "%(levelname)s %(name)s %(message)s %(process)d %(step)s"
     handler.setFormatter(JsonFormatter(pattern, rename_fields=names, timestamp=True))
-    for package in _PACKAGES:
+    for package in LOGGED_PACKAGES:
         logger = logging.getLogger(package)
         logger.addHandler(handler)
         logger.setLevel(level)

@@ -20,6 +20,7 @@ from flows.telemetry import is_traced, start_tracing
 from lora_engine.lean import collection_paused
 from registry.home import Home
 from registry.store.redaction import SecretFreeErrors, redact, redact_values
+from tasks.warnings import LOGGED_PACKAGES
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 FLOW = "loraline"
 """Name of the flow of every pipeline."""
-_PACKAGES = ("flows", "tasks", "registry", "lora_engine")
 
 
 def configure_prefect(home: Home) -> None:
@@ -171,7 +171,7 @@ def logs_of_flow_run() -> Iterator[None]:
 
     handler = APILogHandler()
     handler.addFilter(assign)
-    loggers = [logging.getLogger(package) for package in _PACKAGES]
+    loggers = [logging.getLogger(package) for package in LOGGED_PACKAGES]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.addHandler(handler)

@@ -45,7 +45,7 @@ def read_queued() -> list[QueuedRun] | None:
     os.environ.setdefault("PREFECT_API_REQUEST_TIMEOUT", "10")
     from httpx import HTTPError
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
     from prefect.client.schemas.sorting import FlowRunSort
 
     try:
@@ -56,7 +56,9 @@ def read_queued() -> list[QueuedRun] | None:
                 limit=_MOST_QUEUED,
             )
             deployments = {run.deployment_id for run in waiting if run.deployment_id is not None}
-            names = {key: client.read_deployment(key).name for key in deployments}
+            only = DeploymentFilter.model_validate({"id": {"any_": [*deployments]}})
+            known = client.read_deployments(deployment_filter=only) if deployments else []
+            names = {deployment.id: deployment.name for deployment in known}
     except (HTTPError, OSError, RuntimeError) as error:
         _log.warning("the server at PREFECT_API_URL does not say what is queued: %s", error)
         return None

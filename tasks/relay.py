@@ -25,6 +25,7 @@ from registry.errors import HomeError
 from registry.home import Home
 from registry.store.redaction import redact
 from tasks.progress import StepEvent, publish, step_scope, stop_requested
+from tasks.warnings import LOGGED_PACKAGES
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +33,6 @@ SILENCE = 120.0
 """Seconds without a sign of life of the run, after which its steps save and stop. NFS shows a change after up to 60."""
 _POLL = 0.2
 _BEAT = 1.0
-_PACKAGES = ("flows", "tasks", "registry", "lora_engine")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Relay:
 def receive_events(home: Home) -> Iterator[Relay]:
     """Opens a channel, and publishes inside a `with` block what workers send, as if their steps ran here."""
     with home.temporary_folder() as folder:
-        relay = Relay(folder, logging.getLogger(_PACKAGES[1]).getEffectiveLevel())
+        relay = Relay(folder, logging.getLogger("tasks").getEffectiveLevel())
         relay.alive.touch()
         receiver, ended = _Receiver(relay), threading.Event()
         # With the context of the block, whose scopes the events reach.
@@ -187,7 +187,7 @@ class _Sender(logging.Handler):
     @contextmanager
     def sending_logs(self, level: int) -> Iterator[None]:
         """Sends our log records, which this process then shows nowhere else."""
-        loggers = [logging.getLogger(package) for package in _PACKAGES]
+        loggers = [logging.getLogger(package) for package in LOGGED_PACKAGES]
         before = [(logger.level, logger.propagate) for logger in loggers]
         token = _sending.set(self)
         for logger in loggers:

@@ -15,6 +15,8 @@ from typing import Any
 from registry.store.redaction import redact
 from tasks.progress import StepEvent, publish
 
+LOGGED_PACKAGES = ("flows", "tasks", "registry", "lora_engine")
+"""The packages whose log records are ours."""
 WARNINGS = "warnings"
 """The key of the warnings in the environment of an execution."""
 _PACKAGES = ("lora_engine", "registry", "tasks")

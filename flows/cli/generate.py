@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flows.cli.verbs import Access, add_verb
-
-
-class Engine(StrEnum):
-    """How adapters act on the base."""
-
-    AUTO = "auto"
-    MERGED = "merged"
-    ATTACHED = "attached"
+from lora_engine.inference import ComposedEngine
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -63,11 +55,11 @@ def generate(
     ] = None,
     vae: Annotated[str | None, typer.Option(help="Another autoencoder: a folder or a hub id.")] = None,
     engine: Annotated[
-        Engine,
+        ComposedEngine,
         typer.Option(
             help="Merge adapters into the base's weights or attach them; auto merges into weights of 32 bits."
         ),
-    ] = Engine.AUTO,
+    ] = "auto",
     columns: Annotated[
         str | None,
         typer.Option(
@@ -104,7 +96,7 @@ def generate(
         strength=strength,
         enlarge=enlarge,
         enlarged_strength=enlarged_strength,
-        engine=engine.value,
+        engine=engine,
     )
     axes = [parse_axis(text) for text in (columns, rows) if text is not None]
     if columns is None and (rows is not None or animated):

@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.long_text import count_chunks, encode_divided
 from lora_engine.errors import SettingsError
 from lora_engine.formats import Bundle
+from lora_engine.inference import ComposedEngine
 from lora_engine.inference.generate import Guidance, OnStep, draw_noise, ignore_step, sample
 from lora_engine.inference.prompts.blocks import fits_family, weight_of_module
 from lora_engine.inference.prompts.prompt import ParsedPrompt, chunks_of, is_unweighted, plain_text
@@ -30,9 +30,6 @@ from lora_engine.inference.prompts.tags import AdapterTag
 from lora_engine.inference.source_image import SourceImage
 from lora_engine.inference.textual_inversion import attach_embeddings
 from lora_engine.progress import Progress, no_progress
-
-ComposedEngine = Literal["auto", "merged", "attached"]
-"""How adapters act on a base: `merged` computes weights whenever a multiplier changes, `attached` adds to outputs."""
 
 
 class Composition:

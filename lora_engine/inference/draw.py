@@ -20,7 +20,8 @@ from lora_engine.data.pixels import to_image, write_png
 from lora_engine.errors import SettingsError
 from lora_engine.files import sha256_file
 from lora_engine.formats import Bundle, read_bundle
-from lora_engine.inference.composition import ComposedEngine, compose, generate_composed
+from lora_engine.inference import ComposedEngine
+from lora_engine.inference.composition import compose, generate_composed
 from lora_engine.inference.generate import OnStep, ignore_step
 from lora_engine.inference.image_metadata import Drawing, UsedAdapter, UsedImage
 from lora_engine.inference.prompts.prompt import ParsedPrompt

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from lora_engine.errors import SettingsError
+from lora_engine.inference import ComposedEngine
 from lora_engine.inference.grid import Axis, Cell, cells_of
 from lora_engine.inference.prompts.prompt import ParsedPrompt, parse_prompt
 from lora_engine.progress import Progress, no_progress
@@ -68,7 +69,7 @@ class DrawRequest:
     strength: float = 0.75
     enlarge: float = 1.0
     enlarged_strength: float = 0.5
-    engine: Literal["auto", "merged", "attached"] = "auto"
+    engine: ComposedEngine = "auto"
 
 
 _SIZE = re.compile(r"([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,5}))?")

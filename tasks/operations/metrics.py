@@ -14,7 +14,7 @@ from registry.home import Home
 from registry.lineage.counts import RegistryCounts, count_rows
 from registry.lineage.record import Lineage
 from registry.policy.conditions import AliasState
-from tasks.operations.status import RunState, read_aliases, read_status
+from tasks.operations.status import RunState, has_tables, read_aliases, read_status
 
 _Labels = TypeVar("_Labels", bound=tuple[str, ...])
 
@@ -47,7 +47,7 @@ def read_metrics(home: Home) -> list[Metric]:
 
 
 def _count(home: Home) -> RegistryCounts:
-    if not home.exists:
+    if not has_tables(home):
         return RegistryCounts({}, {}, {}, {}, {})
     with closing(Lineage(home.lineage_url)) as lineage, lineage.database.read() as session:
         return count_rows(session)

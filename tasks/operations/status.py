@@ -102,7 +102,7 @@ def summarize_adapters(home: Home, name: str | None = None) -> list[AdapterSumma
         home: The home.
         name: The adapter to show; None shows all.
     """
-    if not _has_tables(home):
+    if not has_tables(home):
         return []
     with closing(Lineage(home.lineage_url)) as lineage, lineage.database.read() as session:
         return [
@@ -121,7 +121,7 @@ def read_status(home: Home, limit: int = 5, name: str | None = None) -> list[Run
         limit: Most runs that have ended.
         name: The pipeline to show; None shows all.
     """
-    if not _has_tables(home):
+    if not has_tables(home):
         return []
     with closing(Lineage(home.lineage_url)) as lineage:
         runs = [run for run in lineage.runs(limit=_MOST_RUNS) if name is None or run.name == name]
@@ -143,13 +143,14 @@ def read_aliases(home: Home, name: str | None = None) -> tuple[list[AliasState],
         home: The home.
         name: The adapter to show; None shows all.
     """
-    if not _has_tables(home):
+    if not has_tables(home):
         return [], {}
     with closing(Versions(home)) as versions, versions.lineage.database.read() as session:
         return read_alias_states(versions, session, name), dict(find_lockouts(versions, session))
 
 
-def _has_tables(home: Home) -> bool:
+def has_tables(home: Home) -> bool:
+    """Returns True if the home's database has been created; reading would create it otherwise."""
     return home.exists and bool(home.settings.database or home.lineage_db.exists())
 
 

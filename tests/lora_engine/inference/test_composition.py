@@ -16,7 +16,8 @@ from lora_engine.bases.base import BaseModel
 from lora_engine.bases.long_text import count_chunks
 from lora_engine.errors import SettingsError
 from lora_engine.formats import Bundle, Card
-from lora_engine.inference.composition import ComposedEngine, compose, generate_composed
+from lora_engine.inference import ComposedEngine
+from lora_engine.inference.composition import compose, generate_composed
 from lora_engine.inference.generate import Guidance, draw_noise, generate, sample
 from lora_engine.inference.prompts.blocks import LISTS, weight_of_module
 from lora_engine.inference.prompts.prompt import parse_prompt
