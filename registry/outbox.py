@@ -7,7 +7,7 @@ from datetime import datetime
 
 from sqlalchemy import select
 
-from registry import queries
+from registry import event_log
 from registry.entities import Event, Run
 from registry.lineage.record import Lineage
 from registry.lineage.rows import read_run
@@ -34,7 +34,7 @@ def events_after(lineage: Lineage, number: int, limit: int) -> list[Event]:
         limit: Maximum number of events.
     """
     with lineage.database.read() as session:
-        return queries.read_events_after(session, number, limit)
+        return event_log.read_events_after(session, number, limit)
 
 
 def digests_of(lineage: Lineage, names: Collection[str]) -> dict[tuple[str, int], str]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from lora_engine.files import canonical_json
-from registry import queries
+from registry import event_log
 from registry.context import RegistryContext
 from registry.documents.bundle import (
     FIRST_FILE,
@@ -91,7 +91,7 @@ def sign(
     with context.lineage.database.write() as session:
         keep(session, context.store, version, SIGNATURE, ref)
         actor = establish_actor(context, actor)
-        queries.log_event(session, "sign", actor=actor, reason="signed", version=version, details=details)
+        event_log.log_event(session, "sign", actor=actor, reason="signed", version=version, details=details)
     return signature
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from sqlalchemy.orm import Session
 
-from registry import queries
+from registry import event_log
 from registry.context import RegistryContext
 from registry.documents.signing import signed_heads
 from registry.documents.storage import SIGNATURE, read_records
@@ -35,7 +35,7 @@ def check_policies(context: RegistryContext, session: Session) -> Iterator[Probl
 
 def check_signatures(session: Session, versions: Iterable[AdapterVersion]) -> Iterator[Problem]:
     """Checks that each version has the signatures that were logged last."""
-    last = {(e.name, e.after): e for e in queries.read_events(session) if e.action == "sign"}
+    last = {(e.name, e.after): e for e in event_log.read_events(session) if e.action == "sign"}
     for version in versions:
         event = last.get((version.name, version.version))
         if event is None or version.state == "DELETED":

@@ -11,7 +11,7 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry import queries
+from registry import event_log, queries
 from registry.entities import Problem
 from registry.lineage.record import is_alive
 from registry.store.cells import find_damaged_cells
@@ -71,7 +71,7 @@ def check_cells(session: Session) -> Iterator[Problem]:
 
 def check_log(session: Session) -> Iterator[Problem]:
     """Checks that aliases, states and revocations equal the replay of the log; `check_chain` checks the log itself."""
-    events = queries.read_events(session)
+    events = event_log.read_events(session)
     replayed, table = replay(events), queries.alias_table(session)
     for name, alias in sorted(replayed.keys() | table.keys()):
         log, row = replayed.get((name, alias)), table.get((name, alias))

@@ -16,7 +16,7 @@ from filelock import Timeout
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from registry import queries
+from registry import event_log, queries
 from registry.entities import Problem
 from registry.errors import HomeError, MlflowError
 from registry.home import Home
@@ -97,7 +97,7 @@ def _repair_rows(database: Database) -> Iterator[Repair]:
         if not is_intact(session):
             yield Repair("the log was changed, so nothing is restored from it", "events", _LOG, done=False)
             return
-        events = queries.read_events(session)
+        events = event_log.read_events(session)
         done = [*_repair_aliases(session), *_repair_revocations(session, project_revocations(events))]
         states = project_states(events)
         for row in session.scalars(select(VersionRow).order_by(VersionRow.name, VersionRow.version)):
@@ -109,7 +109,7 @@ def _repair_rows(database: Database) -> Iterator[Repair]:
 
 
 def _repair_aliases(session: Session) -> Iterator[Repair]:
-    events = [event for event in queries.read_events(session) if event.alias and event.action != "refuse"]
+    events = [event for event in event_log.read_events(session) if event.alias and event.action != "refuse"]
     replayed, last = replay(events), {(event.name, event.alias): event.seq for event in events}
     table = queries.alias_table(session)
     for name, alias in sorted(replayed.keys() | table.keys()):

@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, Table, and_, delete, select, type_coerce, 
 from sqlalchemy.orm import Session
 from sqlalchemy.types import NullType
 
-from registry import queries
+from registry import event_log
 from registry.entities import ArtifactRef
 from registry.errors import RegistryError
 from registry.lineage.rows import read_artifacts
@@ -69,7 +69,7 @@ def _rebuild(session: Session, store: Store, table: Table, cell: DamagedCell) ->
     """Returns the value of a cell that follows from others; None if nothing determines it."""
     row = session.execute(select(table).where(_is_row(table, cell))).mappings().one()
     if (cell.table, cell.column) == ("versions", "state") and is_intact(session):
-        states = project_states(queries.read_events(session))
+        states = project_states(event_log.read_events(session))
         return states.get((row["name"], row["version"]), "ACTIVE")
     if (cell.table, cell.column) == ("artifacts", "size"):
         files = store.files(ArtifactRef(row["kind"], row["sha256"], 0))

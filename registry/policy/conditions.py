@@ -13,7 +13,7 @@ from datetime import datetime
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry import queries
+from registry import event_log, queries
 from registry.context import RegistryContext
 from registry.documents.keys import trusted_keys
 from registry.entities import AdapterVersion, Decision
@@ -87,7 +87,7 @@ def without_overridden(decision: Decision, overridden: frozenset[str]) -> Decisi
 
 def overridden_reasons(session: Session, version: AdapterVersion, alias: str) -> frozenset[str]:
     """Returns the reasons that were overridden when a version last got an alias by a decision."""
-    events = queries.read_events(session, version.name, alias, after=version.version)
+    events = event_log.read_events(session, version.name, alias, after=version.version)
     return find_overridden(events, version.version)
 
 
@@ -115,7 +115,7 @@ def read_alias_states(context: RegistryContext, session: Session, name: str | No
         PolicyError: The home's policy or table of licenses cannot be used.
     """
     states = []
-    moves = queries.read_moves(session, name)
+    moves = event_log.read_moves(session, name)
     for version in queries.read_aliased(session, name):
         for alias in version.aliases:
             decision, overridden = _judge(context, session, version, alias)

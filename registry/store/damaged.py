@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from registry.errors import DamagedRow
 
@@ -60,3 +60,8 @@ def show_cell(value: object) -> str:
 def broken(value: Any, problem: str) -> DamagedCell:
     """Returns the placeholder of a value that its type cannot read; the row is not known yet."""
     return DamagedCell("", "", "", f"{show_cell(value)} {problem}", value)
+
+
+def as_tuple(values: Any) -> tuple[Any, ...]:
+    """Returns the values of a column as a tuple; a damaged cell as it is."""
+    return cast("tuple[Any, ...]", values) if isinstance(values, DamagedCell) else tuple(values)

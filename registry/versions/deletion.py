@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
-from registry import queries
+from registry import changes, queries
 from registry.entities import AdapterVersion, Event
 from registry.errors import Refused
 from registry.lineage.graph import NodeId
@@ -51,7 +51,7 @@ def withdraw(
     with versions.lineage.database.write() as session:
         version = queries.read_version(session, name, ref)
         require_expected(session, version, ref, expect)
-        queries.require_active(session, name, version.version)
+        changes.require_active(session, name, version.version)
         reasons = [_alias_reason(alias) for alias in version.aliases if policies.of(alias).protected]
         reasons += [
             f"{actor} may not move the alias {alias!r}"
@@ -61,9 +61,9 @@ def withdraw(
         if reasons:
             raise Refused("it cannot be withdrawn", reasons=tuple(reasons), where=version.ref, remedy=_RESOLVE)
         for alias in version.aliases:
-            queries.clear_alias(session, version, alias, actor=actor, reason=f"withdrawn: {reason}")
+            changes.clear_alias(session, version, alias, actor=actor, reason=f"withdrawn: {reason}")
         details = {"aliases": list(version.aliases)}
-        event = queries.set_state(
+        event = changes.set_state(
             session, version, "WITHDRAWN", "withdraw", actor=actor, reason=reason, details=details
         )
     versions.sync()
@@ -99,11 +99,11 @@ def delete(
         version = queries.read_version(session, name, ref)
         require_expected(session, version, ref, expect)
         if version.state == "DELETED":
-            queries.require_active(session, name, version.version)
+            changes.require_active(session, name, version.version)
         reasons = _reasons_to_keep(session, version, policies)
         if reasons:
             raise Refused("it cannot be deleted", reasons=reasons, where=version.ref, remedy=_RESOLVE)
-        event = queries.set_state(session, version, "DELETED", "delete", actor=actor, reason=reason)
+        event = changes.set_state(session, version, "DELETED", "delete", actor=actor, reason=reason)
     versions.sync()
     return event
 
@@ -125,7 +125,7 @@ def restore(versions: Versions, name: str, ref: str | int, *, reason: str, actor
     with versions.lineage.database.write() as session:
         version = queries.read_version(session, name, version.version)
         details = {"was": version.state}
-        event = queries.set_state(session, version, "ACTIVE", "restore", actor=actor, reason=reason, details=details)
+        event = changes.set_state(session, version, "ACTIVE", "restore", actor=actor, reason=reason, details=details)
     versions.sync()
     return event
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from registry import queries
+from registry import changes, event_log, queries
 from registry.entities import AdapterVersion, Event, check_alias
 from registry.errors import PromotionError, Refused
 from registry.policy.actors import establish_actor
@@ -57,7 +57,7 @@ def endorse(
     with versions.lineage.database.write() as session:
         version = queries.read_version(session, name, ref)
         require_expected(session, version, ref, expect)
-        queries.require_active(session, name, version.version)
+        changes.require_active(session, name, version.version)
         makers = read_makers(session, version) if policy.by_others else ()
         if not withdraw and user.casefold() in {maker.casefold() for maker in makers}:
             raise Refused(
@@ -72,9 +72,9 @@ def endorse(
         if withdraw and (not earlier or earlier[-1].withdrawn):
             raise PromotionError(f"{user} has not endorsed it for {alias!r}", where=version.ref)
         if earlier and earlier[-1].withdrawn == withdraw and earlier[-1].actor.established == user.established:
-            return queries.read_event(session, earlier[-1].seq)
+            return event_log.read_event(session, earlier[-1].seq)
         details = {"alias": alias, **endorsed_digests(version), **({"withdrawn": True} if withdraw else {})}
-        return queries.log_event(session, "endorse", actor=user, reason=reason, version=version, details=details)
+        return event_log.log_event(session, "endorse", actor=user, reason=reason, version=version, details=details)
 
 
 def list_endorsements(versions: Versions, version: AdapterVersion) -> list[Endorsement]:

@@ -6,7 +6,7 @@ import re
 
 from sqlalchemy.orm import Session
 
-from registry import queries
+from registry import event_log, queries
 from registry.entities import AdapterVersion
 from registry.errors import Conflict, PromotionError
 from registry.refs import version_number
@@ -45,7 +45,7 @@ def require_expected(session: Session, version: AdapterVersion, ref: str | int, 
         return
     candidates = [other for other in queries.read_versions(session, version.name) if is_expected(other)]
     wanted = " or ".join(map(_identify, candidates)) or (f"version {text}" if number is not None else f"sha256 {text}")
-    moves = [event for event in queries.read_events(session, version.name, str(ref)) if event.action != "refuse"]
+    moves = [event for event in event_log.read_events(session, version.name, str(ref)) if event.action != "refuse"]
     since = f", since event {moves[-1].seq}: {moves[-1].action} by {moves[-1].actor}" if moves else ""
     raise Conflict(
         f"this is {_identify(version)}, not {wanted} as expected{since}",

@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from sqlalchemy.orm import Session
 
-from registry import queries
+from registry import event_log, queries
 from registry.context import RegistryContext
 from registry.entities import AdapterVersion
 from registry.errors import HomeError, IdentityError, Refused, VersionError
@@ -140,10 +140,10 @@ def log_refusal(
     fields: dict[str, Any] = {"actor": Actor(actor[:LONGEST_NAME], actor.established, actor.facts), "reason": cut}
     if version is not None and alias:
         before = queries.alias_target(session, version.name, alias)
-        queries.log_alias_event(session, version, alias, before, action="refuse", details=details, **fields)
+        event_log.log_alias_event(session, version, alias, before, action="refuse", details=details, **fields)
     else:
         details |= {"name": name[:64]} if name and version is None else {}
-        queries.log_event(session, "refuse", version=version, details=details, **fields)
+        event_log.log_event(session, "refuse", version=version, details=details, **fields)
 
 
 def _log_denial(

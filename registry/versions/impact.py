@@ -9,7 +9,7 @@ from typing import Any, Literal
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry import queries
+from registry import event_log, queries
 from registry.context import RegistryContext
 from registry.entities import RESULT, AdapterVersion, RevocationKind
 from registry.lineage.graph import NodeId, Subgraph
@@ -151,7 +151,7 @@ def _fallbacks(session: Session, context: RegistryContext, affected: Sequence[Ad
     fallbacks: dict[str, int | None] = {}
     for version in affected:
         for alias in version.aliases:
-            earlier = dict.fromkeys(reversed(stack(queries.read_events(session, version.name, alias))))
+            earlier = dict.fromkeys(reversed(stack(event_log.read_events(session, version.name, alias))))
             candidates = (queries.read_version(session, version.name, number) for number in earlier)
             usable = (
                 candidate.version

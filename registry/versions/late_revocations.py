@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from registry import queries
+from registry import changes, event_log
 from registry.entities import AdapterVersion
 from registry.lineage.graph import version_ids
 from registry.policy.ancestry import trace
@@ -36,10 +36,10 @@ def follow_revocations(session: Session, version: AdapterVersion, actor: str) ->
         }
         if revocation.policy == "withdraw" and version.state == "ACTIVE":
             for alias in version.aliases:
-                queries.clear_alias(session, version, alias, actor=actor, reason=fields["reason"])
-            queries.set_state(session, version, "WITHDRAWN", "withdraw", **fields)
+                changes.clear_alias(session, version, alias, actor=actor, reason=fields["reason"])
+            changes.set_state(session, version, "WITHDRAWN", "withdraw", **fields)
             return
-        queries.log_event(session, "flag", version=version, **fields)
+        event_log.log_event(session, "flag", version=version, **fields)
 
 
 def add_parents(session: Session, version: AdapterVersion, parents: Sequence[str], actor: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from sqlalchemy.orm import Session
 
-from registry import queries
+from registry import changes, event_log, queries
 from registry.entities import Action, AdapterVersion, Decision, Event, check_alias
 from registry.errors import PromotionError, Refused
 from registry.policy.actors import establish_actor
@@ -74,11 +74,11 @@ def promote(
         version = queries.read_version(session, name, ref)
         require_expected(session, version, ref, expected_source)
         before = queries.alias_target(session, name, to) if expected == "now" else expected
-        earlier = queries.read_events(session, name, to, after=version.version)
+        earlier = event_log.read_events(session, name, to, after=version.version)
         events = [event for event in earlier if event.action != "refuse"]
         is_current = before == version.version == queries.alias_target(session, name, to)
         if not is_current:
-            queries.require_active(session, name, version.version)
+            changes.require_active(session, name, version.version)
     damage = versions.damage(version)
     decision = evaluate_policy(
         versions, version, to, actor=actor, damage=damage, structure=structure, approvals=not is_current
@@ -103,7 +103,7 @@ def promote(
         require_expected(session, queries.read_version(session, name, ref), ref, version.version)
         _refuse_revoked(session, version, to)
         _refuse_unapproved(session, policies, version, to, actor)
-        event = queries.move_alias(
+        event = changes.move_alias(
             session, version, to, expected=before, action=action, actor=actor, reason=reason, details=details
         )
     versions.sync()
@@ -140,7 +140,7 @@ def rollback(
     """
     reason, actor = require_reason(reason, f"{alias!r} cannot move"), establish_actor(versions, actor)
     with versions.lineage.database.read() as session:
-        events = queries.read_events(session, name, alias)
+        events = event_log.read_events(session, name, alias)
         if not any(event.action != "refuse" for event in events):
             queries.read_version(session, name, alias)
         current = queries.alias_target(session, name, alias)
@@ -170,7 +170,7 @@ def rollback(
         )
     with versions.lineage.database.write() as session:
         _refuse_revoked(session, target, alias)
-        event = queries.move_alias(
+        event = changes.move_alias(
             session,
             target,
             alias,
@@ -220,7 +220,7 @@ def remove(
             f"{alias!r} cannot be removed", reasons=(refusal,), where=version.ref, remedy="ask one of these users"
         )
     with versions.lineage.database.write() as session:
-        event = queries.clear_alias(session, version, alias, actor=actor, reason=reason)
+        event = changes.clear_alias(session, version, alias, actor=actor, reason=reason)
     versions.sync()
     return event
 
@@ -234,13 +234,13 @@ def history(versions: Versions, name: str, alias: str | None = None) -> list[Eve
     versions.report_drift(name)
     with versions.lineage.database.read() as session:
         queries.find_row(session, name, "latest")
-        return queries.read_events(session, name, alias)
+        return event_log.read_events(session, name, alias)
 
 
 def read_log(versions: Versions) -> list[Event]:
     """Returns all events of the registry, oldest first."""
     with versions.lineage.database.read() as session:
-        return queries.read_events(session)
+        return event_log.read_events(session)
 
 
 def replay(events: Iterable[Event]) -> dict[tuple[str, str], int]:

@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from lora_engine.files import sha256_file
-from registry import queries
+from registry import changes, event_log, queries
 from registry.entities import AdapterVersion, Event
 from registry.errors import Refused, RightsError
 from registry.lineage.walk import LEAST_DIGITS
@@ -105,12 +105,12 @@ def lift(versions: Versions, subject: str, *, reason: str, actor: str | None = N
             "revocation": revocation.seq,
             "restored": [version.ref for version in restored],
         }
-        event = queries.log_event(
+        event = event_log.log_event(
             session, "lift", actor=actor, reason=reason, subject=revocation.subject, details=details
         )
         for version in restored:
             fields = {"actor": actor, "reason": f"lifted: {reason}", "subject": revocation.subject}
-            queries.set_state(session, version, "ACTIVE", "restore", details={"lift": event.seq}, **fields)
+            changes.set_state(session, version, "ACTIVE", "restore", details={"lift": event.seq}, **fields)
     versions.sync()
     return event
 
@@ -151,7 +151,7 @@ def _log_revocation(session: Session, report: ImpactReport, target: RevocationTa
         "aliases": dict(report.aliases),
         **{name: list(values) for name in _EXTRA if (values := getattr(target, name))},
     }
-    event = queries.log_event(session, "revoke", actor=actor, reason=reason, subject=report.subject, details=details)
+    event = event_log.log_event(session, "revoke", actor=actor, reason=reason, subject=report.subject, details=details)
     if row is None:
         session.add(RevocationRow(kind=report.kind, subject=report.subject, seq=event.seq))
     else:
@@ -167,17 +167,17 @@ def _flag_or_withdraw(
     details = {"revocation": event.seq}
     if report.policy == "flag":
         fields = {"actor": actor, "reason": reason, "subject": report.subject}
-        queries.log_event(
+        event_log.log_event(
             session, "flag", version=version, details=details | {"aliases": list(version.aliases)}, **fields
         )
         return
     for alias in version.aliases:
         fallback = report.taken_back[f"{version.name}@{alias}"]
         if fallback is None:
-            queries.clear_alias(session, version, alias, actor=actor, reason=reason, details=details)
+            changes.clear_alias(session, version, alias, actor=actor, reason=reason, details=details)
             continue
         target = queries.read_version(session, version.name, fallback)
-        queries.move_alias(
+        changes.move_alias(
             session,
             target,
             alias,
@@ -188,7 +188,7 @@ def _flag_or_withdraw(
             details=details,
         )
     if version.state == "ACTIVE":
-        queries.set_state(
+        changes.set_state(
             session,
             version,
             "WITHDRAWN",

@@ -15,7 +15,7 @@ from filelock import Timeout
 from sqlalchemy.orm import Session
 
 from lora_engine.files import FilePath, canonical_json
-from registry import queries
+from registry import changes, event_log, queries
 from registry.context import RegistryContext
 from registry.documents.signing import require_valid_signature
 from registry.documents.storage import write_missing
@@ -226,7 +226,7 @@ class Versions(RegistryContext):
             GoneVersion: It was withdrawn or deleted; the message names actor, date and reason.
         """
         with self.lineage.database.read() as session:
-            queries.require_active(session, version.name, version.version)
+            changes.require_active(session, version.name, version.version)
         return version
 
     def read_adapter(self, version: AdapterVersion) -> bytes:
@@ -250,7 +250,7 @@ class Versions(RegistryContext):
         reason = f"exported as {details.get('format', 'a file')}"
         user = establish_actor(self, actor)
         with self.lineage.database.write() as session:
-            return queries.log_event(session, "export", actor=user, reason=reason, version=version, details=details)
+            return event_log.log_event(session, "export", actor=user, reason=reason, version=version, details=details)
 
     def log_recall(
         self, version: AdapterVersion, reason: str, details: Mapping[str, Any], *, actor: str | None = None
@@ -265,7 +265,7 @@ class Versions(RegistryContext):
         """
         user = establish_actor(self, actor)
         with self.lineage.database.write() as session:
-            return queries.log_event(session, "recall", actor=user, reason=reason, version=version, details=details)
+            return event_log.log_event(session, "recall", actor=user, reason=reason, version=version, details=details)
 
     def is_synced(self) -> bool:
         """Returns True if MLflow has every row, by the registry's database alone."""
@@ -352,26 +352,26 @@ class Versions(RegistryContext):
                 record_artifacts(session, files)
                 for ref, contents in files.items():
                     record_contents(session, ref, contents)
-                row = queries.insert_version(session, name, parents, values)
+                row = changes.insert_version(session, name, parents, values)
                 if read_policies(self.home.path).logs_registrations:
                     version = queries.entities(session, [row])[0]
-                    queries.log_event(session, "register", actor=actor, reason="registered", version=version)
+                    event_log.log_event(session, "register", actor=actor, reason="registered", version=version)
                 follow_revocations(session, queries.entities(session, [row])[0], actor)
             elif row.state == "DELETED":
                 # Building it again, for example on a schedule, must not restore a deleted version.
-                queries.require_active(session, name, row.version)
+                changes.require_active(session, name, row.version)
             if alias_request is not None:
                 self._stage(session, queries.entities(session, [row])[0], alias_request, actor)
             return row.version
 
     def _stage(self, session: Session, version: AdapterVersion, alias: str, actor: Actor) -> None:
         """Gives a version its alias once: a repeated registration does not take the alias from a later version."""
-        if queries.read_events(session, version.name, alias, after=version.version):
+        if event_log.read_events(session, version.name, alias, after=version.version):
             return
         current = queries.alias_target(session, version.name, alias)
         decision = evaluate_policy(self, version, alias, actor=actor, session=session)
         if decision.allowed:
-            queries.move_alias(
+            changes.move_alias(
                 session, version, alias, expected=current, action="stage", actor=actor, reason="registered"
             )
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from registry import queries
+from registry import event_log, queries
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.errors import GoneVersion, Refused, UnknownName, UnknownVersion
 from registry.home import Home
@@ -55,7 +55,7 @@ def _find_earlier(
 ) -> AdapterVersion | None:
     """Returns the last version with another adapter that had the alias."""
     with versions.lineage.database.read() as session:
-        for number in reversed(stack(queries.read_events(session, version.name, alias))):
+        for number in reversed(stack(event_log.read_events(session, version.name, alias))):
             earlier = queries.read_version(session, version.name, number)
             if earlier.artifact.sha256 != candidate.sha256:
                 return earlier

@@ -17,7 +17,7 @@ from filelock import Timeout
 
 from lora_engine.errors import EngineError
 from lora_engine.files import sha256_file
-from registry import queries
+from registry import event_log
 from registry.errors import RegistryError
 from registry.home import Home
 from registry.store.redaction import redact
@@ -189,7 +189,7 @@ def _identify(folder: TargetFolder, manifest: DeliveryManifest) -> dict[str, str
 def _last_entry(versions: Versions, manifest: DeliveryManifest, delivery: Mapping[str, str | int]) -> str:
     """Returns `export` or `recall`, what the log last has about a delivery; empty for nothing."""
     with versions.lineage.database.read() as session:
-        events = queries.read_events(session, manifest.name)
+        events = event_log.read_events(session, manifest.name)
     actions = [event.action for event in events if event.details.get("delivery") == delivery]
     return actions[-1] if actions else ""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_engine.errors import AdapterError
 from lora_engine.files import is_present, sha256_file
-from registry import queries
+from registry import event_log, queries
 from registry.entities import FOREIGN, AdapterVersion, ArtifactRef, check_alias, check_name
 from registry.home import Home
 from registry.lineage.rows import record_contents
@@ -280,7 +280,7 @@ def _register(
     with versions.lineage.database.write() as session:
         added = () if is_new else add_parents(session, version, parents, actor)
         if is_new or added:
-            queries.log_event(
+            event_log.log_event(
                 session,
                 "import",
                 actor=actor,
@@ -306,7 +306,7 @@ def _refusal(versions: Versions, version: AdapterVersion, alias: str | None) -> 
     if alias is None or alias in version.aliases:
         return ""
     with versions.lineage.database.read() as session:
-        events = queries.read_events(session, version.name, alias)
+        events = event_log.read_events(session, version.name, alias)
     refusals = [event.reason for event in events if event.action == "refuse" and event.after == version.version]
     return refusals[-1] if refusals else "another version got it since"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy.orm import Session
 
-from registry import queries
+from registry import event_log
 from registry.entities import ArtifactRef
 from registry.errors import Refused, RightsError
 from registry.lineage.graph import NodeId
@@ -177,7 +177,7 @@ def _log_refusal(versions: Versions, request: Statements, files: Mapping[str, st
     details = {"name": request.name, "license": request.license, "files": dict(files)}
     actor = establish_actor(versions)
     with versions.lineage.database.write() as session:
-        queries.log_event(
+        event_log.log_event(
             session,
             "refuse",
             actor=actor,

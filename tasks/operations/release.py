@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from lora_engine.files import atomic_write, canonical_json
-from registry import queries
+from registry import event_log, queries
 from registry.entities import AdapterVersion, Event
 from registry.errors import GoneVersion, MlflowError, PromotionError, Refused, RegistryError, UnknownVersion
 from registry.home import Home
@@ -58,7 +58,7 @@ def find_obstacle(versions: Versions, version: AdapterVersion, alias: str) -> st
     """
     with versions.lineage.database.read() as session:
         holder = queries.alias_target(session, version.name, alias)
-        events = queries.read_events(session, version.name, alias)
+        events = event_log.read_events(session, version.name, alias)
     if holder is not None and holder >= version.version:
         return f"{alias} has {version.name}@{holder}"
     for event in reversed(events):
@@ -92,7 +92,7 @@ def log_decision(
     with versions.lineage.database.write() as session:
         current = queries.alias_target(session, version.name, alias)
         details = {_DECISION: decision}
-        return queries.log_alias_event(
+        return event_log.log_alias_event(
             session, version, alias, current, action="refuse", actor=user, reason=reason, details=details
         )
 

@@ -11,7 +11,7 @@ import yaml
 
 from flows.pipeline import run_pipeline
 from flows.spec import load_spec
-from registry import queries
+from registry import event_log
 from registry.versions.versions import Versions
 from tests.faults.queued import NAMES, PROJECT, check_queue, kill_queued, prepare_queue
 
@@ -39,7 +39,7 @@ def test_the_check_of_the_queue_finds_a_lost_retraining_one_that_was_staged_twic
     assert check_queue(home, 1) == [], "the same retraining again changes nothing"
     with closing(Versions(home)) as versions, versions.lineage.database.write() as session:
         version = dataclasses.replace(versions.show("queued-0", 1))
-        queries.log_alias_event(session, version, "trial", 1, action="stage", actor="x", reason="twice")
+        event_log.log_alias_event(session, version, "trial", 1, action="stage", actor="x", reason="twice")
     assert any("staged 2 times" in entry for entry in check_queue(home, 1))
 
 

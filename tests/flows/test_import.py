@@ -23,7 +23,7 @@ from lora_engine.files import sha256_file
 from lora_engine.formats import Card, codecs, read_bundle, write_adapter
 from lora_engine.formats.embeddings import Embedding
 from lora_engine.formats.safetensors_io import read_header
-from registry import queries
+from registry import event_log
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.policy.licenses import read_licenses
@@ -135,7 +135,7 @@ def test_the_same_bytes_are_the_same_version_and_another_license_is_another(open
     relicensed = bring_in(opened, tmp_path / "renamed.safetensors", "foreign", license_id="Apache-2.0")
     assert relicensed.version.version == 2
     with Versions(opened).lineage.database.read() as session:
-        events = [(event.action, event.after) for event in queries.read_events(session, "foreign")]
+        events = [(event.action, event.after) for event in event_log.read_events(session, "foreign")]
     assert events == [("import", 1), ("import", 2)]
 
 

@@ -23,6 +23,7 @@ from sqlalchemy.exc import DatabaseError, IntegrityError
 from registry.documents.storage import find_records
 from registry.entities import Execution, FileEntry, Subject, now
 from registry.errors import Conflict, GoneVersion, HomeError, LineageError, Refused, RightsError, UnknownName
+from registry.event_log import log_event, read_events
 from registry.home import Home
 from registry.lineage.openlineage import to_openlineage
 from registry.lineage.record import Lineage
@@ -35,7 +36,7 @@ from registry.maintenance.restore import restore_backup
 from registry.policy.license_terms import allows_commercial
 from registry.policy.revocations import read_revoked
 from registry.policy.rights import resolve_rights
-from registry.queries import AliasRow, alias_table, log_event, read_events
+from registry.queries import AliasRow, alias_table
 from registry.settings import Settings, read_file, write_file
 from registry.store.artifacts import open_store
 from registry.store.chain import find_breaks, read_links
@@ -409,7 +410,7 @@ def test_step_is_recorded_completely_or_not_at_all(lineage, store):
 
 def test_failed_promotion_leaves_neither_alias_nor_event(versions, register, monkeypatch):
     register(versions, b"weights")
-    move_alias = promotion.queries.move_alias
+    move_alias = promotion.changes.move_alias
 
     def interrupt(*arguments, **settings):
         move_alias(*arguments, **settings)

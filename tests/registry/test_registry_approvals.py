@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from registry import queries
+from registry import event_log
 from registry.errors import GoneVersion, PolicyError, PromotionError, Refused
 from registry.identity import Actor
 from registry.maintenance.fsck import fsck
@@ -86,7 +86,7 @@ def test_an_endorsement_of_other_digests_does_not_count(strict):
     for key in endorsed_digests(version):
         details = {"alias": "production", **endorsed_digests(version), key: "0" * 64}
         with strict.lineage.database.write() as session:
-            queries.log_event(session, "endorse", actor=Actor("eve"), reason="r", version=version, details=details)
+            event_log.log_event(session, "endorse", actor=Actor("eve"), reason="r", version=version, details=details)
     assert list_endorsements(strict, version) == []
     with pytest.raises(Refused, match=r"1 of 2 approvals \(carl\)"):
         release(strict, "carl")

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import text
 
 from lora_engine.files import sha256_bytes
-from registry import queries
+from registry import event_log
 from registry.errors import LineageError
 from registry.maintenance.backup import backup, read_backup_heads
 from registry.maintenance.check_chain import EVENTS, KnownHead, check_chain
@@ -32,7 +32,7 @@ def log(tmp_path):
 
 def append(database, subject, action="revoke"):
     with database.write() as session:
-        return queries.log_event(
+        return event_log.log_event(
             session, action, actor="ada@lab", reason="r", subject=subject, details={"é": [1, 0.5, None]}
         )
 
@@ -90,7 +90,7 @@ def test_an_event_has_the_digests_of_its_row(log):
     event = append(log, "7")
     assert Head(event.seq, event.digest) == head_of(log)
     with log.read() as session:
-        assert queries.read_events(session)[-1] == event
+        assert event_log.read_events(session)[-1] == event
 
 
 CHANGES = {
@@ -184,14 +184,14 @@ def test_a_malformed_head_is_refused(head):
 
 
 def test_a_clock_that_goes_back_is_reported_and_changes_no_order(log, monkeypatch):
-    monkeypatch.setattr(queries, "now", lambda: datetime.now(UTC) - timedelta(days=400))
+    monkeypatch.setattr(event_log, "now", lambda: datetime.now(UTC) - timedelta(days=400))
     append(log, "7")
     monkeypatch.undo()
     append(log, "8")
     (found,) = problems(log)
     assert found.startswith("the clock went back: event 7 is of")
     with log.read() as session:
-        assert [event.subject for event in queries.read_events(session)] == list("12345678")
+        assert [event.subject for event in event_log.read_events(session)] == list("12345678")
 
 
 def test_repair_restores_nothing_from_a_changed_log_and_does_not_link_it_anew(versions, register):

@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 
 from registry.entities import AdapterVersion, ArtifactRef, Event
 from registry.errors import Conflict, PromotionError, Refused, UnknownVersion, VersionError
+from registry.event_log import read_events
 from registry.maintenance.fsck import fsck
 from registry.policy.alias_policy import PRESETS, AliasPolicy, PolicyFacts
 from registry.policy.alias_policy import decide as decide_by
 from registry.policy.consent import ConsentFindings
 from registry.policy.license_terms import UNRESTRICTED
-from registry.queries import alias_table, read_events
+from registry.queries import alias_table
 from registry.versions import promotion
 from registry.versions.promotion import history, promote, replay, rollback
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from registry import queries
+from registry import changes, event_log, queries
 from registry.maintenance.fsck import fsck as find_problems
 from registry.maintenance.repair import repair
 from registry.store.tables import RevocationRow
@@ -42,8 +42,8 @@ def fsck(home, **settings):
 def withdraw_and_revoke(versions):
     with versions.lineage.database.write() as session:
         version = queries.read_version(session, "zorb", 2)
-        queries.set_state(session, version, "WITHDRAWN", "withdraw", actor="a", reason="r")
-        event = queries.log_event(session, "revoke", actor="a", reason="r", subject="5" * 64)
+        changes.set_state(session, version, "WITHDRAWN", "withdraw", actor="a", reason="r")
+        event = event_log.log_event(session, "revoke", actor="a", reason="r", subject="5" * 64)
         session.add(RevocationRow(kind="picture", subject=event.subject, seq=event.seq))
 
 

@@ -9,7 +9,7 @@ from datetime import date, timedelta
 import pytest
 from sqlalchemy import update
 
-from registry import queries
+from registry import event_log
 from registry.documents import signing
 from registry.documents.keys import fingerprint, make_key, read_private_key, read_public_key, trust_key, trusted_keys
 from registry.documents.signing import (
@@ -79,7 +79,7 @@ def test_a_signature_is_valid_and_is_in_the_log(versions, signed, trusted):
     assert signature_findings(versions, signed) == ()
     assert [key.name for key in signers(versions, signed)] == ["release"]
     with versions.lineage.database.read() as session:
-        (event,) = [event for event in queries.read_events(session) if event.action == "sign"]
+        (event,) = [event for event in event_log.read_events(session) if event.action == "sign"]
     assert (event.name, event.after, event.actor) == ("zorb", 1, "anna")
     assert event.details["digests"]["adapter.safetensors"] == signed.sha256
     assert event.details["key"] == fingerprint(read_private_key(trusted, SECRET).public_key())
@@ -303,7 +303,7 @@ def test_each_key_has_one_signature_and_all_must_be_valid(versions, signed, trus
     assert set(versions.store.files(ref)) == {"signature.json", file, file.replace("signature", "log-head")}
     assert [key.name for key in signers(versions, signed)] == ["release", "second"]
     with versions.lineage.database.read() as session:
-        events = [event for event in queries.read_events(session) if event.action == "sign"]
+        events = [event for event in event_log.read_events(session) if event.action == "sign"]
     assert [event.details["file"] for event in events] == ["signature.json", file, file]
     (head,) = signed_heads(versions, signed)
     assert head == Head(events[1].seq, events[1].digest), "the newest event when the second key signed last"
