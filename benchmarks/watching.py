@@ -33,7 +33,7 @@ from lora_engine.training.spec import TrainSettings
 from lora_engine.training.watching import with_measurements
 from registry.home import Home
 from registry.versions.live_run import LiveRun
-from registry.versions.mlflow_writer import open_client
+from registry.versions.mlflow_client import open_client
 from tasks.progress import StepEvent, publish
 from tasks.run_entry import recording
 from tasks.watching import TrainingWatcher

@@ -18,6 +18,7 @@ from registry.errors import LineageError, MlflowError, RegistryError
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.store.database import sqlite_file
+from registry.versions.mlflow_client import ensure_experiment, find_training_runs, mlflow_errors, open_client
 from registry.versions.mlflow_tables import (
     TRAINING,
     TRAINING_KEY,
@@ -26,7 +27,6 @@ from registry.versions.mlflow_tables import (
     has_training,
     require_reachable,
 )
-from registry.versions.mlflow_writer import ensure_experiment, find_training_runs, mlflow_errors, open_client
 from registry.versions.rewrite_uris import rewrite_artifact_uris
 
 _logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Writes registry rows to MLflow. Only this module and `live_run` import mlflow, and only inside functions.
+"""Writes registry rows to MLflow. The modules `mlflow_*` and `live_run` import mlflow, only inside functions.
 
 Every call is idempotent: the next call completes an interrupted one. Callers hold the lock.
 """
@@ -7,32 +7,25 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
-
-from lora_engine.files import sha256_bytes, sha256_file
-from registry.documents.facts import Dataset
+from lora_engine.files import sha256_file
 from registry.documents.storage import Shown
-from registry.entities import AdapterVersion, ArtifactRef, check_name
-from registry.errors import MlflowError, disk_errors
+from registry.entities import AdapterVersion, ArtifactRef
+from registry.errors import MlflowError
 from registry.home import Home
-from registry.policy.alias_policy import numbers
 from registry.refs import split_ref, version_number
 from registry.store.artifacts import Store
 from registry.store.database import name_of, sqlite_file
-from registry.store.redaction import redact
+from registry.versions.mlflow_client import ensure_experiment, find_training_runs, mlflow_errors, open_client
 from registry.versions.mlflow_drift import expected_tags, own_tags, with_state
+from registry.versions.mlflow_run import log_datasets, log_values, millis
 from registry.versions.mlflow_tables import (
-    PREFIX,
-    TRAINING_KEY,
     local_path,
     require_reachable,
     reset_version,
@@ -42,14 +35,8 @@ from registry.versions.rewrite_uris import rewrite_artifact_uris
 
 _logger = logging.getLogger(__name__)
 
-_PARAMS_AT_ONCE = 100
-_METRICS_AT_ONCE = 1000
-_PARAM_LENGTH = 6000
-_TAG_LENGTH = 8000
-_DATASET_DIGEST = 36
 _MISSING = "RESOURCE_DOES_NOT_EXIST"
 _RECORD = "record.json"
-_NOT_IN_NAMES = re.compile(r"[^\w\-. :/]", re.ASCII)
 
 
 class MlflowWriter:
@@ -93,10 +80,10 @@ class MlflowWriter:
         """
         with self.with_context(version.ref):
             run_id = self._ensure_run(version, training_keys)
-            self._log_values(run_id, version, json.loads(self.store.read(record, _RECORD)))
-            self._log_datasets(run_id, shown.facts.datasets)
+            log_values(self._client, run_id, version, json.loads(self.store.read(record, _RECORD)))
+            log_datasets(self._client, run_id, shown.facts.datasets)
             source = self._copy_files(run_id, version, record, shown.documents)
-            self._client.set_terminated(run_id, "FINISHED", end_time=_millis(version))
+            self._client.set_terminated(run_id, "FINISHED", end_time=millis(version))
             self._ensure_model(version.name)
             self._ensure_version(version, run_id, source)
             self._describe(version, run_id, shown)
@@ -121,7 +108,7 @@ class MlflowWriter:
             for folder in ("adapter", "pictures", "documents"):
                 if artifacts.list_artifacts(folder):
                     artifacts.delete_artifacts(folder)
-            self._client.set_terminated(run_id, "FINISHED", end_time=_millis(version))
+            self._client.set_terminated(run_id, "FINISHED", end_time=millis(version))
             self._ensure_model(version.name)
             self._ensure_version(version, run_id, f"{uri}/adapter")
             self._write_tags(version, run_id)
@@ -177,7 +164,7 @@ class MlflowWriter:
             self._client.update_run(run.info.run_id, name=name)
             return str(run.info.run_id)
         run = self._client.create_run(
-            experiment_id, start_time=_millis(version), tags=expected_tags(version), run_name=name
+            experiment_id, start_time=millis(version), tags=expected_tags(version), run_name=name
         )
         return str(run.info.run_id)
 
@@ -196,51 +183,6 @@ class MlflowWriter:
         if run.info.lifecycle_stage == "deleted":
             self._client.restore_run(run_id)
         return True
-
-    def _log_values(self, run_id: str, version: AdapterVersion, record: Mapping[str, Any]) -> None:
-        from mlflow.entities import Metric, Param, RunTag
-
-        timestamp = _millis(version)
-        metrics = [Metric(name, value, timestamp, 0) for name, value in numbers(version.metrics)]
-        for name, curve in record["curves"].items():
-            # A run that was live has most points, with the times of their steps.
-            logged = {(point.step, point.value) for point in self._client.get_metric_history(run_id, name)}
-            metrics += [Metric(name, value, timestamp, step) for step, value in curve if (step, value) not in logged]
-        for batch in _batches(metrics, _METRICS_AT_ONCE):
-            self._client.log_batch(run_id, metrics=batch)
-        params = {_param_name(str(key)): _text(value) for key, value in record["params"].items()}
-        long = {key: value for key, value in params.items() if len(value) > _PARAM_LENGTH}
-        for batch in _batches([Param(key, value[:_PARAM_LENGTH]) for key, value in params.items()], _PARAMS_AT_ONCE):
-            self._client.log_batch(run_id, params=batch)
-        tags = [RunTag(f"loraline.param.{key}"[:250], value[:_TAG_LENGTH]) for key, value in long.items()]
-        for batch in _batches(tags, _PARAMS_AT_ONCE):
-            self._client.log_batch(run_id, tags=batch)
-
-    def _log_datasets(self, run_id: str, datasets: Sequence[Dataset]) -> None:
-        """Logs the datasets; MLflow's digest column is too short for a SHA-256, so a tag holds the full digest."""
-        from mlflow.entities import Dataset as LoggedDataset
-        from mlflow.entities import DatasetInput, InputTag
-
-        inputs = []
-        for entry in datasets:
-            digest = entry.artifact.sha256
-            profile = {"pictures": entry.count, "trained on": entry.train, "held out": entry.heldout}
-            profile |= {"with a caption": entry.captioned, "covered by a consent": sum(entry.consents.values())}
-            tags = {"mlflow.data.context": "training", "loraline.role": entry.role, "loraline.sha256": digest}
-            inputs.append(
-                DatasetInput(
-                    LoggedDataset(
-                        name=entry.role,
-                        digest=digest[:_DATASET_DIGEST],
-                        source_type="loraline",
-                        source=json.dumps({"artifact": digest}),
-                        profile=json.dumps(profile),
-                    ),
-                    [InputTag(key, value) for key, value in tags.items()],
-                )
-            )
-        if inputs:
-            self._client.log_inputs(run_id, inputs)
 
     def _describe(self, version: AdapterVersion, run_id: str, shown: Shown) -> None:
         """Sets the short model card, with links into MLflow, as description of version, run and registered model."""
@@ -334,86 +276,3 @@ class MlflowWriter:
             if error.error_code != _MISSING:
                 raise
             return None
-
-
-@contextmanager
-def mlflow_errors(home: Home, where: str) -> Iterator[None]:
-    """Converts every error of MLflow to `MlflowError`."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        with disk_errors(home.mlflow_artifacts):
-            yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise MlflowError(
-            f"MLflow could not be synced ({redact(str(error), home.mlflow_url)})",
-            where=where,
-            remedy="fix the cause; nothing is lost, and the next command syncs MLflow",
-        ) from error
-
-
-def ensure_experiment(client: Any, home: Home, name: str) -> str:
-    """Returns the id of an adapter's experiment; creates it, or restores it if it was deleted."""
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        folder = home.mlflow_artifacts / check_name(name)
-        return str(client.create_experiment(name, artifact_location=folder.as_uri()))
-    if experiment.lifecycle_stage == "deleted":
-        client.restore_experiment(experiment.experiment_id)
-    return str(experiment.experiment_id)
-
-
-def find_training_runs(client: Any, experiment_id: str, keys: Iterable[str]) -> Iterator[Any]:
-    """Yields the runs of trainings by cache key that belong to no version yet, latest first."""
-    for key in keys:
-        runs = client.search_runs([experiment_id], filter_string=f"tags.`{TRAINING_KEY}` = '{key}'")
-        yield from (run for run in runs if f"{PREFIX}version" not in run.data.tags)
-
-
-def open_client(home: Home) -> Any:
-    """Opens a client of the home's MLflow; creates its database first, atomically."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("DO_NOT_TRACK", "true")
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    from mlflow import MlflowClient
-
-    file = sqlite_file(home.mlflow_url)
-    if file is not None and not file.exists():
-        _make_database(home, file)
-    return MlflowClient(tracking_uri=home.mlflow_url, registry_uri=home.mlflow_url)
-
-
-def _make_database(home: Home, file: Path) -> None:
-    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as ModelStore
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as RunStore
-
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        store = RunStore(f"sqlite:///{partial}", home.mlflow_artifacts.as_uri())
-        store.engine.dispose()
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
-    # MLflow caches engines by URL: dispose of connections that this process has to an earlier database at this path.
-    RunStore(home.mlflow_url, home.mlflow_artifacts.as_uri()).engine.dispose()
-    ModelStore(home.mlflow_url).engine.dispose()
-
-
-def _param_name(key: str) -> str:
-    # A recipe may have layer patterns as keys (`unet.*.to_q`), which MLflow does not accept as names.
-    plain = _NOT_IN_NAMES.sub("_", key)
-    return key if plain == key else f"{plain[:200]}-{sha256_bytes(key.encode())[:8]}"
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
-
-
-def _millis(version: AdapterVersion) -> int:
-    # The time of registration, not of the sync: MLflow then recognizes a repeated metric as the same one.
-    return int(version.created_at.timestamp() * 1000)
-
-
-def _batches(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (values[begin : begin + size] for begin in range(0, len(values), size))

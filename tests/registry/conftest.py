@@ -15,7 +15,7 @@ import pytest
 from registry.entities import AdapterVersion, Execution, Subject, now
 from registry.home import Home
 from registry.store.artifacts import Store
-from registry.versions.mlflow_writer import open_client
+from registry.versions.mlflow_client import open_client
 from registry.versions.promotion import promote
 from registry.versions.versions import Versions
 from tests.registry.children import Child

@@ -157,7 +157,7 @@ def made_mlflow(monkeypatch, fresh_template, close_mlflow):
         shutil.copy(fresh_template / file.name, file)
         close_mlflow()
 
-    monkeypatch.setattr("registry.versions.mlflow_writer._make_database", make)
+    monkeypatch.setattr("registry.versions.mlflow_client._make_database", make)
 
 
 @pytest.mark.parametrize("harm", DAMAGE_IN_MLFLOW)
