@@ -7,42 +7,33 @@ interrupted, the next command syncs. Reads use the registry's database only.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from filelock import Timeout
-from sqlalchemy.orm import Session
 
-from lora_engine.files import FilePath, canonical_json
+from lora_engine.files import FilePath
 from registry import changes, event_log, queries
 from registry.context import RegistryContext
 from registry.documents.signing import require_valid_signature
 from registry.documents.storage import write_missing
-from registry.entities import AdapterVersion, ArtifactRef, Event, FileEntry, check_alias, check_name
-from registry.errors import DamagedBlob, HomeError, MlflowError, VersionError
+from registry.entities import AdapterVersion, ArtifactRef, Event, check_alias, check_name
+from registry.errors import HomeError, MlflowError, VersionError
 from registry.home import Home
-from registry.identity import Actor
 from registry.lineage.record import Lineage
-from registry.lineage.rows import record_artifacts, record_contents
 from registry.policy.actors import establish_actor
-from registry.policy.alias_policy import numbers
 from registry.policy.conditions import require_policy
-from registry.policy.evaluate import evaluate_policy
-from registry.policy.policy_file import read_policies
 from registry.refs import can_exist
-from registry.store.artifacts import Content, Store, check_relative
+from registry.store.artifacts import Content, Store
 from registry.store.blobs import damaged
 from registry.store.database import require_json
 from registry.store.redaction import redact_values
-from registry.versions.guard import guarded, log_refusal
-from registry.versions.late_revocations import follow_revocations
+from registry.versions.guard import guarded
 from registry.versions.mlflow_drift import RESTORE, find_drift
 from registry.versions.mlflow_sync import is_synced, sync_mlflow
+from registry.versions.registration import Curves, insert_registered, put_metadata, require_finite, verified_files
 
 _logger = logging.getLogger(__name__)
-
-Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 
 class Versions(RegistryContext):
@@ -135,17 +126,17 @@ class Versions(RegistryContext):
             check_alias(alias_request)
         if declared is not None:
             card = {**card, "license": declared}
-        _require_finite(metrics or {}, "metrics")
-        _require_finite(curves or {}, "curves")
+        require_finite(metrics or {}, "metrics")
+        require_finite(curves or {}, "curves")
         require_json(VersionError, {"card": card, "metrics": metrics, "gates": list(gates), "params": params}, name)
-        files = self._verified_files([artifact, *([report] if report else [])])
+        files = verified_files(self, [artifact, *([report] if report else [])])
         if adapter_file not in files[artifact]:
             raise VersionError(
                 f"no file {adapter_file!r}",
                 where=f"artifact {artifact.sha256[:12]}",
                 allowed=repr([*files[artifact]]),
             )
-        metadata = self._put_metadata(params, curves or {}, pictures or {}, documents or {})
+        metadata = put_metadata(self, params, curves or {}, pictures or {}, documents or {})
         values = {
             "identity": queries.identity_of(artifact, report),
             **vars(files[artifact][adapter_file]),
@@ -162,7 +153,7 @@ class Versions(RegistryContext):
         }
         files[metadata] = self.store.files(metadata)
         user = establish_actor(self, actor)
-        number = self._write_row(name, artifact, report, parents, values, files, alias_request, user)
+        number = insert_registered(self, name, artifact, report, parents, values, files, alias_request, user)
         # If the process is killed before this line, the next sync writes the documents.
         write_missing(self, self.show(name, number))
         self.sync()
@@ -308,80 +299,3 @@ class Versions(RegistryContext):
         if stored != version.sha256:
             raise damaged(version.sha256, stored, f"adapter file of {version.ref}")
         require_valid_signature(self, version)
-
-    def _verified_files(self, refs: Sequence[ArtifactRef]) -> dict[ArtifactRef, dict[str, FileEntry]]:
-        for ref in refs:
-            # Restart the GC grace period before verifying.
-            self.store.touch(ref)
-            for problem in self.store.verify(ref):
-                raise DamagedBlob(problem.what, where=problem.where, remedy=problem.remedy)
-        return {ref: self.store.files(ref) for ref in refs}
-
-    def _put_metadata(
-        self,
-        params: Mapping[str, Any],
-        curves: Curves,
-        images: Mapping[str, Content],
-        documents: Mapping[str, Content],
-    ) -> ArtifactRef:
-        points = {metric: [[step, value] for step, value in curve] for metric, curve in curves.items()}
-        files: dict[str, Content] = {"record.json": canonical_json({"params": dict(params), "curves": points})}
-        for folder, entries in (("pictures", images), ("documents", documents)):
-            files |= {f"{folder}/{check_relative(relative)}": content for relative, content in entries.items()}
-        return self.store.put_files("record", files)
-
-    def _write_row(
-        self,
-        name: str,
-        artifact: ArtifactRef,
-        report: ArtifactRef | None,
-        parents: Sequence[str],
-        values: Mapping[str, Any],
-        files: Mapping[ArtifactRef, Mapping[str, FileEntry]],
-        alias_request: str | None,
-        actor: Actor,
-    ) -> int:
-        """Inserts a version unless the same is registered, and gives it its alias, in one transaction.
-
-        Returns:
-            The number of the version.
-        """
-        with self.lineage.database.write() as session:
-            row = queries.find_identical(session, name, artifact, report)
-            if row is None:
-                record_artifacts(session, files)
-                for ref, contents in files.items():
-                    record_contents(session, ref, contents)
-                row = changes.insert_version(session, name, parents, values)
-                if read_policies(self.home.path).logs_registrations:
-                    version = queries.entities(session, [row])[0]
-                    event_log.log_event(session, "register", actor=actor, reason="registered", version=version)
-                follow_revocations(session, queries.entities(session, [row])[0], actor)
-            elif row.state == "DELETED":
-                # Building it again, for example on a schedule, must not restore a deleted version.
-                changes.require_active(session, name, row.version)
-            if alias_request is not None:
-                self._stage(session, queries.entities(session, [row])[0], alias_request, actor)
-            return row.version
-
-    def _stage(self, session: Session, version: AdapterVersion, alias: str, actor: Actor) -> None:
-        """Gives a version its alias once: a repeated registration does not take the alias from a later version."""
-        if event_log.read_events(session, version.name, alias, after=version.version):
-            return
-        current = queries.alias_target(session, version.name, alias)
-        decision = evaluate_policy(self, version, alias, actor=actor, session=session)
-        if decision.allowed:
-            changes.move_alias(
-                session, version, alias, expected=current, action="stage", actor=actor, reason="registered"
-            )
-            return
-        reasons = "; ".join(decision.reasons)
-        _logger.warning("%s does not become %r: %s", version.ref, alias, reasons)
-        log_refusal(session, "stage", actor, reasons, version=version, alias=alias)
-
-
-def _require_finite(values: Mapping[str, Any], where: str) -> None:
-    broken = {path: value for path, value in numbers(values) if not math.isfinite(value)}
-    if broken:
-        first = ", ".join(f"{path} = {value!r}" for path, value in list(broken.items())[:4])
-        raise VersionError(f"{len(broken)} numbers are not finite: {first}", where=where, allowed="finite numbers")
