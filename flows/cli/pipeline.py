@@ -12,13 +12,12 @@ import typer
 from flows.cli.completion import complete_steps
 from flows.cli.matrix import Overrides, Parameters, Selected, SpecPath, for_each, load_selected
 from flows.cli.output import Json, open_home
+from flows.cli.plan_output import cost_to_json, planned_to_json, print_plan
 from flows.cli.verbs import Access, add_verb
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from flows.cost import StepCost
-    from flows.plan import Plan, PlannedStep
     from flows.result import PipelineResult
     from flows.spec import PipelineSpec
     from registry.home import Home
@@ -187,8 +186,8 @@ def plan(
         planned = plans.get(loaded.name) or plan_pipeline(loaded, home, force=forced[loaded.name], selection=selection)
         costs = estimates[loaded.name] if loaded.name in estimates else estimate_costs([planned], home)[0]
         if as_json:
-            return [_planned(step) | _cost_json(step, costs) for step in planned.steps], True
-        _print_plan(planned, costs)
+            return [planned_to_json(step) | cost_to_json(step, costs) for step in planned.steps], True
+        print_plan(planned, costs)
         if any(step.adoption for step in planned.steps):
             print(f"`loraline adopt {spec}` takes the adoptable results over; then their steps do not run.")
         return None, True
@@ -212,8 +211,8 @@ def adopt(
     def adopt_one(loaded: PipelineSpec) -> tuple[Any, bool]:
         adopted = adopt_results(loaded, home)
         if as_json:
-            return [_planned(step) for step in adopted.steps], True
-        _print_plan(adopted)
+            return [planned_to_json(step) for step in adopted.steps], True
+        print_plan(adopted)
         return None, True
 
     for_each(pipelines, adopt_one, as_json=as_json)
@@ -274,55 +273,6 @@ def run(
         return shown, not result.refusals
 
     for_each(pipelines, run_one, as_json=as_json)
-
-
-def _print_plan(plan: Plan, costs: Mapping[str, StepCost | None] | None = None) -> None:
-    from flows.cli.output import print_table
-
-    rows = []
-    for step in plan.steps:
-        action = ("adopted" if step.adoption else "cached") if step.cached else "skipped" if step.skipped else "run"
-        reason = step.reason.removeprefix("cached").removeprefix("; ") if action == "cached" else step.reason
-        rows.append((step.name, step.job.kind.name, action, reason))
-    print_table(("step", "uses", "action", "reason"), rows)
-    if costs:
-        _print_costs(costs)
-
-
-def _print_costs(costs: Mapping[str, StepCost | None]) -> None:
-    from flows.cli.output import print_table
-    from flows.cost import total_cost
-
-    total, unknown = total_cost(costs)
-    print("\nExpected cost, from earlier executions:")
-    rows = [(name, *_cost_cells(cost)) for name, cost in costs.items()]
-    label = f"total without {', '.join(unknown)}" if unknown else "total"
-    print_table(("step", "time", "GPU hours", "disk"), [*rows, (label, *_cost_cells(total))])
-
-
-def _cost_cells(cost: StepCost | None) -> tuple[str, str, str]:
-    if cost is None:
-        return "unknown", "unknown", "unknown"
-    minutes, seconds = divmod(round(cost.seconds), 60)
-    time = f"{cost.seconds:.1f} s" if minutes == 0 else f"{minutes} min {seconds} s"
-    return time, f"{cost.gpu_hours:.2f}", f"{cost.bytes / 1e6:.1f} MB"
-
-
-def _cost_json(step: PlannedStep, costs: Mapping[str, StepCost | None]) -> dict[str, Any]:
-    cost = costs.get(step.name)
-    return {"cost": cost.to_json() if cost else "unknown" if step.runs else None}
-
-
-def _planned(step: PlannedStep) -> dict[str, Any]:
-    return {
-        "name": step.name,
-        "uses": step.job.kind.name,
-        "cached": step.cached,
-        "skipped": step.skipped,
-        "reason": step.reason,
-        "ref": step.outcome.ref if step.outcome else None,
-        "adoption": step.adoption.source.id if step.adoption else None,
-    }
 
 
 def _check_force(force: list[str] | None, spec: PipelineSpec) -> frozenset[str]:
