@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from flows.refusals import nearest
@@ -19,6 +20,7 @@ from registry.policy.revocations import read_revoked
 from registry.store.artifacts import Store, open_store
 from tasks.adoption import Adoption, find_adoption, find_changes, find_unmet
 from tasks.condition import explain_unmet, parse_condition, read_condition_report
+from tasks.digests import PathDigest
 from tasks.errors import SpecError
 from tasks.execution import NO_RESULT, find_hit
 from tasks.job import Job, Outcome, prepare_job
@@ -138,10 +140,11 @@ def plan_pipelines(
     adopt: bool = False,
     selection: Selection = ALL_STEPS,
 ) -> list[Plan]:
-    """Plans runs of several pipelines as `plan_pipeline`; opens the home once, and verifies each blob once."""
+    """Plans runs of several pipelines as `plan_pipeline`; opens the home, and reads each file and blob, once."""
     lineage = Lineage(home.lineage_url)
     try:
         revoked, store, verified = read_revoked(lineage), open_store(home), set[str]()
+        digests: dict[Path, PathDigest] = {}
         plans = []
         for spec in specs:
             planner = _Planner(spec.name, home, store, lineage, adopt, verified)
@@ -150,7 +153,9 @@ def plan_pipelines(
             planned: dict[str, PlannedStep] = {}
             for name in (name for name in spec.steps if name in upstream_steps(chosen, spec.steps)):
                 sources, absent = _find_sources(spec.steps[name], planned, home)
-                job = prepare_job(name, spec.steps[name], spec.folder, revoked, concurrency=spec.concurrency)
+                job = prepare_job(
+                    name, spec.steps[name], spec.folder, revoked, concurrency=spec.concurrency, digests=digests
+                )
                 step = PlannedStep(replace(job, absent=absent), sources, "forced", force=name in force)
                 planned[name] = planner.decide(step, planned)
             _refuse_missing([step for name, step in planned.items() if name not in chosen])

@@ -154,7 +154,13 @@ class Outcome:
 
 
 def prepare_job(
-    name: str, spec: StepSpec, folder: Path, revoked: Collection[str] = (), *, concurrency: int | None = None
+    name: str,
+    spec: StepSpec,
+    folder: Path,
+    revoked: Collection[str] = (),
+    *,
+    concurrency: int | None = None,
+    digests: dict[Path, PathDigest] | None = None,
 ) -> Job:
     """Prepares a step; reads the user's files and the base once.
 
@@ -164,11 +170,17 @@ def prepare_job(
         folder: The folder of the pipeline file.
         revoked: Digests of revoked images and ids of revoked consents.
         concurrency: Maximum trainings per device at the same time; None means the default of the device.
+        digests: Digests of files and folders that were read for other steps; gets those that this one reads.
 
     Raises:
         EngineError, OSError: The base or a file cannot be read.
     """
-    files = {role: digest_path(folder / path) for role, path, _ in spec.externals()}
+    known = {} if digests is None else digests
+    files = {}
+    for role, path, _ in spec.externals():
+        if (place := folder / path) not in known:
+            known[place] = digest_path(place)
+        files[role] = known[place]
     find_excluded = STEPS[spec.uses].find_excluded
     excluded = sorted(find_excluded(spec, folder, files, revoked)) if find_excluded is not None and revoked else ()
     base = getattr(spec, "base", None)

@@ -12,7 +12,7 @@ import typer
 from flows.cli.completion import complete_steps
 from flows.cli.matrix import Overrides, Parameters, Selected, SpecPath, for_each, load_selected
 from flows.cli.output import Json, open_home
-from flows.cli.plan_output import cost_to_json, planned_to_json, print_plan
+from flows.cli.plan_output import cost_to_json, planned_to_json, print_costs, print_costs_of_pipelines, print_plan
 from flows.cli.verbs import Access, add_verb
 
 if TYPE_CHECKING:
@@ -187,12 +187,16 @@ def plan(
         costs = estimates[loaded.name] if loaded.name in estimates else estimate_costs([planned], home)[0]
         if as_json:
             return [planned_to_json(step) | cost_to_json(step, costs) for step in planned.steps], True
-        print_plan(planned, costs)
+        print_plan(planned)
+        if loaded.cell is None:
+            print_costs(costs)
         if any(step.adoption for step in planned.steps):
             print(f"`loraline adopt {spec}` takes the adoptable results over; then their steps do not run.")
         return None, True
 
     for_each(pipelines, plan_one, as_json=as_json)
+    if pipelines[0].cell is not None and not as_json:
+        print_costs_of_pipelines(estimates)
 
 
 def adopt(

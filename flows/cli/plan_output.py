@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flows.cost import StepCost
     from flows.plan import Plan, PlannedStep
 
+_MOST_NAMED = 5
 
-def print_plan(plan: Plan, costs: Mapping[str, StepCost | None] | None = None) -> None:
-    """Prints a row per step, and the expected costs."""
+
+def print_plan(plan: Plan) -> None:
+    """Prints a row per step."""
     from flows.cli.output import print_table
 
     rows = []
@@ -20,19 +22,44 @@ def print_plan(plan: Plan, costs: Mapping[str, StepCost | None] | None = None) -
         reason = step.reason.removeprefix("cached").removeprefix("; ") if action == "cached" else step.reason
         rows.append((step.name, step.job.kind.name, action, reason))
     print_table(("step", "uses", "action", "reason"), rows)
-    if costs:
-        _print_costs(costs)
 
 
-def _print_costs(costs: Mapping[str, StepCost | None]) -> None:
-    from flows.cli.output import print_table
+def print_costs(costs: Mapping[str, StepCost | None]) -> None:
+    """Prints the expected cost of each step and of all; nothing if no step runs."""
     from flows.cost import total_cost
 
     total, unknown = total_cost(costs)
+    _print_costs("step", costs, total, unknown)
+
+
+def print_costs_of_pipelines(costs: Mapping[str, Mapping[str, StepCost | None]]) -> None:
+    """Prints the expected cost of each pipeline and of all, by the pipelines' names; leaves out those that are cached.
+
+    The cost of a pipeline is unknown if that of one of its steps is.
+    """
+    from flows.cost import total_cost
+
+    totals: dict[str, StepCost | None] = {}
+    for name, steps in costs.items():
+        total, unknown = total_cost(steps)
+        if steps:
+            totals[name] = None if unknown else total
+    total, unknown = total_cost(
+        {f"{name}.{step}": cost for name, steps in costs.items() for step, cost in steps.items()}
+    )
+    _print_costs("pipeline", totals, total, unknown)
+
+
+def _print_costs(column: str, costs: Mapping[str, StepCost | None], total: StepCost, unknown: Sequence[str]) -> None:
+    from flows.cli.output import print_table
+
+    if not costs:
+        return
     print("\nExpected cost, from earlier executions:")
     rows = [(name, *_cost_cells(cost)) for name, cost in costs.items()]
-    label = f"total without {', '.join(unknown)}" if unknown else "total"
-    print_table(("step", "time", "GPU hours", "disk"), [*rows, (label, *_cost_cells(total))])
+    missing = ", ".join(unknown) if len(unknown) <= _MOST_NAMED else f"{len(unknown)} steps"
+    label = f"total without {missing}" if unknown else "total"
+    print_table((column, "time", "GPU hours", "disk"), [*rows, (label, *_cost_cells(total))])
 
 
 def _cost_cells(cost: StepCost | None) -> tuple[str, str, str]:
