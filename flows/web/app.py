@@ -40,7 +40,7 @@ class WebSettings:
     studio: bool = False
     max_body: int = 48 << 20
     body_seconds: float = 30.0
-    requests_per_minute: int = 1200
+    requests_per_minute: int = 0
 
 
 def create_app(service: ImageService, settings: WebSettings | None = None) -> FastAPI:

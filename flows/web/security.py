@@ -129,7 +129,7 @@ class Guard:
             if caller is None:
                 await RedirectResponse(LOGIN, 303)(scope, receive, send_guarded)
                 return
-            scope.setdefault("state", {})["caller"] = caller
+            scope.setdefault("state", {}).update(caller=caller, tenant=caller.tenant)
             if not path.startswith(STUDIO) and path not in _OPEN:
                 self._limit_requests(caller)
             if scope["type"] == "http":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from registry.home import Home
 from tests.flows.commands import PLAIN
+from tests.flows.shared import fill_once
 
 TIMEOUT = 120.0
 
@@ -88,3 +91,34 @@ def write_tokens(path: Path, *users: tuple[str, str]) -> list[str]:
     from flows.web.tokens import add_token
 
     return [add_token(path, user, tenant, None)[0] for user, tenant in users]
+
+
+def make_home(folder: Path) -> Home:
+    """Returns a home with `zorb@1` (production), `zorb@2` and `ring@1` (production) for the embedded base."""
+    from contextlib import closing
+
+    from registry.versions.promotion import promote
+    from registry.versions.versions import Versions
+    from tests.flows.made import bring_in, write_random
+
+    home = Home.open(folder / "home")
+    # Imported adapters have no evaluation, which the default policy of production needs.
+    policy = "aliases: {production: {needs_evaluation: false, needs_gate: false, needs_consent: none}}\n"
+    (home.path / "policy.yaml").write_text(policy)
+    for seed, name in enumerate(["zorb", "zorb", "ring"]):
+        bring_in(home, write_random(folder / f"{seed}.safetensors", seed), name)
+    with closing(Versions(home)) as versions:
+        for name in ("zorb", "ring"):
+            promote(versions, name, 1, "production", reason="a test")
+    return home
+
+
+def copy_home(factory: pytest.TempPathFactory, folder: Path) -> Home:
+    """Returns a copy of the home of `make_home`, which one worker makes once."""
+    from registry.versions.versions import Versions
+
+    source = fill_once(factory, "serving", lambda path: make_home(path) and None)
+    shutil.copytree(source / "home", folder)
+    home = Home.open(folder)
+    Versions(home).close()  # opening a moved home rewrites the addresses of MLflow
+    return home
