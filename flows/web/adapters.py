@@ -54,7 +54,9 @@ async def read_health() -> HealthBody:
     return HealthBody(status="ok")
 
 
-@router.get("/readyz", tags=["server"], responses={503: {"model": HealthBody, "description": "It stops."}})
+@router.get(
+    "/readyz", tags=["server"], responses={**responses(403), 503: {"model": HealthBody, "description": "It stops."}}
+)
 async def read_readiness(request: Request, response: Response) -> HealthBody:
     """Answer whether requests are drawn: the base is loaded, and the server does not stop."""
     service: ImageService = request.app.state.service

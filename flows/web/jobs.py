@@ -20,9 +20,11 @@ from tasks.serving.service import ImageService
 
 router = APIRouter(prefix="/v1", tags=["images"])
 _TEXTS = {
+    400: "The body is no JSON, or the header Host names another server.",
     401: "No valid token.",
     403: "A page of another site, or refused by the safety hook.",
     404: "No such job, adapter, version or image.",
+    408: "The body did not arrive in time.",
     409: "The registry refuses the adapter, or the idempotency key belongs to another request.",
     410: "The version was withdrawn or deleted.",
     413: "The body is too large.",
@@ -50,10 +52,10 @@ Key = Annotated[
 
 def responses(*codes: int) -> dict[int | str, dict[str, Any]]:
     """Returns the documented errors of a route."""
-    return {code: {"model": ErrorAnswer, "description": _TEXTS[code]} for code in codes}
+    return {code: {"model": ErrorAnswer, "description": _TEXTS[code]} for code in (400, *codes)}
 
 
-_ACCEPT = responses(401, 403, 404, 409, 410, 413, 422, 429, 503, 507)
+_ACCEPT = responses(401, 403, 404, 408, 409, 410, 413, 422, 429, 503, 507)
 _FIND = responses(401, 403, 404, 422, 429)
 
 

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-import schemathesis
-from hypothesis import settings as hypothesis_settings
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from schemathesis import Case
-from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import (
-    content_type_conformance,
-    negative_data_rejection,
-    response_schema_conformance,
-    status_code_conformance,
-)
 from starlette.testclient import TestClient
 
-from flows.web.app import WebSettings, create_app
+from flows.web.app import create_app
 from lora_engine.serving.engine import PlainEngine
 from registry.home import Home
 from registry.versions.deletion import withdraw
@@ -173,7 +164,7 @@ def test_an_image_that_decodes_to_too_many_pixels_is_refused(client: TestClient)
 def test_what_cannot_be_drawn_is_refused_with_the_parts_of_an_error(
     client: TestClient, body: dict[str, object], status: int, where: str
 ) -> None:
-    content = __import__("json").dumps(body).replace("Infinity", "1e400")
+    content = json.dumps(body).replace("Infinity", "1e400")
     answer = client.post("/v1/jobs", content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
@@ -299,30 +290,6 @@ def test_a_full_queue_and_a_stopped_server_say_when_to_try_again(
             assert client.get("/healthz").status_code == 200
     finally:
         may_draw.set()
-
-
-@pytest.fixture(scope="module")
-def schema(service: ImageService) -> Iterator[schemathesis.BaseSchema]:  # type: ignore[name-defined]
-    yield schemathesis.openapi.from_asgi(
-        "/openapi.json", create_app(service, WebSettings(hosts=("127.0.0.1", "localhost", "testserver")))
-    )
-
-
-contract = schemathesis.pytest.from_fixture("schema")
-
-
-@contract.parametrize()
-@hypothesis_settings(max_examples=8)
-def test_every_documented_operation_answers_as_documented(case: Case) -> None:
-    case.call_and_validate(
-        checks=[
-            not_a_server_error,
-            status_code_conformance,
-            content_type_conformance,
-            response_schema_conformance,
-            negative_data_rejection,
-        ]
-    )
 
 
 def test_the_document_names_every_error_of_the_routes_that_draw(client: TestClient) -> None:
