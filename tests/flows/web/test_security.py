@@ -40,7 +40,8 @@ _CONTENTS = {
     "application/json": b'{"prompt": "a"}',
     "text/plain": b'{"prompt": "a"}',
     "application/x-www-form-urlencoded": b"prompt=a",
-    "multipart/form-data; boundary=x": b'--x\r\nContent-Disposition: form-data; name="f"; filename="a"\r\n\r\na\r\n--x--',
+    "multipart/form-data; boundary=x": b'--x\r\nContent-Disposition: form-data; name="f"; filename="a"\r\n\r\na\r\n'
+    b"--x--",
 }
 
 
