@@ -1,14 +1,16 @@
-"""Fields, defaults and neutral values of A1111's requests for images. Unknown fields are accepted and ignored, as there.
+"""Fields, defaults and neutral values of A1111's requests for images. Unknown fields are ignored, as there.
 
 A field that would change the image and that Loraline cannot honor is refused unless it has a neutral value.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from flows.web.a1111_infotext import MAX_INFOTEXT, fill_unset
 from lora_engine.errors import SettingsError
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -102,15 +104,19 @@ class ImageBody(BaseModel):
     script_name: str = ""
     script_args: list[Any] = Field(default_factory=list)
     alwayson_scripts: dict[str, Any] = Field(default_factory=dict)
-    infotext: str = Field("", max_length=100_000, description="Fills the fields that the request leaves unset.")
+    infotext: str = Field("", max_length=MAX_INFOTEXT, description="Fills the fields that the request leaves unset.")
     force_task_id: str = ""
     lora: list[LoraEntry] = Field(default_factory=list, max_length=100)
 
     @model_validator(mode="before")
     @classmethod
     def drop_nulls(cls, data: Any) -> Any:
-        """Takes null for a field that is absent, as A1111 does."""
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+        """Takes null for a field that is absent, and fills absent fields from the infotext, as A1111 does."""
+        if not isinstance(data, dict):
+            return data
+        values = {key: value for key, value in data.items() if value is not None}
+        text = values.get("infotext")
+        return fill_unset(values, text) if isinstance(text, str) and len(text) <= MAX_INFOTEXT else values
 
     @model_validator(mode="after")
     def check_text(self) -> Self:
@@ -128,10 +134,12 @@ class ImageBody(BaseModel):
     @property
     def clip_skip(self) -> int | None:
         """The layer of `CLIP_stop_at_last_layers`; None for 1, which clients always send."""
-        value = self.override_settings.get("CLIP_stop_at_last_layers", 1)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 1 <= value <= 12 or value != int(value):
-            raise SettingsError(f"CLIP_stop_at_last_layers is {value!r}", where="override_settings", allowed="1 to 12")
-        return None if value == 1 else int(value)
+        value = str(self.override_settings.get("CLIP_stop_at_last_layers", 1))
+        if not re.fullmatch(r"([1-9]|1[0-2])(\.0)?", value):
+            raise SettingsError(
+                f"CLIP_stop_at_last_layers is {value[:40]!r}", where="override_settings", allowed="1 to 12"
+            )
+        return None if float(value) == 1 else int(float(value))
 
     def require_neutral(self) -> None:
         """Raises `SettingsError` if a field that cannot be honored has a value that would change the image."""
@@ -169,7 +177,9 @@ class TextToImageBody(ImageBody):
         if self.hr_second_pass_steps not in {0, self.steps}:
             raise SettingsError(f"hr_second_pass_steps is {self.hr_second_pass_steps}", allowed=f"0 or {self.steps}")
         factors = {
-            wanted / side for wanted, side in ((self.hr_resize_x, self.width), (self.hr_resize_y, self.height)) if wanted
+            wanted / side
+            for wanted, side in ((self.hr_resize_x, self.width), (self.hr_resize_y, self.height))
+            if wanted
         }
         if len(factors) > 1:
             raise SettingsError(
@@ -206,7 +216,6 @@ def require_no_scripts(body: ImageBody) -> None:
 
 def _check_neutral(values: dict[str, Any], neutral: dict[str, tuple[Any, ...]], where: str) -> None:
     for name, value in values.items():
-        # 0 and False are different values here: a flag is no number.
         allowed = neutral.get(name)
         if allowed is None or value is None or any(value == each for each in allowed):
             continue

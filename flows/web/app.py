@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fastapi import FastAPI
 
+from flows.web import a1111, a1111_lists
 from tasks.serving.service import ImageService
 
 
@@ -29,4 +30,6 @@ def create_app(service: ImageService, settings: WebSettings | None = None) -> Fa
     """
     app = FastAPI(title="Loraline", docs_url=None, redoc_url=None)
     app.state.service, app.state.settings = service, settings or WebSettings()
+    for router in (a1111.router, a1111_lists.router, a1111_lists.internal):
+        app.include_router(router)
     return app

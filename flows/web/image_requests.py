@@ -1,4 +1,4 @@
-"""What the compatible APIs share: who asks, how a request is drawn without blocking the server, and statuses of errors."""
+"""What the compatible APIs share: the tenant, drawing without blocking the server, and the statuses of errors."""
 
 from __future__ import annotations
 
@@ -111,7 +111,8 @@ async def draw_images(request: Request, drawing: DrawRequest, files: SourceFiles
         ClientGone: The client closed the connection; the job is canceled.
         WordedError: The service refuses the request.
     """
-    async with submitted(request, drawing, files) as job:
+    async with submitted(request, drawing, files) as accepted:
+        job = accepted
         while not job.state.is_final:
             job = await next_state(request, job.id)
         images = await to_thread.run_sync(service_of(request).images, job.id)

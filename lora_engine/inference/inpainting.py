@@ -101,9 +101,7 @@ def prepare_inpainting(image: Image.Image, mask: Image.Image | None, settings: I
         return Inpainting(_hide(scaled, small) if settings.fills else scaled, small, image)
     region = find_region(mask, settings.padding, settings.size)
     wanted = (settings.size[1], settings.size[0])
-    part, hidden = (
-        each.crop(region).resize(wanted, Image.Resampling.LANCZOS) for each in (image, mask)
-    )
+    part, hidden = (each.crop(region).resize(wanted, Image.Resampling.LANCZOS) for each in (image, mask))
     return Inpainting(_hide(part, hidden) if settings.fills else part, hidden, image, region, mask)
 
 

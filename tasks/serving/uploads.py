@@ -6,7 +6,6 @@ import base64
 import binascii
 import io
 import re
-import secrets
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING
 from lora_engine.data.images import encode_png, open_with_alpha, write_image, write_mask
 from lora_engine.errors import DataError
 from registry.errors import disk_errors
-from registry.home import Home
 from registry.store.snapshot import find_scratch
 
 if TYPE_CHECKING:
@@ -102,10 +100,9 @@ class SourceFiles:
     mask: Path | None
 
     @classmethod
-    def write(cls, home: Home, prepared: Inpainting) -> SourceFiles:
-        """Writes the files into a new folder of the home."""
-        folder = home.path / "serving" / "sources" / secrets.token_hex(16)
-        folder.mkdir(parents=True)
+    def write(cls, prepared: Inpainting) -> SourceFiles:
+        """Writes the files into a new temporary folder."""
+        folder = Path(tempfile.mkdtemp(dir=find_scratch()))
         files = cls(folder / "image.png", None if prepared.mask is None else folder / "mask.png")
         write_image(files.image, prepared.image)
         if prepared.mask is not None and files.mask is not None:
@@ -133,4 +130,3 @@ def restore_png(data: bytes, prepared: Inpainting) -> bytes:
     with Image.open(io.BytesIO(data)) as drawn:
         restored = prepared.restore(drawn)
     return encode_png(restored, dict(read_png_texts(io.BytesIO(data))))
-
