@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -43,7 +44,9 @@ def make_home(folder: Path) -> Home:
     """Returns a home with `zorb@1`, which has the alias `production`, and `ring@1`, which has `staging`."""
     home = Home.open(folder / "home")
     # Imported adapters have no evaluation, which the default policy of these aliases needs.
-    (home.path / "policy.yaml").write_text("aliases: {production: {}, staging: {}}\n")
+    open_policy = {"needs_evaluation": False, "needs_gate": False, "needs_licence": "none", "needs_consent": "none"}
+    policies = {"aliases": dict.fromkeys(("production", "staging"), open_policy)}
+    (home.path / "policy.yaml").write_text(json.dumps(policies))
     for seed, (name, alias) in enumerate([("zorb", "production"), ("ring", "staging")]):
         bring_in(home, write_random(folder / f"{name}.safetensors", seed), name)
         with closing(Versions(home)) as versions:
