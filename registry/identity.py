@@ -13,9 +13,9 @@ from typing import Any, Literal, Self
 
 from registry.errors import IdentityError
 
-ActorSource = Literal["declared", "os", "oidc", "signed"]
+ActorSource = Literal["declared", "os", "oidc", "signed", "token"]
 """How an actor was established: by LORALINE_ACTOR or the caller's word, by the operating system, by an OpenID Connect
-token, or by a value that a trusted key signed."""
+token, by a value that a trusted key signed, or by a token of `loraline serve`."""
 
 LONGEST_NAME = 320
 """Characters of the longest name of an actor: that of the longest mail address."""

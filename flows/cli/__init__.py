@@ -23,6 +23,7 @@ import flows.cli.pipeline as pipeline_verbs
 import flows.cli.records as record_verbs
 import flows.cli.retraining as retraining_verbs
 import flows.cli.revocations as revocation_verbs
+import flows.cli.serve as serve_verbs
 import flows.cli.status as status_verbs
 import flows.cli.sweep as sweep_verbs
 import flows.cli.up as up_verbs
@@ -43,6 +44,7 @@ _MODULES = (
     matrix_verbs,
     sweep_verbs,
     up_verbs,
+    serve_verbs,
     retraining_verbs,
     status_verbs,
     version_verbs,

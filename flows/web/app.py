@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastapi import FastAPI
 
-from flows.web import a1111, a1111_lists
+from flows.web import a1111, a1111_lists, adapters, jobs, login
+from flows.web.callers import Sessions
+from flows.web.errors import add_error_handlers
+from flows.web.security import Guard, GuardSettings
+from flows.web.tokens import Tokens
+from registry.identity import program_version
+from registry.policy.actors import refusing_own_user
+from tasks.serving.cards import AdapterCards
 from tasks.serving.service import ImageService
 
 
@@ -16,9 +26,21 @@ class WebSettings:
 
     Attributes:
         hosts: Values of the header `Host` that are answered, without port.
+        tokens: File with the tokens; None lets everyone in who can connect, as the process's user.
+        is_secure: True if browsers connect over https.
+        studio: True adds the page at `/studio`.
+        max_body: Bytes of the body of a request.
+        body_seconds: Seconds in which a body must arrive.
+        requests_per_minute: Requests of one tenant; 0 does not bound them.
     """
 
     hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")
+    tokens: Path | None = None
+    is_secure: bool = False
+    studio: bool = False
+    max_body: int = 48 << 20
+    body_seconds: float = 30.0
+    requests_per_minute: int = 1200
 
 
 def create_app(service: ImageService, settings: WebSettings | None = None) -> FastAPI:
@@ -27,9 +49,40 @@ def create_app(service: ImageService, settings: WebSettings | None = None) -> Fa
     Args:
         service: Draws the images; the caller closes it.
         settings: The settings.
+
+    Raises:
+        SpecError: The file with the tokens cannot be used.
     """
-    app = FastAPI(title="Loraline", docs_url=None, redoc_url=None)
-    app.state.service, app.state.settings = service, settings or WebSettings()
+    settings = settings or WebSettings()
+    tokens = None if settings.tokens is None else Tokens(settings.tokens)
+    sessions = None if tokens is None else Sessions(tokens)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        with ExitStack() as stack:
+            if tokens is not None:
+                stack.enter_context(refusing_own_user("loraline serve"))
+            yield
+
+    app = FastAPI(
+        title="Loraline",
+        version=program_version(),
+        summary="Images by registered adapters.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.service, app.state.settings = service, settings
+    app.state.cards, app.state.tokens, app.state.sessions = AdapterCards(service.home), tokens, sessions
+    add_error_handlers(app)
+    for module in (jobs, adapters, login):
+        app.include_router(module.router)
     for router in (a1111.router, a1111_lists.router, a1111_lists.internal):
         app.include_router(router)
+    if settings.studio:
+        from flows.web.studio.page import mount_studio
+
+        mount_studio(app, service)
+    bounds = GuardSettings(settings.hosts, settings.max_body, settings.body_seconds, settings.requests_per_minute)
+    app.add_middleware(Guard, settings=bounds, tokens=tokens, sessions=sessions)
     return app

@@ -1,7 +1,7 @@
 """Establishes the current actor: by an OpenID Connect token, a signed value, LORALINE_ACTOR or the operating system.
 
 The first of these that is set counts, in this order. A token or a signed value that is not valid is an error: nothing
-weaker takes its place.
+weaker takes its place. A server that acts for several users names the user with `acting_as`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from sqlalchemy import select
@@ -26,6 +29,9 @@ from registry.store.tables import MetaRow
 TOKEN, TOKEN_FILE, SIGNED = "LORALINE_OIDC_TOKEN", "LORALINE_OIDC_TOKEN_FILE", "LORALINE_SIGNED_ACTOR"
 _HOME_ID = "home"
 """Key of the table `meta`."""
+_acting: ContextVar[Actor | None] = ContextVar("acting", default=None)
+_servers: list[str] = []
+"""The servers of this process that act for their users only."""
 _sessions: dict[str, tuple[float, Actor]] = {}
 """Digest of home, issuer's settings and token -> when this process first verified it, and its actor."""
 
@@ -43,6 +49,11 @@ def establish_actor(context: RegistryContext, given: str | None = None) -> Actor
     """
     if given is not None:
         return given if isinstance(given, Actor) else Actor(given)
+    acting = _acting.get()
+    if acting is not None:
+        return acting
+    if _servers:
+        raise IdentityError("no user is signed in", where=_servers[-1], remedy="sign in, or send a token")
     token, value = _read_token(), os.environ.get(SIGNED, "").strip()
     if token:
         return _verify_once(context, token)
@@ -54,6 +65,30 @@ def establish_actor(context: RegistryContext, given: str | None = None) -> Actor
         policy = read_policies(context.home.path).identity
         return verify_signed(context.home, policy, home_id or "a home without an id", value)
     return current_user()
+
+
+@contextmanager
+def acting_as(actor: Actor | None) -> Iterator[None]:
+    """Makes an actor the user of this thread or task inside a `with` block; None changes nothing."""
+    token = _acting.set(actor if actor is not None else _acting.get())
+    try:
+        yield
+    finally:
+        _acting.reset(token)
+
+
+@contextmanager
+def refusing_own_user(server: str) -> Iterator[None]:
+    """Makes this process act for the users of `acting_as` only, never for its own, inside a `with` block.
+
+    Args:
+        server: Name of the server, for errors.
+    """
+    _servers.append(server)
+    try:
+        yield
+    finally:
+        _servers.remove(server)
 
 
 def read_home_id(session: Session) -> str:

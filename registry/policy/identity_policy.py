@@ -53,7 +53,7 @@ class IdentityPolicy(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    accept: Annotated[tuple[ActorSource, ...], Field(min_length=1)] = ("declared", "os", "oidc", "signed")
+    accept: Annotated[tuple[ActorSource, ...], Field(min_length=1)] = ("declared", "os", "oidc", "signed", "token")
     oidc: OidcPolicy | None = None
     signers: dict[_Name, Annotated[tuple[_Name, ...], Field(min_length=1, max_length=1_000)]] = Field(
         default_factory=dict

@@ -132,6 +132,7 @@ _WORDS = {
     "os": "a user of the operating system",
     "oidc": "known by a token",
     "signed": "known by a signed value",
+    "token": "known by a token of a server",
 }
 
 

@@ -3,106 +3,164 @@
 from __future__ import annotations
 
 import secrets
-import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_engine.data.images import encode_png
-from lora_engine.errors import EngineError
+from filelock import FileLock, Timeout
+
+from lora_engine.errors import SettingsError
+from lora_engine.files import canonical_json, sha256_bytes
 from lora_engine.inference.prompts.prompt import parse_prompt
 from registry.entities import now
+from registry.errors import HomeError
 from registry.home import Home
+from tasks.operations.adapter_files import parse_weighted
 from tasks.operations.images import DrawRequest, settings_of
 from tasks.serving.adapters import ServedAdapters
-from tasks.serving.job import Job, JobState, QueueFull, UnknownJob
+from tasks.serving.board import JobBoard
+from tasks.serving.drawing import DrawingThread, Parts
+from tasks.serving.engines import make_engine
+from tasks.serving.job import Job, JobState, UnknownJob
+from tasks.serving.metrics import ServingMetrics
+from tasks.serving.records import JobRecords
+from tasks.serving.results import Results
+from tasks.serving.safety import load_hook
+from tasks.serving.settings import ServiceSettings, check_request
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from lora_engine.serving.engine import ImageEngine
 
-    from lora_engine.serving.engine import DrawnImages, ImageEngine, ImageJob
+__all__ = ["ImageService", "ServiceSettings", "open_service"]
+FOLDER = "serving"
+"""Folder of the home for jobs, images and adapter files."""
 
 
-@dataclass(frozen=True)
-class ServiceSettings:
-    """Settings of a service.
+def open_service(home: Home, settings: ServiceSettings) -> ImageService:
+    """Returns a service with the engine that its settings name; loads the base.
 
-    Attributes:
-        base: The base model; see `load_base`.
-        queue_limit: Number of jobs that may wait.
+    Raises:
+        SpecError: A setting cannot be used.
+        RegistryError: An adapter of the static engine may not be used.
+        BaseModelError: No such base.
     """
-
-    base: str = "tiny"
-    queue_limit: int = 64
+    fixed = []
+    adapters = ServedAdapters(home, home.path / FOLDER / "adapters")
+    try:
+        for text in settings.adapters:
+            reference, weight = parse_weighted(text)
+            fixed.append((*adapters.fetch(reference), weight))
+    finally:
+        adapters.close()
+    # An alias is resolved once: the weights are fused at the start.
+    named = tuple(f"{reference}:{weight:g}" for _, reference, weight in fixed)
+    return ImageService(home, replace(settings, adapters=named), make_engine(settings, fixed))
 
 
 class ImageService:
     """Accepts requests, queues them and draws them; its methods may be called from several threads.
 
+    Accepted jobs are on the disk: a service that is opened again draws those that had not ended.
+
     Args:
         home: The home with the adapters; its folder `serving` gets the images.
         settings: The settings.
         engine: Draws the images.
+
+    Raises:
+        HomeError: Another server uses the home.
     """
 
     def __init__(self, home: Home, settings: ServiceSettings, engine: ImageEngine) -> None:
         self.home, self.settings = home, settings
-        self._engine = engine
-        self._folder = home.path / "serving"
-        self._adapters = ServedAdapters(home, self._folder / "adapters")
-        self._jobs: dict[str, Job] = {}
-        self._waiting: list[str] = []
-        self._latents: dict[str, Tensor] = {}
-        self._changed = threading.Condition()
-        self._is_closed = False
-        self._thread = threading.Thread(target=self._draw_all, name="images", daemon=True)
+        self.metrics = ServingMetrics()
+        hook = None if settings.safety is None else load_hook(settings.safety)
+        # A queue has one writer. Any thread may close the service.
+        self._lock = FileLock(home.locks / "serving.lock", timeout=0, thread_local=False)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise HomeError(
+                "another server serves this home", where=str(home.path), remedy="stop it, or use another home"
+            ) from None
+        folder = home.path / FOLDER
+        self._records, self._results = JobRecords(folder / "jobs.db"), Results(folder)
+        self._results.sweep(self._records)
+        self._adapters = ServedAdapters(home, folder / "adapters", settings.cache_bytes)
+        self._fixed = [parse_weighted(text) for text in settings.adapters]
+        self._board = JobBoard(self._records, settings, self.metrics)
+        suffix = "".join(f" <lora:{reference}:{weight:g}>" for reference, weight in self._fixed)
+        self._thread = DrawingThread(
+            Parts(
+                settings,
+                engine,
+                self._board,
+                self._records,
+                self._adapters,
+                self._results,
+                self.metrics,
+                hook,
+                suffix,
+            )
+        )
         self._thread.start()
 
-    def submit(self, request: DrawRequest, *, tenant: str = "local") -> Job:
-        """Accepts a request and returns its job.
+    def submit(
+        self, request: DrawRequest, *, tenant: str = "local", key: str | None = None, fingerprint: str | None = None
+    ) -> Job:
+        """Accepts a request and returns its job, which is on the disk then.
 
         Args:
-            request: The request. Its adapters are `name@version`, `name@alias` or `name`, never files.
+            request: The request. Its adapters are `name@version`, `name@alias` or `name`, never files. Its image and
+                mask are copied.
             tenant: For whom the images are.
+            key: Idempotency key: the tenant's job with this key is returned if there is one.
+            fingerprint: Digest of what the client sent, which must be the same for the same key; None takes that of the
+                request.
 
         Raises:
             QueueFull: Too many jobs wait.
+            KeyReused: The key was sent with another request.
+            ServiceClosed: The service stops.
             SettingsError: The prompt or a setting cannot be used.
+            DataError: The image or the mask cannot be read.
             RegistryError: An adapter does not exist or may not be used now.
+            DiskFull: The job cannot be stored.
         """
-        prompt = parse_prompt(request.prompt)
-        parse_prompt(request.negative, is_negative=True)
-        settings_of(request)
-        adapters = tuple(self._adapters.fetch(tag.name)[1] for tag in prompt.adapters)
+        request = replace(request, base=self.settings.base)
+        fingerprint = fingerprint or sha256_bytes(canonical_json({k: str(v) for k, v in asdict(request).items()}))
+        known = self._board.find_key(tenant, key, fingerprint)
+        if known is not None:
+            return known
+        self._board.require_room(tenant)  # before anything that costs time
+        adapters = self._check(request)
+        request = replace(
+            request,
+            image=None if request.image is None else self._results.keep_input(request.image),
+            mask=None if request.mask is None else self._results.keep_input(request.mask),
+        )
         job = Job(secrets.token_hex(16), tenant, request, JobState.QUEUED, adapters, now(), steps=request.steps)
-        with self._changed:
-            if len(self._waiting) >= self.settings.queue_limit:
-                raise QueueFull(f"{len(self._waiting)} jobs wait", remedy="send the request again later")
-            self._jobs[job.id] = job
-            self._waiting.append(job.id)
-            self._changed.notify_all()
-        return self.job(job.id)
+        return self._board.add(job, fingerprint, key)
 
-    def job(self, job_id: str) -> Job:
+    def job(self, job_id: str, *, tenant: str | None = None) -> Job:
         """Returns a job as it is now.
+
+        Args:
+            job_id: Its identifier.
+            tenant: Its tenant, if a tenant asks; None finds the jobs of all.
 
         Raises:
             UnknownJob: There is none, or its images were deleted.
         """
-        with self._changed:
-            try:
-                job = self._jobs[job_id]
-            except KeyError:
-                raise UnknownJob(f"unknown job {job_id[:40]!r}") from None
-            waiting = self._waiting.index(job_id) + 1 if job_id in self._waiting else 0
-            return replace(job, position=waiting)
+        job = self._board.job(job_id)
+        if tenant not in {None, job.tenant}:
+            raise UnknownJob(f"unknown job {job_id[:40]!r}")
+        return job
 
-    def jobs(self, tenant: str | None = None) -> list[Job]:
-        """Returns the jobs of a tenant, or of all, in the order of their acceptance."""
-        with self._changed:
-            chosen = [job_id for job_id, job in self._jobs.items() if tenant in {None, job.tenant}]
-        return [self.job(job_id) for job_id in chosen]
+    def jobs(self, tenant: str | None = None, *, limit: int = 1000) -> list[Job]:
+        """Returns the latest jobs of a tenant, or of all, in the order of their acceptance."""
+        return self._board.jobs(tenant, limit)
 
     def wait(self, job_id: str, seconds: float | None = None) -> Job:
         """Waits until a job has ended, at most for some seconds, and returns it.
@@ -110,33 +168,27 @@ class ImageService:
         Raises:
             UnknownJob: There is none.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self.job(job_id).state.is_final, seconds)
-        return self.job(job_id)
+        return self._board.wait_for_end(job_id, seconds)
 
     def images(self, job_id: str) -> list[bytes]:
         """Returns the images of a job as PNG files with their settings; an empty list until it is completed.
 
         Raises:
-            UnknownJob: There is none.
+            UnknownJob: There is none, or its images were deleted.
         """
         job = self.job(job_id)
-        if job.state is not JobState.COMPLETED:
-            return []
-        first = job.request.seed
-        return [self._file(job_id, seed).read_bytes() for seed in range(first, first + job.request.count)]
+        return self._results.read(job) if job.state is JobState.COMPLETED else []
 
     def preview(self, job_id: str) -> bytes | None:
         """Returns the first image of a running job as it is now, a PNG file; None before the first step.
 
+        Waits for the next step, up to two seconds. Always None if a safety hook decides which images may leave.
+
         Raises:
             UnknownJob: There is none.
         """
-        from lora_engine.data.pixels import to_image
-
         self.job(job_id)
-        latents = self._latents.get(job_id)
-        return None if latents is None else encode_png(to_image(self._engine.preview(latents[:1])[0]))
+        return self._board.preview(job_id)
 
     def cancel(self, job_id: str) -> Job:
         """Cancels a job that waits or runs; a job that has ended stays as it is.
@@ -144,77 +196,55 @@ class ImageService:
         Raises:
             UnknownJob: There is none.
         """
-        with self._changed:
-            job = self.job(job_id)
-            if not job.state.is_final:
-                self._end(job_id, JobState.CANCELED)
+        self.job(job_id)
+        self._board.end(job_id, JobState.CANCELED)
         return self.job(job_id)
 
-    def close(self) -> None:
-        """Stops after the step that is computed now."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
+    def listen(self, listener: Callable[[str], None]) -> None:
+        """Calls a function with the identifier of each job that changes, from another thread; it must not block."""
+        self._board.listen(listener)
+
+    def unlisten(self, listener: Callable[[str], None]) -> None:
+        """Ends `listen`."""
+        self._board.unlisten(listener)
+
+    def keep_input(self, path: Path) -> Path:
+        """Returns the copy of an image that jobs may start from; see `Results.keep_input`."""
+        return self._results.keep_input(path)
+
+    @property
+    def is_ready(self) -> bool:
+        """True while jobs are accepted and drawn."""
+        return self._thread.is_alive() and not self._board.is_closing
+
+    def close(self, grace: float = 0.0) -> None:
+        """Stops after the step that is computed now, or when the running jobs are completed; others stay on the disk.
+
+        Args:
+            grace: Seconds in which running jobs may finish.
+        """
+        self._board.close(grace)
         self._thread.join()
+        self._board.save()
         self._adapters.close()
+        self._records.close()
+        self._lock.release()
 
-    def _draw_all(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._is_closed)
-                if self._is_closed:
-                    return
-                job_id = self._waiting.pop(0)
-                self._jobs[job_id] = replace(self._jobs[job_id], state=JobState.RUNNING)
-            self._draw([job_id])
+    def _check(self, request: DrawRequest) -> tuple[str, ...]:
+        """Returns the versions of the adapters of a request that can be drawn."""
+        check_request(request, self.settings)
+        prompt = parse_prompt(request.prompt)
+        parse_prompt(request.negative, is_negative=True)
+        settings_of(request)
+        if request.sampler is not None:
+            from lora_engine.bases.samplers import find_sampler
 
-    def _draw(self, job_ids: Sequence[str]) -> None:
-        results = self._engine.draw([self._engine_job(job_id) for job_id in job_ids])
-        for job_id, result in zip(job_ids, results, strict=True):
-            if isinstance(result, EngineError):
-                self._end(job_id, JobState.FAILED, str(result))
-            else:
-                self._write(job_id, result)
-                self._end(job_id, JobState.COMPLETED)
-
-    def _engine_job(self, job_id: str) -> ImageJob:
-        from lora_engine.serving.engine import ImageJob, JobStopped
-
-        job = self._jobs[job_id]
-
-        def on_step(done: int, total: int, latents: Tensor) -> None:
-            with self._changed:
-                current = self._jobs[job_id]
-                if current.state.is_final or self._is_closed:
-                    raise JobStopped("the job was canceled", where=job_id)
-                self._jobs[job_id] = replace(current, step=done, steps=total)
-                self._latents[job_id] = latents
-                self._changed.notify_all()
-
-        return ImageJob(
-            parse_prompt(job.request.prompt),
-            parse_prompt(job.request.negative, is_negative=True),
-            settings_of(job.request),
-            tuple(self._adapters.fetch(reference) for reference in job.adapters),
-            on_step,
-        )
-
-    def _write(self, job_id: str, result: DrawnImages) -> None:
-        from lora_engine.inference.draw import write_drawn
-
-        first = self._jobs[job_id].request.seed
-        for seed, pixels in enumerate(result.pixels, first):
-            write_drawn(self._file(job_id, seed), pixels, result.drawing, seed)
-
-    def _file(self, job_id: str, seed: int) -> Path:
-        return self._folder / "jobs" / job_id / f"{seed}.png"
-
-    def _end(self, job_id: str, state: JobState, error: str | None = None) -> None:
-        with self._changed:
-            if self._jobs[job_id].state.is_final:
-                return
-            if job_id in self._waiting:
-                self._waiting.remove(job_id)
-            self._jobs[job_id] = replace(self._jobs[job_id], state=state, error=error, ended=now())
-            self._latents.pop(job_id, None)
-            self._changed.notify_all()
+            find_sampler(request.sampler)
+        if self._fixed and prompt.adapters:
+            raise SettingsError(
+                f"the prompt names the adapter {prompt.adapters[0].name[:80]!r}",
+                allowed="prompts without adapters: this server has fixed ones",
+                remedy="leave the tag out",
+            )
+        names = [*(tag.name for tag in prompt.adapters), *(reference for reference, _ in self._fixed)]
+        return tuple(self._adapters.resolve(name) for name in names)

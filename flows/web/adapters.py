@@ -1,0 +1,78 @@
+"""Routes of the registry's adapters, and of the state of the server."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request, Response
+from fastapi.concurrency import run_in_threadpool
+
+from flows.web.jobs import responses
+from flows.web.schemas import AdapterBody, HealthBody, adapter_body
+from registry.entities import NAME_RULE
+from tasks.serving.service import ImageService
+
+router = APIRouter()
+Name = Annotated[str, Path(pattern=f"^{NAME_RULE}$", description="Name of the adapter.")]
+Number = Annotated[int, Path(ge=1, le=10**15, description="Number of the version.")]
+_ERRORS = responses(401, 403, 422, 429, 503)
+
+
+@router.get("/v1/adapters", tags=["adapters"], responses=_ERRORS)
+async def list_adapters(request: Request) -> list[AdapterBody]:
+    """List the active versions of all adapters, by name and number."""
+    cards = await run_in_threadpool(request.app.state.cards.cards)
+    return [adapter_body(card) for card in cards]
+
+
+@router.get("/v1/adapters/{name}", tags=["adapters"], responses=_ERRORS)
+async def read_adapter(request: Request, name: Name) -> list[AdapterBody]:
+    """List the active versions of one adapter; an unknown name has none."""
+    cards = await run_in_threadpool(request.app.state.cards.cards, name)
+    return [adapter_body(card) for card in cards]
+
+
+@router.get(
+    "/v1/adapters/{name}/{version}/sample",
+    tags=["adapters"],
+    response_class=Response,
+    responses={
+        200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}},
+        **_ERRORS,
+        **responses(404, 410),
+    },
+)
+async def read_sample(request: Request, name: Name, version: Number) -> Response:
+    """Return the sample image of a version, a PNG file of its evaluation report."""
+    image = await run_in_threadpool(request.app.state.cards.sample, f"{name}@{version}")
+    return Response(image, media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
+
+
+@router.get("/healthz", tags=["server"], responses=responses(403))
+async def read_health() -> HealthBody:
+    """Answer while the process runs."""
+    return HealthBody(status="ok")
+
+
+@router.get(
+    "/readyz", tags=["server"], responses={**responses(403), 503: {"model": HealthBody, "description": "It stops."}}
+)
+async def read_readiness(request: Request, response: Response) -> HealthBody:
+    """Answer whether requests are drawn: the base is loaded, and the server does not stop."""
+    service: ImageService = request.app.state.service
+    if service.is_ready:
+        return HealthBody(status="ok")
+    response.status_code = 503
+    return HealthBody(status="stopping")
+
+
+@router.get(
+    "/metrics",
+    tags=["server"],
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **responses(401, 403, 429)},
+)
+async def read_metrics(request: Request) -> Response:
+    """Return the metrics in the text format of Prometheus."""
+    service: ImageService = request.app.state.service
+    return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
