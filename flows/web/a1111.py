@@ -15,7 +15,8 @@ from flows.web.a1111_answers import ERRORS, A1111Route, ImagesAnswer, answer_ima
 from flows.web.a1111_infotext import parse_infotext
 from flows.web.a1111_models import ImageToImageBody, TextToImageBody
 from flows.web.a1111_requests import image_request, text_request
-from flows.web.image_requests import draw_images, service_of, tenant_of
+from flows.web.callers import caller_of
+from flows.web.image_requests import draw_images, service_of
 from lora_engine.data.containers import read_png_texts
 from tasks.serving.catalog import describe_base
 from tasks.serving.job import JobState, UnknownJob
@@ -89,7 +90,7 @@ async def draw_from_image(body: ImageToImageBody, request: Request) -> ImagesAns
 def show_progress(request: Request, skip_current_image: bool = False) -> ProgressAnswer:
     """Returns how far the client's running job is, with a preview."""
     service = service_of(request)
-    jobs = [job for job in service.jobs(tenant_of(request)) if not job.state.is_final]
+    jobs = [job for job in service.jobs(caller_of(request).tenant) if not job.state.is_final]
     running = next((job for job in jobs if job.state is JobState.RUNNING), None)
     if not jobs:
         return ProgressAnswer()
@@ -133,6 +134,6 @@ def read_png_info(body: PngInfoBody) -> PngInfoAnswer:
 
 def _cancel_running(request: Request) -> None:
     service = service_of(request)
-    for job in service.jobs(tenant_of(request)):
+    for job in service.jobs(caller_of(request).tenant):
         if job.state is JobState.RUNNING:
             service.cancel(job.id)

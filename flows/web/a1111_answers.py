@@ -17,19 +17,16 @@ from pydantic import BaseModel, Field
 from flows.web.a1111_infotext import parse_infotext
 from flows.web.a1111_models import ImageBody
 from flows.web.a1111_requests import MissingImage, UnknownSampler
-from flows.web.image_requests import ClientGone, status_of
+from flows.web.errors import headers_of, hide_paths
+from flows.web.image_requests import ClientGone, JobFailed, require_drawn, status_for_clients
 from lora_engine.data.containers import read_png_texts
-from lora_engine.errors import EngineError, SettingsError, WordedError
+from lora_engine.errors import SettingsError, WordedError
 from tasks.serving.catalog import ServedBase
 from tasks.serving.job import Job, JobState
 
 _CLOSED = 499
 """The status that nginx logs for a client that closed the connection."""
 _TIME = "%Y%m%d%H%M%S"
-
-
-class FailedJob(EngineError):
-    """A job that could not be drawn; has the engine's message."""
 
 
 class ImagesAnswer(BaseModel):
@@ -46,7 +43,7 @@ class ImagesAnswer(BaseModel):
     info: str
 
 
-class ErrorAnswer(BaseModel):
+class A1111Error(BaseModel):
     """An error.
 
     Attributes:
@@ -75,21 +72,23 @@ class A1111Route(APIRoute):
             except RequestValidationError as error:
                 return _error("RequestValidationError", _sentence(error.errors()), 422)
             except WordedError as error:
-                return _error(type(error).__name__, str(error), _status(error))
+                return _error(_kind(error), str(error), _status(error), headers_of(error))
 
         return answer
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": description}
+    status: {"model": A1111Error, "description": description}
     for status, description in {
         400: "The body is no JSON.",
-        403: "An adapter does not meet the policy of its alias.",
+        403: "The safety hook does not let the images out.",
         404: "No such sampler, adapter or version, or no image to start from.",
+        409: "An adapter does not meet the policy of its alias.",
         410: "A version was withdrawn.",
         422: "A field cannot be honored.",
-        429: "The queue is full; send the request again later.",
-        503: "The home cannot be used.",
+        429: "The queue is full, or too many requests; see Retry-After.",
+        500: "The images could not be drawn.",
+        503: "The home cannot be used, or the server stops.",
         507: "The disk is full.",
     }.items()
 }
@@ -109,10 +108,9 @@ def answer_images(
         includes_sources: True repeats the images of the request in `parameters`.
 
     Raises:
-        FailedJob: The job could not be drawn.
+        JobFailed: The job could not be drawn.
     """
-    if job.state is JobState.FAILED:
-        raise FailedJob(job.error or "the images could not be drawn")
+    require_drawn(job)
     parameters = body.model_dump(mode="json")
     if not includes_sources:
         parameters |= {name: None for name in ("init_images", "mask") if name in parameters}
@@ -177,13 +175,16 @@ def _info(body: ImageBody, base: ServedBase, job: Job, texts: Sequence[str]) -> 
 def _status(error: WordedError) -> int:
     if isinstance(error, (UnknownSampler, MissingImage)):
         return 404
-    return _CLOSED if isinstance(error, ClientGone) else status_of(error)
+    return _CLOSED if isinstance(error, ClientGone) else status_for_clients(error)
 
 
-def _error(kind: str, detail: str, status: int) -> JSONResponse:
-    answer = ErrorAnswer(error=kind, detail=detail, errors=detail)
-    headers = {"Retry-After": "5"} if status == 429 else None
-    return JSONResponse(answer.model_dump(), status, headers)
+def _kind(error: WordedError) -> str:
+    return error.failure.kind if isinstance(error, JobFailed) else type(error).__name__
+
+
+def _error(kind: str, detail: str, status: int, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    text = hide_paths(detail)
+    return JSONResponse(A1111Error(error=kind, detail=text, errors=text).model_dump(), status, dict(headers or {}))
 
 
 def _sentence(errors: Sequence[Mapping[str, Any]]) -> str:

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 import anyio
 from anyio import CapacityLimiter, to_thread
 from fastapi import Request
 
-from lora_engine.errors import DataError, WordedError
-from registry.errors import (
-    Conflict,
-    DiskFull,
-    GoneVersion,
-    HomeError,
-    Refused,
-    StoreError,
-    UnknownName,
-    UnknownVersion,
-)
-from tasks.serving.job import QueueFull, UnknownJob
+from flows.web.callers import caller_of
+from flows.web.errors import status_of
+from lora_engine.errors import WordedError
+from tasks.serving.job import Failure, QueueFull
 
 if TYPE_CHECKING:
     from tasks.operations.images import DrawRequest
@@ -34,39 +25,41 @@ _SECONDS = 0.25
 """How long a thread waits for a job before the connection is checked."""
 _WAITING = 1000
 """Requests that may wait at the same time; each has a thread that sleeps."""
-_STATUSES: tuple[tuple[type[WordedError], HTTPStatus], ...] = (
-    (QueueFull, HTTPStatus.TOO_MANY_REQUESTS),
-    (UnknownJob, HTTPStatus.NOT_FOUND),
-    (GoneVersion, HTTPStatus.GONE),
-    (UnknownName, HTTPStatus.NOT_FOUND),
-    (UnknownVersion, HTTPStatus.NOT_FOUND),
-    (Refused, HTTPStatus.FORBIDDEN),
-    (Conflict, HTTPStatus.CONFLICT),
-    (DiskFull, HTTPStatus.INSUFFICIENT_STORAGE),
-    (HomeError, HTTPStatus.SERVICE_UNAVAILABLE),
-    (StoreError, HTTPStatus.INTERNAL_SERVER_ERROR),
-    (DataError, HTTPStatus.UNPROCESSABLE_ENTITY),
-)
 
 
 class ClientGone(WordedError):
     """The client closed the connection before its images were drawn; nobody reads the answer."""
 
 
-def status_of(error: WordedError) -> int:
-    """Returns the HTTP status of an error: 422 for what a request may not ask."""
-    return next((int(status) for kind, status in _STATUSES if isinstance(error, kind)), 422)
+class JobFailed(WordedError):
+    """A job that could not be drawn.
+
+    Args:
+        failure: Why.
+    """
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+        super().__init__(failure.problem, where=failure.where, allowed=failure.allowed, remedy=failure.remedy)
+
+
+def require_drawn(job: Job) -> None:
+    """Raises `JobFailed` if a job failed; one that was canceled has no images."""
+    if job.failure is not None:
+        raise JobFailed(job.failure)
+
+
+def status_for_clients(error: WordedError) -> int:
+    """Returns the HTTP status of an error; a full queue is 429, for which these clients wait."""
+    if isinstance(error, JobFailed):
+        return status_of(error.failure)
+    return 429 if isinstance(error, QueueFull) else status_of(error)
 
 
 def service_of(request: Request) -> ImageService:
     """Returns the service of the application."""
     service: ImageService = request.app.state.service
     return service
-
-
-def tenant_of(request: Request) -> str:
-    """Returns for whom the images of a request are; `local` without tokens."""
-    return str(getattr(request.state, "tenant", "local"))
 
 
 @asynccontextmanager
@@ -84,7 +77,7 @@ async def submitted(request: Request, drawing: DrawRequest, files: SourceFiles |
     service = service_of(request)
     job = None
     try:
-        job = await to_thread.run_sync(lambda: service.submit(drawing, tenant=tenant_of(request)))
+        job = await to_thread.run_sync(lambda: service.submit(drawing, tenant=caller_of(request).tenant))
         yield job
     finally:
         # A client that went away cancels this task, too.
