@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
-from flows.web import a1111, a1111_lists, adapters, jobs, login
+from flows.web import a1111, a1111_lists, adapters, jobs, login, openai_images
 from flows.web.callers import Sessions
 from flows.web.errors import add_error_handlers
 from flows.web.security import Guard, GuardSettings
@@ -77,7 +77,7 @@ def create_app(service: ImageService, settings: WebSettings | None = None) -> Fa
     add_error_handlers(app)
     for module in (jobs, adapters, login):
         app.include_router(module.router)
-    for router in (a1111.router, a1111_lists.router, a1111_lists.internal):
+    for router in (a1111.router, a1111_lists.router, a1111_lists.internal, openai_images.router):
         app.include_router(router)
     if settings.studio:
         from flows.web.studio.page import mount_studio

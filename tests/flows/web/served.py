@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
-from flows.web.app import create_app
+from flows.web.app import WebSettings, create_app
 from lora_engine.compute import threads
 from lora_engine.serving.engine import PlainEngine
 from registry.home import Home
@@ -55,12 +56,13 @@ def make_home(folder: Path) -> Home:
 
 
 @contextmanager
-def serving(home: Home, **settings: object) -> Iterator[Served]:
+def serving(home: Home, **settings: Any) -> Iterator[Served]:
     """Runs a server in a thread while the context is open."""
     with threads(1):
-        service = ImageService(home, ServiceSettings(**settings), PlainEngine("tiny"))
+        service = ImageService(home, ServiceSettings(max_steps=1000, **settings), PlainEngine("tiny"))
+        application = create_app(service, WebSettings(requests_per_minute=0))
         server = uvicorn.Server(
-            uvicorn.Config(create_app(service), host="127.0.0.1", port=0, log_level="warning", lifespan="off")
+            uvicorn.Config(application, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
         )
         thread = threading.Thread(target=server.run, name="server")
         thread.start()
