@@ -158,6 +158,7 @@ def describe_images(job: Job, images: Sequence[bytes]) -> ImagesResponse:
 
 def size_of(image: bytes) -> str:
     """Returns WIDTHxHEIGHT of a PNG."""
+    width, height = struct.unpack(">II", image[16:24])  # of the first chunk, IHDR
     return f"{width}x{height}"
 
 
