@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
-from flows.web import adapters, jobs, login
+from flows.web import a1111, a1111_lists, adapters, jobs, login, openai_images
 from flows.web.callers import Sessions
 from flows.web.errors import add_error_handlers
 from flows.web.security import Guard, GuardSettings
@@ -40,7 +40,7 @@ class WebSettings:
     studio: bool = False
     max_body: int = 48 << 20
     body_seconds: float = 30.0
-    requests_per_minute: int = 0
+    requests_per_minute: int = 1200
 
 
 def create_app(service: ImageService, settings: WebSettings | None = None) -> FastAPI:
@@ -77,6 +77,8 @@ def create_app(service: ImageService, settings: WebSettings | None = None) -> Fa
     add_error_handlers(app)
     for module in (jobs, adapters, login):
         app.include_router(module.router)
+    for router in (a1111.router, a1111_lists.router, a1111_lists.internal, openai_images.router):
+        app.include_router(router)
     if settings.studio:
         from flows.web.studio.page import mount_studio
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_engine.bases.samplers import titles_of
 from lora_engine.data.containers import read_png_texts
 from lora_engine.data.folder import open_inside
 from lora_engine.documents import parse_json
@@ -26,18 +27,6 @@ CHUNK = "loraline"
 XMP = "XML:com.adobe.xmp"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PEFT = ("adapter_model.safetensors", "adapter_model.bin")
-_SAMPLERS = {
-    "DDIMScheduler": "DDIM",
-    "DPMSolverMultistepScheduler": "DPM++ 2M",
-    "DPMSolverSinglestepScheduler": "DPM++ 2S",
-    "EulerAncestralDiscreteScheduler": "Euler a",
-    "EulerDiscreteScheduler": "Euler",
-    "FlowMatchEulerDiscreteScheduler": "Euler",
-    "HeunDiscreteScheduler": "Heun",
-    "PNDMScheduler": "PLMS",
-    "UniPCMultistepScheduler": "UniPC",
-}
-"""Class of diffusers -> name in A1111; other classes keep their name."""
 _SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 _GENERATED, _COMPOSITE = "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"
 # The packet of Adobe's XMP specification, part 1, section 7.3; the property is of IPTC's Extension schema.
@@ -177,10 +166,8 @@ class Drawing:
         return "\n".join(lines)
 
     def _sampler(self) -> dict[str, str]:
-        name = _SAMPLERS.get(self.scheduler, self.scheduler)
-        is_sde = str(self.scheduler_options.get("algorithm_type", "")).startswith("sde")
-        is_karras = self.scheduler_options.get("use_karras_sigmas")
-        return {"Sampler": f"{name} SDE" if is_sde else name, **({"Schedule type": "Karras"} if is_karras else {})}
+        name, schedule = titles_of(self.scheduler, self.scheduler_options)
+        return {"Sampler": name, **({"Schedule type": schedule} if schedule else {})}
 
     def _facts(self, seed: int, size: tuple[int, int]) -> Mapping[str, Any]:
         return {

@@ -21,7 +21,7 @@ from lora_engine.bases.latent import LatentModel
 from lora_engine.bases.long_text import StateChange, no_change
 from lora_engine.bases.noise import schedule_from
 from lora_engine.bases.options import BaseOptions
-from lora_engine.bases.samplers import find_sampler
+from lora_engine.bases.samplers import find_sampler, steps_refused
 from lora_engine.bases.source import BaseSource
 from lora_engine.building import BUILDING
 from lora_engine.errors import BaseModelError, SettingsError
@@ -83,7 +83,8 @@ class StableDiffusion(LatentModel):
         with BUILDING:
             scheduler = getattr(diffusers, chosen.scheduler).from_config(self._scheduler_settings, **chosen.options)
         if steps is not None:
-            scheduler.set_timesteps(steps, device=self.device)
+            with steps_refused(chosen.title, steps):
+                scheduler.set_timesteps(steps, device=self.device)
         return scheduler
 
     def configure(self, options: BaseOptions) -> None:

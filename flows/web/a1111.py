@@ -1,0 +1,139 @@
+"""The routes of A1111's API that draw: `/sdapi/v1/txt2img`, `img2img`, `progress`, `interrupt`, `skip`, `png-info`."""
+
+from __future__ import annotations
+
+import base64
+import io
+from contextlib import suppress
+from functools import partial
+
+from anyio import to_thread
+from fastapi import APIRouter, Request
+from pydantic import BaseModel
+
+from flows.web.a1111_answers import ERRORS, A1111Route, ImagesAnswer, answer_images
+from flows.web.a1111_infotext import parse_infotext
+from flows.web.a1111_models import ImageToImageBody, TextToImageBody
+from flows.web.a1111_requests import image_request, text_request
+from flows.web.callers import caller_of
+from flows.web.image_requests import draw_images, service_of
+from lora_engine.data.containers import read_png_texts
+from tasks.serving.catalog import describe_base
+from tasks.serving.job import JobState, UnknownJob
+from tasks.serving.uploads import decode_base64, restore_png
+
+router = APIRouter(prefix="/sdapi/v1", route_class=A1111Route, tags=["A1111"])
+_TIME = "%Y%m%d%H%M%S"
+
+
+class ProgressState(BaseModel):
+    """State of the running job, in A1111's names."""
+
+    skipped: bool = False
+    interrupted: bool = False
+    stopping_generation: bool = False
+    job: str = ""
+    job_count: int = 0
+    job_timestamp: str = "0"
+    job_no: int = 0
+    sampling_step: int = 0
+    sampling_steps: int = 0
+
+
+class ProgressAnswer(BaseModel):
+    """Answer of `progress`: 0 and no job if nothing is drawn for the client."""
+
+    progress: float = 0.0
+    eta_relative: float = 0.0
+    state: ProgressState = ProgressState()
+    current_image: str | None = None
+    textinfo: str | None = None
+
+
+class PngInfoBody(BaseModel):
+    """An image in base64."""
+
+    image: str
+
+
+class PngInfoAnswer(BaseModel):
+    """The texts of an image."""
+
+    info: str
+    items: dict[str, str]
+    parameters: dict[str, str]
+
+
+@router.post("/txt2img", responses=ERRORS)
+async def draw_from_text(body: TextToImageBody, request: Request) -> ImagesAnswer:
+    """Draws images from a prompt."""
+    service = service_of(request)
+    base = await to_thread.run_sync(describe_base, service.settings.base)
+    drawing = await to_thread.run_sync(text_request, body, base, service.home)
+    job, images = await draw_images(request, drawing, None)
+    return await to_thread.run_sync(partial(answer_images, includes_sources=False), body, base, job, images)
+
+
+@router.post("/img2img", responses=ERRORS)
+async def draw_from_image(body: ImageToImageBody, request: Request) -> ImagesAnswer:
+    """Draws images from an image, as a whole or under a mask."""
+    service = service_of(request)
+    base = await to_thread.run_sync(describe_base, service.settings.base)
+    drawing, files, prepared = await to_thread.run_sync(image_request, body, base, service.home)
+    job, images = await draw_images(request, drawing, files)
+    restored = [await to_thread.run_sync(restore_png, image, prepared) for image in images]
+    answer = partial(answer_images, includes_sources=body.include_init_images)
+    return await to_thread.run_sync(answer, body, base, job, restored)
+
+
+@router.get("/progress")
+def show_progress(request: Request, skip_current_image: bool = False) -> ProgressAnswer:
+    """Returns how far the client's running job is, with a preview."""
+    service = service_of(request)
+    jobs = [job for job in service.jobs(caller_of(request).tenant) if not job.state.is_final]
+    running = next((job for job in jobs if job.state is JobState.RUNNING), None)
+    if not jobs:
+        return ProgressAnswer()
+    shown = running or jobs[0]
+    preview = None
+    if running is not None and not skip_current_image:
+        with suppress(UnknownJob):
+            preview = service.preview(running.id)
+    return ProgressAnswer(
+        progress=shown.step / max(shown.steps, 1),
+        state=ProgressState(
+            job=shown.id,
+            job_count=len(jobs),
+            job_timestamp=shown.created.strftime(_TIME),
+            sampling_step=shown.step,
+            sampling_steps=shown.steps,
+        ),
+        current_image=None if preview is None else base64.b64encode(preview).decode(),
+    )
+
+
+@router.post("/interrupt")
+def interrupt(request: Request) -> None:
+    """Cancels the client's running job; its request is answered without images."""
+    _cancel_running(request)
+
+
+@router.post("/skip")
+def skip(request: Request) -> None:
+    """Cancels the client's running job: a job is drawn as a whole, so there is no single image to skip."""
+    _cancel_running(request)
+
+
+@router.post("/png-info", responses={422: ERRORS[422]})
+def read_png_info(body: PngInfoBody) -> PngInfoAnswer:
+    """Returns the texts of a PNG."""
+    texts = dict(read_png_texts(io.BytesIO(decode_base64(body.image, "image"))))
+    info = texts.pop("parameters", "")
+    return PngInfoAnswer(info=info, items=texts, parameters=parse_infotext(info) if info else {})
+
+
+def _cancel_running(request: Request) -> None:
+    service = service_of(request)
+    for job in service.jobs(caller_of(request).tenant):
+        if job.state is JobState.RUNNING:
+            service.cancel(job.id)

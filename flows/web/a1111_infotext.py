@@ -1,0 +1,100 @@
+"""Reads A1111's infotext, the text `parameters` of an image, and fills the fields that a request leaves unset."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from lora_engine.errors import SettingsError
+
+MAX_INFOTEXT = 100_000
+"""Characters of an infotext."""
+_PAIR = re.compile(r'\s*(\w[\w \-/]{0,100}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_LEAST = 3
+"""Pairs that make the last line one of settings, as in A1111."""
+_NEGATIVE = "Negative prompt:"
+
+
+def parse_infotext(text: str) -> dict[str, str]:
+    """Returns the settings of an infotext, with the keys `Prompt` and `Negative prompt` for its texts.
+
+    A size `WxH` becomes `KEY-1` and `KEY-2`, as in A1111. A last line with fewer than three pairs belongs to the text.
+    """
+    lines = text.strip().split("\n")
+    pairs = _PAIR.findall(lines[-1])
+    if len(pairs) < _LEAST:
+        pairs = []
+    else:
+        lines = lines[:-1]
+    lines = [line.strip() for line in lines]
+    first = next((number for number, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
+    negative = "\n".join(lines[first:]).removeprefix(_NEGATIVE).strip()
+    settings = {"Prompt": "\n".join(lines[:first]), "Negative prompt": negative}
+    for key, value in pairs:
+        settings |= _values(key, _unquoted(value.strip()))
+    return settings
+
+
+def fill_unset(values: Mapping[str, Any], infotext: str) -> dict[str, Any]:
+    """Returns the fields of a request, with those of its infotext where the request has none.
+
+    Args:
+        values: The fields that the request sets.
+        infotext: The text.
+
+    Raises:
+        SettingsError: A setting of the text is no number.
+    """
+    settings = parse_infotext(infotext)
+    filled: dict[str, Any] = {}
+    for key, (field, kind) in _FIELDS.items():
+        if key not in settings or (field in values and values[field] is not None):
+            continue
+        try:
+            filled[field] = kind(settings[key])
+        except ValueError:
+            raise SettingsError(f"{key} is {settings[key][:40]!r}", where="infotext", allowed="a number") from None
+    if "sampler_name" in filled and values.get("sampler_index") is not None:
+        del filled["sampler_name"]
+    overrides = values.get("override_settings", {})
+    if isinstance(overrides, dict) and "Clip skip" in settings:
+        filled["override_settings"] = {"CLIP_stop_at_last_layers": settings["Clip skip"], **overrides}
+    if "enable_hr" not in values and {"Hires upscale", "Hires upscaler"} & settings.keys():
+        filled["enable_hr"] = True
+    return {**values, **filled}
+
+
+_FIELDS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
+    "Prompt": ("prompt", str),
+    "Negative prompt": ("negative_prompt", str),
+    "Steps": ("steps", int),
+    "Sampler": ("sampler_name", str),
+    "Schedule type": ("scheduler", str),
+    "CFG scale": ("cfg_scale", float),
+    "Seed": ("seed", int),
+    "Size-1": ("width", int),
+    "Size-2": ("height", int),
+    "Denoising strength": ("denoising_strength", float),
+    "Hires upscale": ("hr_scale", float),
+    "Hires upscaler": ("hr_upscaler", str),
+    "Hires steps": ("hr_second_pass_steps", int),
+    "Mask blur": ("mask_blur", float),
+}
+"""Key of the text -> field, and how it is read."""
+
+
+def _values(key: str, value: str) -> dict[str, str]:
+    if (size := re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", value)) is not None:
+        return {f"{key}-1": size[1], f"{key}-2": size[2]}
+    return {key: value}
+
+
+def _unquoted(value: str) -> str:
+    if value.startswith('"'):
+        with suppress(ValueError):
+            read = json.loads(value)
+            return read if isinstance(read, str) else value
+    return value

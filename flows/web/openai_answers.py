@@ -1,0 +1,171 @@
+"""Answers of OpenAI's image endpoints, errors as `{"error": {message, type, param, code}}`, and events of streams."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Literal
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, Field, ValidationError
+
+from flows.web.errors import headers_of, hide_paths
+from flows.web.image_requests import ClientGone, JobFailed, status_for_clients
+from flows.web.openai_models import UnknownModel
+from lora_engine.errors import WordedError
+from tasks.serving.job import Job
+
+_CLOSED = 499
+_CODES = {
+    "UnknownModel": "model_not_found",
+    "UnknownName": "model_not_found",
+    "UnknownVersion": "model_not_found",
+    "GoneVersion": "model_withdrawn",
+    "QueueFull": "rate_limit_exceeded",
+    "TenantQueueFull": "rate_limit_exceeded",
+    "ImagesRefused": "content_policy_violation",
+}
+
+
+class OpenAIErrorBody(BaseModel):
+    """What is wrong.
+
+    Attributes:
+        message: The problem, what is allowed, and the fix.
+        type: Kind of the error.
+        param: The field.
+        code: Code for programs.
+    """
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class OpenAIError(BaseModel):
+    """The body of an answer that is no success."""
+
+    error: OpenAIErrorBody
+
+
+class ImageData(BaseModel):
+    """An image."""
+
+    b64_json: str = Field(description="A PNG in base64.")
+    revised_prompt: str | None = None
+    seed: int = Field(description="Its seed; not in OpenAI's API.")
+
+
+class ImagesResponse(BaseModel):
+    """Images."""
+
+    created: int
+    data: list[ImageData]
+    output_format: Literal["png"] = "png"
+    background: Literal["opaque"] = "opaque"
+    quality: Literal["auto"] = "auto"
+    size: str
+
+
+class ImageEvent(BaseModel):
+    """An event of a stream."""
+
+    type: str
+    b64_json: str
+    created_at: int
+    size: str
+    output_format: Literal["png"] = "png"
+    background: Literal["opaque"] = "opaque"
+    quality: Literal["auto"] = "auto"
+    partial_image_index: int | None = None
+
+    def to_sse(self) -> str:
+        """Returns the event as text of a stream."""
+        return f"event: {self.type}\ndata: {self.model_dump_json(exclude_none=True)}\n\n"
+
+
+class OpenAIRoute(APIRoute):
+    """A route whose errors have OpenAI's form."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Returns the handler of FastAPI, with errors answered."""
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except (RequestValidationError, ValidationError) as error:
+                return _answer_invalid(error.errors())
+            except WordedError as error:
+                status = status_of_openai(error)
+                return JSONResponse(describe_error(error).model_dump(), status, headers_of(error))
+
+        return answer
+
+
+OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": OpenAIError, "description": description}
+    for status, description in {
+        400: "A field cannot be honored, or an image cannot be read.",
+        401: "No valid token.",
+        403: "The safety hook does not let the images out.",
+        404: "No such adapter or version.",
+        409: "An adapter does not meet the policy of its alias.",
+        410: "The version was withdrawn.",
+        429: "The queue is full; see Retry-After.",
+        500: "The images could not be drawn.",
+        503: "The home cannot be used, or the server stops.",
+        507: "The disk is full.",
+    }.items()
+}
+"""Statuses of the routes that draw, for the OpenAPI document."""
+
+
+def status_of_openai(error: WordedError) -> int:
+    """Returns the status of an error; what a request may not ask is 400, as in OpenAI's API."""
+    if isinstance(error, ClientGone):
+        return _CLOSED
+    status = 404 if isinstance(error, UnknownModel) else status_for_clients(error)
+    return 400 if status == 422 else status
+
+
+def describe_error(error: WordedError) -> OpenAIError:
+    """Returns the body of an error."""
+    kind = error.failure.kind if isinstance(error, JobFailed) else type(error).__name__
+    status = status_of_openai(error)
+    group = "rate_limit_error" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
+    where = error.where if error.where.isidentifier() else None
+    return OpenAIError(
+        error=OpenAIErrorBody(
+            message=hide_paths(str(error)), type=group, param=where, code=_CODES.get(kind, "invalid_value")
+        )
+    )
+
+
+def describe_images(job: Job, images: Sequence[bytes]) -> ImagesResponse:
+    """Returns the answer of a completed job."""
+    data = [
+        ImageData(b64_json=base64.b64encode(image).decode(), seed=job.request.seed + number)
+        for number, image in enumerate(images)
+    ]
+    return ImagesResponse(created=int(job.created.timestamp()), data=data, size=size_of(images[0]))
+
+
+def size_of(image: bytes) -> str:
+    """Returns WIDTHxHEIGHT of a PNG."""
+    width, height = struct.unpack(">II", image[16:24])  # of the first chunk, IHDR
+    return f"{width}x{height}"
+
+
+def _answer_invalid(errors: Sequence[Any]) -> JSONResponse:
+    first = errors[0]
+    param = ".".join(str(part) for part in first["loc"] if part != "body")
+    code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
+    message = f"{param or 'the body'}: {first['msg']}"
+    body = OpenAIErrorBody(message=hide_paths(message), type="invalid_request_error", param=param or None, code=code)
+    return JSONResponse(OpenAIError(error=body).model_dump(), 400)
