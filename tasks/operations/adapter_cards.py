@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_engine.documents import parse_json
+from registry import queries
+from registry.context import RegistryContext
 from registry.entities import AdapterVersion
 from registry.errors import RegistryError, StoreError
 from registry.home import Home
+from registry.refs import split_ref
 from registry.store.artifacts import Store
-from registry.versions.versions import Versions
-from tasks.operations.promote import differ_in_embedder, find_version
+from tasks.operations.promote import differ_in_embedder
 
 SIDE = 192
 """Longest side of a sample image in pixels."""
@@ -70,6 +72,11 @@ class AdapterCard:
     versions: tuple[CardVersion, ...]
 
     @property
+    def gates(self) -> str:
+        """Result of the gates of the shown version."""
+        return next(version.gates for version in self.versions if version.number == self.shown)
+
+    @property
     def references(self) -> tuple[str, ...]:
         """The references by which a prompt can name it: aliases, then numbers."""
         aliases = sorted({alias for version in self.versions for alias in version.aliases})
@@ -80,11 +87,10 @@ class AdapterCard:
 def list_adapter_cards(home: Home) -> tuple[AdapterCard, ...]:
     """Returns one card per adapter with a usable version, by name; reads no bytes of adapters."""
     by_name: dict[str, list[AdapterVersion]] = {}
-    with closing(Versions(home)) as versions:
-        for version in versions.list():
-            if version.state == "ACTIVE":
-                by_name.setdefault(version.name, []).append(version)
-        return tuple(_describe(versions.store, entries) for _, entries in sorted(by_name.items()))
+    with closing(RegistryContext(home)) as context:
+        for version in _read_usable(context, None):
+            by_name.setdefault(version.name, []).append(version)
+        return tuple(_describe(context.store, entries) for _, entries in sorted(by_name.items()))
 
 
 def choose_cards(cards: Sequence[AdapterCard], text: str = "", base: str = "") -> tuple[AdapterCard, ...]:
@@ -118,10 +124,10 @@ def read_sample(home: Home, reference: str) -> bytes | None:
         UnknownVersion: The version or alias does not exist.
         GoneVersion: It was withdrawn or deleted.
     """
-    with closing(Versions(home)) as versions:
-        version = versions.require_active(find_version(versions, reference))
+    with closing(RegistryContext(home)) as context:
+        version = _find_usable(context, reference)
         try:
-            content = _read_sample(versions.store, version)
+            content = _read_sample(context.store, version)
         except StoreError:
             return None
     return None if content is None else _scaled(content)
@@ -129,8 +135,8 @@ def read_sample(home: Home, reference: str) -> bytes | None:
 
 def read_usable(home: Home, name: str) -> tuple[AdapterVersion, ...]:
     """Returns the versions of an adapter that are neither withdrawn nor deleted, newest first."""
-    with closing(Versions(home)) as versions:
-        return tuple(version for version in reversed(versions.list(name)) if version.state == "ACTIVE")
+    with closing(RegistryContext(home)) as context:
+        return tuple(reversed(_read_usable(context, name)))
 
 
 def tabulate_metrics(home: Home, references: Sequence[str]) -> list[list[str]]:
@@ -145,10 +151,23 @@ def tabulate_metrics(home: Home, references: Sequence[str]) -> list[list[str]]:
     Raises:
         RegistryError: A version does not exist, or was withdrawn or deleted.
     """
-    with closing(Versions(home)) as versions:
-        columns = [versions.require_active(find_version(versions, reference)).metrics for reference in references]
+    with closing(RegistryContext(home)) as context:
+        columns = [_find_usable(context, reference).metrics for reference in references]
     names = dict.fromkeys(name for column in columns for name, metric in column.items() if "adapter" in metric)
     return [[name, *(_shown(columns[0], column, name) for column in columns)] for name in names]
+
+
+def _read_usable(context: RegistryContext, name: str | None) -> list[AdapterVersion]:
+    """Reads the database only; comparing with MLflow would import it, which takes seconds."""
+    with context.lineage.database.read() as session:
+        return [version for version in queries.read_versions(session, name) if version.state == "ACTIVE"]
+
+
+def _find_usable(context: RegistryContext, reference: str) -> AdapterVersion:
+    with context.lineage.database.read() as session:
+        version = queries.read_version(session, *split_ref(reference))
+        queries.require_active(session, version.name, version.version)
+    return version
 
 
 def _shown(first: Mapping[str, Any], column: Mapping[str, Any], name: str) -> str:
