@@ -43,9 +43,7 @@ class CardList:
         self.html = gradio.HTML(elem_classes="studio-cards", js_on_load=_ON_LOAD)
         inputs, outputs = [self.search, self.base], [self.base, self.html]
         events = [self.search.change, self.base.input, self.refresh.click, studio.page.load]
-        gradio.on(
-            events, self._show, inputs, outputs, queue=False, show_progress="hidden", api_visibility="private"
-        )
+        gradio.on(events, self._show, inputs, outputs, queue=False, show_progress="hidden", api_visibility="private")
 
     def _show(self, text: str, base: str) -> tuple[Any, str]:
         try:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def add_draw(studio: Studio) -> None:
     """Adds the tab to the open `gradio.Blocks`, and its form to the studio."""
-    states = {"used": gradio.State([]), "layout": gradio.State(0), "composed": gradio.State("")}
+    states: dict[str, Any] = {"used": gradio.State([]), "layout": gradio.State(0), "composed": gradio.State("")}
     with gradio.Row():
         with gradio.Column(scale=5, min_width=320):
             text = gradio.Textbox(label="Prompt", lines=2, placeholder="what to draw", autofocus=True)
@@ -51,9 +51,9 @@ def add_draw(studio: Studio) -> None:
     events = DrawEvents(studio, cards)
     _connect_drawing(form, results, events, start, cancel)
     _connect_form(form, results, events, cards)
-    dropped.upload(events.restore, [dropped, form.layout], [*form.components, results.status], **AT_ONCE)
+    dropped.upload(events.restore, [dropped, form.layout], [*form.components, results.status], **QUIET)
     inputs = [results.files, results.chosen]
-    reuse.click(events.restore_chosen, [*inputs, form.layout], [*form.components, results.status], **AT_ONCE)
+    reuse.click(events.restore_chosen, [*inputs, form.layout], [*form.components, results.status], **QUIET)
     start_from.click(events.start_from, inputs, [form.source, results.status], **AT_ONCE)
 
 
@@ -146,11 +146,11 @@ def _connect_form(form: DrawForm, results: Results, events: DrawEvents, cards: C
         events.edit_prompt,
         [form.prompt, form.composed, form.layout],
         [form.text, form.used, form.layout, *whole, results.status],
-        **AT_ONCE,
+        **QUIET,
     )
     cards.html.select(
         events.choose_card,
         [form.text, form.used, form.layout],
         [form.text, form.used, form.layout, *whole, results.status],
-        **AT_ONCE,
+        **QUIET,
     )

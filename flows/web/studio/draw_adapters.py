@@ -1,4 +1,4 @@
-"""The rows of the chosen adapters in the tab Draw: on or off, version or alias, weights; and the editor of a schedule."""
+"""The rows of the chosen adapters in the tab Draw: version, weights, schedule."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 LOWEST, HIGHEST = -2.0, 3.0
 """Range of the sliders of weights."""
-_QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+_QUEUED: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+"""Options of events that change the layout: changes of a state trigger further events only from the queue."""
+_QUIET: dict[str, Any] = {"queue": False, **_QUEUED}
 
 
 def constant(weight: float) -> StepWeights:
@@ -33,24 +35,29 @@ def add_rows(studio: Studio, form: DrawForm) -> None:
     """Adds one row per chosen adapter, which is built again when adapters are added or removed."""
     outputs = [form.used, form.prompt, form.composed]
 
-    @gradio.render([form.used], [form.layout.change, studio.page.load], queue=False, show_progress="hidden")
+    @gradio.render([form.used], [form.layout.change, studio.page.load], show_progress="hidden")
     def show_rows(used: list[Used]) -> None:
+
         if not used:
-            gradio.HTML(show_note("No adapter is used. Choose one of the cards below, or paste a prompt that names one."))
+            gradio.HTML(
+                show_note("No adapter is used. Choose one of the cards below, or paste a prompt that names one.")
+            )
         cards = _cards(studio.service.home)
         for index, entry in enumerate(used):
-            with gradio.Row(elem_classes="studio-adapter", equal_height=True, key=f"{index}-{entry.tag.name}"):
+            with gradio.Column(elem_classes="studio-adapter", key=f"{index}-{entry.tag.name}"):
                 _add_row(form, outputs, index, entry, cards)
 
 
 def _add_row(form: DrawForm, outputs: list[Any], index: int, entry: Used, cards: dict[str, AdapterCard]) -> None:
     name = entry.tag.name.partition("@")[0]
     choices = list(dict.fromkeys([entry.tag.name, *(cards[name].references if name in cards else ())]))
-    is_on = gradio.Checkbox(entry.is_on, label=f"Use {name}", min_width=110, scale=1)
-    version = gradio.Dropdown(choices, value=entry.tag.name, label=f"Version of {name}", min_width=150, scale=2)
-    denoiser = _slider(f"Weight of {name}", entry.tag.denoiser)
-    text = _slider(f"Text encoder of {name}", entry.tag.text_encoder)
-    remove = gradio.Button(f"Remove {name}", min_width=110, scale=1, size="sm")
+    with gradio.Row(equal_height=True):
+        is_on = gradio.Checkbox(entry.is_on, label=f"Use {name}", min_width=110, scale=2)
+        version = gradio.Dropdown(choices, value=entry.tag.name, label=f"Version of {name}", min_width=170, scale=3)
+        remove = gradio.Button(f"Remove {name}", min_width=110, scale=2, size="sm")
+    with gradio.Row():
+        denoiser = _slider(f"Weight of {name}", entry.tag.denoiser)
+        text = _slider(f"Text encoder of {name}", entry.tag.text_encoder)
     sliders = [
         (denoiser, "denoiser", entry.tag.denoiser),
         (text, "text_encoder", entry.tag.text_encoder),
@@ -66,7 +73,7 @@ def _add_row(form: DrawForm, outputs: list[Any], index: int, entry: Used, cards:
                 trigger_mode="always_last",
                 **_QUIET,
             )
-    remove.click(partial(_remove, index), [form.text, form.used, form.layout], [*outputs, form.layout], **_QUIET)
+    remove.click(partial(_remove, index), [form.text, form.used, form.layout], [*outputs, form.layout], **_QUEUED)
 
 
 def _slider(label: str, weights: StepWeights) -> gradio.Slider:
@@ -88,8 +95,8 @@ def _change(index: int, part: str, value: Any, text: str, used: list[Used]) -> t
     if index >= len(used):
         return used, gradio.skip(), gradio.skip()
     used = [*used]
-    new = str(value) if part == "name" else constant(float(value))
-    used[index] = replace(used[index], tag=replace(used[index].tag, **{part: new}))
+    new: dict[str, Any] = {part: str(value) if part == "name" else constant(float(value))}
+    used[index] = replace(used[index], tag=replace(used[index].tag, **new))
     composed = compose(text, used)
     return used, composed, composed
 
@@ -147,7 +154,7 @@ def add_schedule(form: DrawForm) -> None:
     chosen.input(_read_points, [chosen, form.used], [table, unit], **_QUIET)
     preset.input(_take_preset, [preset, chosen, form.used], [table, unit], **_QUIET)
     outputs = [form.used, form.prompt, form.composed, form.layout, message]
-    apply.click(_apply, [chosen, table, unit, form.text, form.used, form.layout], outputs, **_QUIET)
+    apply.click(_apply, [chosen, table, unit, form.text, form.used, form.layout], outputs, **_QUEUED)
 
 
 def _list_used(used: list[Used], chosen: str | None) -> Any:

@@ -148,6 +148,34 @@ def choose_image(event: gradio.SelectData) -> int:
 
 
 def _path_of(files: Sequence[Any] | None, chosen: int) -> str | None:
-    """Returns the path of a file; Gradio lets only files of its cache through."""
+    """Returns the path of a file; Gradio lets only files of its cache through as inputs."""
     return str(files[min(max(int(chosen), 0), len(files) - 1)]) if files else None
 
+
+def add_send_back(studio: Studio, gallery: gradio.Gallery, paths: gradio.State, status: gradio.HTML) -> None:
+    """Adds a button that fills the form of the tab Draw with the settings of the chosen image, and shows that tab.
+
+    Args:
+        studio: What the page works with.
+        gallery: The images.
+        paths: State: their files.
+        status: Shows messages.
+    """
+    form = studio.form
+    if form is None:
+        return
+    chosen = gradio.State(0)
+    gallery.select(choose_image, None, [chosen], **AT_ONCE)
+
+    def send(files: list[str], number: int, layout: int) -> list[Any]:
+        path = _path_of(files, number)
+        if path is None:
+            return [*updates({}), show_note("Draw or choose an image first."), gradio.skip()]
+        try:
+            values = fill(read_image_settings(Path(path)), layout)
+        except WordedError as error:
+            return [*updates({}), show_error(error), gradio.skip()]
+        return [*updates(values), show_note("The tab Draw has its settings."), gradio.Tabs(selected="Draw")]
+
+    outputs = [*form.components, status, studio.tabs]
+    gradio.Button("Use its settings in Draw", size="sm").click(send, [paths, chosen, form.layout], outputs, **QUIET)

@@ -39,12 +39,14 @@ class Studio:
     Attributes:
         service: Draws images; `service.home` is the home with the registry.
         page: The page, for events such as its load.
+        tabs: The tabs; an event chooses one with `gradio.Tabs(selected=TITLE)`.
         files: Files that the page shows.
         form: The form of the tab Draw, which other tabs fill; None until that tab is built.
     """
 
     service: ImageService
     page: gradio.Blocks
+    tabs: gradio.Tabs
     files: PageFiles
     form: DrawForm | None = None
 
@@ -75,11 +77,11 @@ def mount_studio(app: fastapi.FastAPI, service: ImageService, *, login: Login | 
     # Gradio reads it whenever it stores a file.
     os.environ["GRADIO_TEMP_DIR"] = str(files.folder)
     with gradio.Blocks(title="Loraline studio", analytics_enabled=False, delete_cache=(_CLEAN_EVERY, _KEEP)) as page:
-        studio = Studio(service, page, files)
         gradio.HTML(f"<h1>Loraline studio</h1><p>Base <b>{service.settings.base}</b></p>", elem_classes="studio-title")
-        with gradio.Tabs():
+        with gradio.Tabs() as tabs:
+            studio = Studio(service, page, tabs, files)
             for title, add_tab in TABS.items():
-                with gradio.Tab(title):
+                with gradio.Tab(title, id=title):
                     add_tab(studio)
     page.queue(max_size=_WAITING, default_concurrency_limit=_AT_ONCE, api_open=False)
     gradio.mount_gradio_app(

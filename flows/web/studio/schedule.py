@@ -1,4 +1,4 @@
-"""The weight of an adapter over the steps: a small table of points, drawn as a curve, as the prompt's `weight@position`."""
+"""The weight of an adapter over the steps: a table of points, a curve, and the prompt's `weight@position`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def weights_of(rows: Sequence[Sequence[Cell]], unit: str) -> StepWeights:
     """
     points = []
     for number, row in enumerate(rows, 1):
-        cells = ["" if cell is None or cell != cell else str(cell).strip() for cell in row]
+        cells = ["" if cell is None or str(cell) == "nan" else str(cell).strip() for cell in row]
         if not any(cells):
             continue
         try:
