@@ -37,7 +37,16 @@ _TYPE = """(() => {
 })()"""
 
 
-_KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32, "ArrowLeft": 37, "ArrowRight": 39, "ArrowDown": 40}
+_KEYS = {
+    "Tab": 9,
+    "Enter": 13,
+    "Escape": 27,
+    " ": 32,
+    "ArrowLeft": 37,
+    "ArrowRight": 39,
+    "ArrowDown": 40,
+    "Backspace": 8,
+}
 """Key -> its code in Windows, which chromium needs."""
 
 
@@ -60,7 +69,9 @@ class Page:
 
     def evaluate(self, script: str) -> Any:
         """Returns the value of a script."""
-        return self._send("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
+        return self._send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)["result"].get(
+            "value"
+        )
 
     def click(self, text: str) -> None:
         """Clicks on the innermost visible control with this text."""
@@ -96,6 +107,18 @@ class Page:
         event = {"key": key, "code": key, "windowsVirtualKeyCode": _KEYS.get(key, 0), "modifiers": 8 if shift else 0}
         self._send("Input.dispatchKeyEvent", type="keyDown", **event, **({"text": text} if text else {}))
         self._send("Input.dispatchKeyEvent", type="keyUp", **event)
+
+    def press_all(self, text: str) -> None:
+        """Replaces the content of the focused field, key by key."""
+        self._send("Input.dispatchKeyEvent", type="keyDown", key="a", code="KeyA", modifiers=2, commands=["selectAll"])
+        self._send("Input.dispatchKeyEvent", type="keyUp", key="a", code="KeyA", modifiers=2)
+        for character in text:
+            self.press(character)
+
+    def click_at(self, x: float, y: float) -> None:
+        """Clicks at a place of the page, in pixels."""
+        for kind in ("mousePressed", "mouseReleased"):
+            self._send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def write(self, text: str) -> None:
         """Writes a text into the focused element."""

@@ -13,6 +13,7 @@ from flows.web.studio.draw_adapters import constant
 from flows.web.studio.draw_events import AT_ONCE, QUIET, add_send_back
 from flows.web.studio.draw_form import DrawForm, request_of
 from flows.web.studio.page_messages import cancel_job, follow, show_error, show_note, user_of
+from flows.web.studio.page_style import image_classes
 from lora_engine.errors import SettingsError, WordedError
 from lora_engine.inference.prompts.prompt import parse_prompt
 from lora_engine.inference.prompts.tags import AdapterTag
@@ -64,7 +65,7 @@ def add_compare(studio: Studio) -> None:
         object_fit="contain",
         format="png",
         interactive=False,
-        elem_classes="studio-small" if studio.service.settings.base == "tiny" else "",
+        elem_classes=image_classes(studio.service.settings.base),
     )
     add_send_back(studio, gallery, paths, status)
     with gradio.Row():

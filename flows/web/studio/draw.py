@@ -10,6 +10,7 @@ from flows.web.studio.cards import CardList
 from flows.web.studio.draw_adapters import add_rows, add_schedule
 from flows.web.studio.draw_events import AT_ONCE, QUIET, DrawEvents, Results, choose_image, recompose
 from flows.web.studio.draw_form import OWN_SAMPLER, SAMPLER_CHOICES, DrawForm
+from flows.web.studio.page_style import image_classes
 
 if TYPE_CHECKING:
     from flows.web.studio.page import Studio
@@ -113,7 +114,7 @@ def _add_results(studio: Studio) -> tuple[Results, gradio.Button, gradio.Button]
         format="png",
         interactive=False,
         buttons=["download", "fullscreen"],
-        elem_classes="studio-small" if studio.service.settings.base == "tiny" else "",
+        elem_classes=image_classes(studio.service.settings.base),
     )
     with gradio.Row():
         reuse = gradio.Button("Use its settings", size="sm")

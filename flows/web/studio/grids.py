@@ -10,6 +10,7 @@ import gradio
 from flows.web.studio.draw_events import AT_ONCE, QUIET, add_send_back
 from flows.web.studio.draw_form import DrawForm, request_of
 from flows.web.studio.page_messages import cancel_job, follow, show_error, show_note, user_of
+from flows.web.studio.page_style import image_classes
 from lora_engine.errors import SettingsError, WordedError
 from lora_engine.inference.grid import SETTINGS, Axis, parse_axis
 from tasks.operations.adapter_cards import list_adapter_cards
@@ -53,7 +54,6 @@ def add_grids(studio: Studio) -> None:
         take = gradio.Button("Take the prompt of Draw")
         cancel = gradio.Button("Cancel")
     status = gradio.HTML(elem_classes="studio-status")
-    small = "studio-small" if studio.service.settings.base == "tiny" else ""
     gallery = gradio.Gallery(
         label="Cells",
         columns=4,
@@ -61,11 +61,16 @@ def add_grids(studio: Studio) -> None:
         object_fit="contain",
         format="png",
         interactive=False,
-        elem_classes=small,
+        elem_classes=image_classes(studio.service.settings.base),
     )
     add_send_back(studio, gallery, paths, status)
     sheet = gradio.Image(
-        label="Sheet", type="filepath", format="png", interactive=False, buttons=["download", "fullscreen"]
+        label="Sheet",
+        elem_classes="studio-sheet",
+        type="filepath",
+        format="png",
+        interactive=False,
+        buttons=["download", "fullscreen"],
     )
 
     events = _GridEvents(studio)

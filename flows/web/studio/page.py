@@ -76,7 +76,9 @@ def mount_studio(app: fastapi.FastAPI, service: ImageService, *, login: Login | 
     files = PageFiles(service.home.path / "serving" / "studio")
     # Gradio reads it whenever it stores a file.
     os.environ["GRADIO_TEMP_DIR"] = str(files.folder)
-    with gradio.Blocks(title="Loraline studio", analytics_enabled=False, delete_cache=(_CLEAN_EVERY, _KEEP)) as page:
+    with gradio.Blocks(
+        title="Loraline studio", analytics_enabled=False, fill_width=True, delete_cache=(_CLEAN_EVERY, _KEEP)
+    ) as page:
         gradio.HTML(f"<h1>Loraline studio</h1><p>Base <b>{service.settings.base}</b></p>", elem_classes="studio-title")
         with gradio.Tabs() as tabs:
             studio = Studio(service, page, tabs, files)

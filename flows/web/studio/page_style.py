@@ -30,7 +30,10 @@ def theme() -> gradio.themes.Base:
 
 CSS = """
 .gradio-container { max-width: 1360px !important; margin: 0 auto !important; }
-.gradio-container > .main { padding: 1rem; }
+.gradio-container > .main { padding: 1rem; width: 100%; }
+.studio-images .grid-wrap { max-height: none; min-height: 0; overflow: visible; padding-top: 2.2rem; }
+.studio-images .grid-wrap.fixed-height { min-height: 0; }
+.studio-sheet .image-container, .studio-sheet .image-frame { padding-top: 1.2rem; }
 .studio-title h1 { font-size: 1.5rem; font-weight: 650; margin: 0; }
 .studio-title { display: flex; gap: .75rem; align-items: baseline; flex-wrap: wrap; }
 .studio-title p, .studio-note { color: var(--body-text-color-subdued); margin: 0; }
@@ -66,8 +69,6 @@ CSS = """
 .studio-metrics table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 .studio-metrics th, .studio-metrics td { text-align: left; padding: .3rem .6rem;
   border-bottom: 1px solid var(--border-color-primary); }
-.studio-sheet .compared { display: grid; gap: .5rem; overflow-x: auto; }
-.studio-sheet figure { margin: 0; }
 .studio-adapter { border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); padding: .5rem; }
 :is(button, input, textarea, select, a, summary, [tabindex]):focus-visible { outline: 3px solid var(--color-accent);
   outline-offset: 2px; }
@@ -76,3 +77,8 @@ CSS = """
   .studio-cards ul { grid-template-columns: 1fr; }
 }
 """
+
+
+def image_classes(base: str) -> list[str]:
+    """Returns the classes of components with images; those of the embedded base are enlarged without smoothing."""
+    return ["studio-images", *(["studio-small"] if base == "tiny" else [])]
