@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -130,12 +131,11 @@ def draw_grid(request: DrawRequest, axes: Sequence[Axis], folder: Path, home: Pa
     from lora_engine.inference.draw import write_drawn
     from lora_engine.inference.grid import compose_sheet, write_animation
 
-    rows = cells_of(request.prompt, axes)
-    prompts = {cell.prompt: parse_prompt(cell.prompt) for row in rows for cell in row}
-    requests = [[_changed(request, cell) for cell in row] for row in rows]
+    requests = requests_of_grid(request, axes)
+    prompts = {one.prompt: parse_prompt(one.prompt) for row in requests for one in row}
     paths: list[Path] = []
     sheet: list[list[Tensor]] = []
-    total = sum(map(len, rows))
+    total = sum(map(len, requests))
     with _drawing(request, home, list(prompts.values())) as draw_one:
         for number, row in enumerate(requests):
             sheet.append([])
@@ -150,6 +150,33 @@ def draw_grid(request: DrawRequest, axes: Sequence[Axis], folder: Path, home: Pa
     if animated:
         write_animation(folder / ANIMATION, images[0])
     return [folder / GRID, *([folder / ANIMATION] if animated else []), *paths]
+
+
+def requests_of_grid(request: DrawRequest, axes: Sequence[Axis]) -> list[list[DrawRequest]]:
+    """Returns the rows of a grid, with a request for one image per cell.
+
+    Args:
+        request: What to draw; its count is not used.
+        axes: One or two.
+
+    Raises:
+        SettingsError: An axis or one of its values cannot be used.
+    """
+    return [[_changed(request, cell) for cell in row] for row in cells_of(request.prompt, axes)]
+
+
+def compose_grid(files: Sequence[Sequence[bytes]], axes: Sequence[Axis]) -> bytes:
+    """Returns the sheet of a grid as a PNG file.
+
+    Args:
+        files: The rows of the grid, with a PNG file per cell.
+        axes: The axes that its requests have.
+    """
+    from lora_engine.data.images import encode_png, open_pillow
+    from lora_engine.inference.grid import compose_sheet
+
+    images = [[open_pillow(io.BytesIO(file)).convert("RGB") for file in row] for row in files]
+    return encode_png(compose_sheet(images, axes))
 
 
 def settings_of(request: DrawRequest) -> DrawSettings:

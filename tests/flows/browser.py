@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import subprocess
@@ -36,11 +37,31 @@ _TYPE = """(() => {
 })()"""
 
 
+_KEYS = {
+    "Tab": 9,
+    "Enter": 13,
+    "Escape": 27,
+    " ": 32,
+    "ArrowLeft": 37,
+    "ArrowRight": 39,
+    "ArrowDown": 40,
+    "Backspace": 8,
+}
+"""Key -> its code in Windows, which chromium needs."""
+
+
 class Page:
-    """One page of a browser; every action waits until it is possible."""
+    """One page of a browser; every action waits until it is possible.
+
+    Attributes:
+        requests: Addresses that the page requested since `watch_requests`.
+        errors: Uncaught errors of its scripts since then.
+    """
 
     def __init__(self, socket: Any) -> None:
         self.socket, self.number = socket, 0
+        self.requests: list[str] = []
+        self.errors: list[str] = []
 
     def open(self, address: str) -> None:
         """Loads an address."""
@@ -48,7 +69,9 @@ class Page:
 
     def evaluate(self, script: str) -> Any:
         """Returns the value of a script."""
-        return self._send("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
+        return self._send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)["result"].get(
+            "value"
+        )
 
     def click(self, text: str) -> None:
         """Clicks on the innermost visible control with this text."""
@@ -63,6 +86,55 @@ class Page:
         """Waits until the page shows a text."""
         self._wait(f"document.body.innerText.includes({json.dumps(text)})", f"no text {text!r}")
 
+    def wait_for(self, script: str, problem: str = "the condition was never met") -> None:
+        """Waits until a script is true."""
+        self._wait(f"Boolean({script})", f"{problem}: {script}")
+
+    def watch_requests(self) -> None:
+        """Begins to collect `requests` and `errors`."""
+        self._send("Network.enable")
+        self._send("Runtime.enable")
+
+    def resize(self, width: int, height: int, *, is_dark: bool = False) -> None:
+        """Gives the page a size in pixels, and a light or dark color scheme."""
+        self._send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
+        self._send("Emulation.setEmulatedMedia", features=[scheme])
+
+    def press(self, key: str, *, shift: bool = False) -> None:
+        """Presses a key of `_KEYS`, or a character, in the focused element."""
+        text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
+        event = {"key": key, "code": key, "windowsVirtualKeyCode": _KEYS.get(key, 0), "modifiers": 8 if shift else 0}
+        self._send("Input.dispatchKeyEvent", type="keyDown", **event, **({"text": text} if text else {}))
+        self._send("Input.dispatchKeyEvent", type="keyUp", **event)
+
+    def press_all(self, text: str) -> None:
+        """Replaces the content of the focused field, key by key."""
+        self._send("Input.dispatchKeyEvent", type="keyDown", key="a", code="KeyA", modifiers=2, commands=["selectAll"])
+        self._send("Input.dispatchKeyEvent", type="keyUp", key="a", code="KeyA", modifiers=2)
+        for character in text:
+            self.press(character)
+
+    def click_at(self, x: float, y: float) -> None:
+        """Clicks at a place of the page, in pixels."""
+        for kind in ("mousePressed", "mouseReleased"):
+            self._send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def write(self, text: str) -> None:
+        """Writes a text into the focused element."""
+        self._send("Input.insertText", text=text)
+
+    def upload(self, selector: str, *files: Path) -> None:
+        """Puts files into the input of a selector."""
+        self.wait_for(f"document.querySelector({json.dumps(selector)})", "no file input")
+        root = self._send("DOM.getDocument")["root"]["nodeId"]
+        node = self._send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self._send("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
+
+    def screenshot(self, path: Path) -> None:
+        """Writes what the page shows as a PNG file."""
+        path.write_bytes(base64.b64decode(self._send("Page.captureScreenshot", format="png")["data"]))
+
     def _wait(self, script: str, problem: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not self.evaluate(script):
@@ -75,6 +147,10 @@ class Page:
         self.socket.send(json.dumps({"id": self.number, "method": method, "params": params}))
         while True:
             answer = json.loads(self.socket.recv(60))
+            if answer.get("method") == "Network.requestWillBeSent":
+                self.requests.append(answer["params"]["request"]["url"])
+            if answer.get("method") == "Runtime.exceptionThrown":
+                self.errors.append(json.dumps(answer["params"]["exceptionDetails"])[:1000])
             if answer.get("id") == self.number:
                 assert "error" not in answer, answer
                 return dict(answer["result"])

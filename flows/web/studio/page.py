@@ -2,37 +2,103 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import fastapi
 import gradio
-from fastapi import FastAPI
 
+from flows.web.studio.compare import add_compare
+from flows.web.studio.draw import add_draw
+from flows.web.studio.grids import add_grids
+from flows.web.studio.page_files import PageFiles
+from flows.web.studio.page_style import CSS, theme
+from lora_engine.errors import EngineError
 from tasks.serving.service import ImageService
 
+if TYPE_CHECKING:
+    from flows.web.studio.draw_form import DrawForm
+
 PATH = "/studio"
+MAX_UPLOAD = 32 << 20
+"""Bytes of an uploaded file."""
+_WAITING, _AT_ONCE = 64, 8
+_CLEAN_EVERY, _KEEP = 15 * 60, 6 * 60 * 60
+"""Seconds between cleanings of the cache, and age of the files that they delete."""
+
+Login = Callable[[fastapi.Request], str | None]
+"""Returns the user of a request; None refuses it."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Studio:
     """What the tabs work with.
 
     Attributes:
         service: Draws images; `service.home` is the home with the registry.
+        page: The page, for events such as its load.
+        tabs: The tabs; an event chooses one with `gradio.Tabs(selected=TITLE)`.
+        files: Files that the page shows.
+        form: The form of the tab Draw, which other tabs fill; None until that tab is built.
     """
 
     service: ImageService
+    page: gradio.Blocks
+    tabs: gradio.Tabs
+    files: PageFiles
+    form: DrawForm | None = None
 
 
-TABS: dict[str, Callable[[Studio], None]] = {}
-"""Title of each tab, and the function that adds its components and events to the open `gradio.Blocks`."""
+TABS: dict[str, Callable[[Studio], None]] = {
+    "Draw": add_draw,
+    "Compare": add_compare,
+    "Grid": add_grids,
+}
+"""Title of each tab, and the function that adds its components and events to the open `gradio.Blocks`.
+
+Each function of an event is callable by every user of the page, also while its component is hidden: it checks rights
+itself.
+"""
 
 
-def mount_studio(app: FastAPI, service: ImageService) -> None:
-    """Mounts the page on the application at `PATH`."""
-    studio = Studio(service)
-    with gradio.Blocks(title="Loraline", analytics_enabled=False) as page, gradio.Tabs():
-        for title, add_tab in TABS.items():
-            with gradio.Tab(title):
-                add_tab(studio)
-    gradio.mount_gradio_app(app, page, path=PATH)
+def mount_studio(app: fastapi.FastAPI, service: ImageService, *, login: Login | None = None) -> None:
+    """Mounts the page on the application at `PATH`.
+
+    Args:
+        app: The application.
+        service: Draws the images.
+        login: Returns the user of a request, or None to refuse it; None lets every request in as `local`.
+    """
+    if service.home.read_only:
+        raise EngineError("the studio writes into the home", where=str(service.home.path), remedy="make it writable")
+    files = PageFiles(service.home.path / "serving" / "studio")
+    # Gradio reads it whenever it stores a file.
+    os.environ["GRADIO_TEMP_DIR"] = str(files.folder)
+    with gradio.Blocks(
+        title="Loraline studio", analytics_enabled=False, fill_width=True, delete_cache=(_CLEAN_EVERY, _KEEP)
+    ) as page:
+        gradio.HTML(f"<h1>Loraline studio</h1><p>Base <b>{service.settings.base}</b></p>", elem_classes="studio-title")
+        with gradio.Tabs() as tabs:
+            studio = Studio(service, page, tabs, files)
+            for title, add_tab in TABS.items():
+                with gradio.Tab(title, id=title):
+                    add_tab(studio)
+    page.queue(max_size=_WAITING, default_concurrency_limit=_AT_ONCE, api_open=False)
+    gradio.mount_gradio_app(
+        app,
+        page,
+        path=PATH,
+        auth_dependency=login,
+        allowed_paths=[],
+        blocked_paths=[],
+        show_error=False,
+        max_file_size=MAX_UPLOAD,
+        ssr_mode=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        footer_links=["settings"],
+        theme=theme(),
+        css=CSS,
+    )

@@ -1,0 +1,204 @@
+"""Reads the settings of a generated image back: from the chunk `loraline`, or from A1111's text. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lora_engine.bases.samplers import SAMPLERS, find_sampler
+from lora_engine.data.containers import read_png_texts
+from lora_engine.data.folder import open_inside
+from lora_engine.documents import parse_json
+from lora_engine.errors import DataError, SettingsError
+from lora_engine.inference.image_metadata import CHUNK
+from lora_engine.inference.prompts.prompt import MAX_LENGTH, parse_prompt
+from lora_engine.inference.prompts.step_weights import parse_step_weights
+from lora_engine.inference.prompts.tags import AdapterTag
+from lora_engine.inference.prompts.writing import write_prompt
+
+_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_LEAST_PAIRS = 3
+_SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
+_LABEL = re.compile(r"(.+)-v([0-9]{1,9})")
+_NEGATIVE = "Negative prompt:"
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """The settings that a file states; None for those that it does not.
+
+    Attributes:
+        prompt: The prompt with its adapters, in A1111's syntax.
+        negative: The negative prompt.
+        seed: The seed.
+        steps: Denoising steps.
+        guidance: Scale of classifier-free guidance.
+        sampler: Name for `find_sampler`.
+        size: (height, width) in pixels, before an enlargement.
+        strength: Share of the steps that ran on another image.
+        enlarge: Factor of the enlargement.
+        enlarged_strength: Share of the steps that ran on the enlarged image.
+        notes: What was not restored.
+    """
+
+    prompt: str
+    negative: str = ""
+    seed: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str | None = None
+    size: tuple[int, int] | None = None
+    strength: float | None = None
+    enlarge: float | None = None
+    enlarged_strength: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read_image_settings(path: Path) -> ImageSettings:
+    """Returns the settings that a PNG states.
+
+    Raises:
+        DataError: The file is no PNG with settings, or they are not as Loraline or A1111 writes them.
+    """
+    with open_inside(path, path.parent) as file:
+        texts = dict(read_png_texts(file))
+    if CHUNK in texts:
+        return _read_facts(texts[CHUNK], path.name)
+    if "parameters" in texts:
+        return parse_infotext(texts["parameters"])
+    raise DataError(
+        "the file states no settings",
+        where=path.name,
+        allowed="a PNG of Loraline or A1111 with its text `parameters`",
+        remedy="use the original file: chats and editors remove the text",
+    )
+
+
+def parse_infotext(text: str) -> ImageSettings:
+    """Reads A1111's text: the prompt, the negative prompt, and a line of settings with at least three pairs.
+
+    Raises:
+        DataError: The text is too long, or a setting is no number.
+    """
+    if len(text) > 2 * MAX_LENGTH:
+        raise DataError(f"the text `parameters` has {len(text)} characters", allowed=f"at most {2 * MAX_LENGTH}")
+    *lines, last = text.strip().split("\n")
+    pairs = dict(_PAIR.findall(last))
+    if len(pairs) < _LEAST_PAIRS:
+        lines, pairs = [*lines, last], {}
+    values = {key: _unquoted(value.strip()) for key, value in pairs.items()}
+    prompt, _, negative = "\n".join(lines).partition(f"\n{_NEGATIVE}")
+    if prompt.startswith(_NEGATIVE):
+        prompt, negative = "", prompt.removeprefix(_NEGATIVE)
+    sampler, notes = _find_sampler(" ".join(filter(None, (values.get("Sampler"), _schedule(values)))))
+    size = _SIZE.fullmatch(values.get("Size", ""))
+    strength, enlarge = _number(values, "Denoising strength"), _number(values, "Hires upscale")
+    seed, steps = _number(values, "Seed"), _number(values, "Steps")
+    return ImageSettings(
+        _with_references(prompt.strip()),
+        negative.strip(),
+        seed=None if seed is None or seed < 0 else int(seed),
+        steps=None if steps is None else int(steps),
+        guidance=_number(values, "CFG scale"),
+        sampler=sampler,
+        size=(int(size[2]), int(size[1])) if size else None,
+        strength=None if enlarge else strength,
+        enlarge=enlarge,
+        enlarged_strength=strength if enlarge else None,
+        notes=notes,
+    )
+
+
+def _read_facts(text: str, name: str) -> ImageSettings:
+    where = f"{name}, chunk {CHUNK!r}"
+    facts = parse_json(text, where, DataError)
+    try:
+        prompt = write_prompt(str(facts["prompt"]), [_read_tag(entry) for entry in facts["adapters"]])
+        parse_prompt(prompt)
+        sampler = facts["sampler"]
+        source, enlarged = facts.get("source"), facts.get("enlarged") or (None, None)
+        height, width = (int(side) for side in facts["size"])
+        factor, enlarged_strength = (None if part is None else float(part) for part in enlarged)
+        settings = ImageSettings(
+            prompt,
+            str(facts["negative"]),
+            seed=int(facts["seed"]),
+            steps=int(facts["steps"]),
+            guidance=float(facts["guidance"]),
+            sampler=_sampler_of(sampler),
+            size=(round(height / (factor or 1)), round(width / (factor or 1))),
+            strength=None if source is None else float(source["strength"]),
+            enlarge=factor,
+            enlarged_strength=enlarged_strength,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError, SettingsError) as error:
+        raise DataError(f"the settings are not as Loraline writes them ({error})", where=where) from error
+    note = "the image that it started from is not in the file" if source else ""
+    return replace(settings, notes=(note,) if note else ())
+
+
+def _read_tag(entry: Mapping[str, Any]) -> AdapterTag:
+    return AdapterTag(
+        str(entry["reference"]),
+        parse_step_weights(str(entry["denoiser"])),
+        parse_step_weights(str(entry["text_encoder"])),
+        {str(name): float(value) for name, value in entry["blocks"].items()} if "blocks" in entry else None,
+        int(entry.get("start", 1)),
+        int(entry["stop"]) if "stop" in entry else None,
+    )
+
+
+def _sampler_of(facts: Mapping[str, Any]) -> str | None:
+    """Returns the name of the sampler with this class and most of these options; None if no sampler has the class."""
+    matches = {
+        name: len(sampler.options)
+        for name, sampler in SAMPLERS.items()
+        if sampler.scheduler == facts["class"] and sampler.options.items() <= facts.items()
+    }
+    return max(matches, key=lambda name: matches[name]) if matches else None
+
+
+def _find_sampler(name: str) -> tuple[str | None, tuple[str, ...]]:
+    if not name:
+        return None, ()
+    try:
+        sampler = find_sampler(name)
+    except SettingsError:
+        return None, (f"the sampler {name[:60]!r} is unknown here",)
+    return next(key for key, value in SAMPLERS.items() if value == sampler), ()
+
+
+def _schedule(values: Mapping[str, str]) -> str:
+    """Returns the part of a sampler's name that A1111 1.9 and later write apart."""
+    return "Karras" if values.get("Schedule type") == "Karras" else ""
+
+
+def _with_references(prompt: str) -> str:
+    """Returns the prompt with `name@3` for `name-v3`, the label that Loraline writes for other programs."""
+
+    def replaced(match: re.Match[str]) -> str:
+        label = _LABEL.fullmatch(match[2])
+        return f"{match[1]}{label[1]}@{label[2]}" if label else match[0]
+
+    return re.sub(r"(<lora:)([^:<>]+)(?=[:>])", replaced, prompt)
+
+
+def _number(values: Mapping[str, str], key: str) -> float | None:
+    text = values.get(key, "")
+    if not text:
+        return None
+    if not re.fullmatch(r"-?[0-9]{1,20}(\.[0-9]{0,20})?", text):
+        raise DataError(f"{key} is {text[:40]!r}", where="text `parameters`", allowed="a number")
+    return float(text)
+
+
+def _unquoted(value: str) -> str:
+    if not value.startswith('"'):
+        return value
+    try:
+        return str(parse_json(value, "text `parameters`", DataError))
+    except DataError:
+        return value

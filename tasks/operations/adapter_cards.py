@@ -1,0 +1,257 @@
+"""Describes registered adapters for a user who chooses one: a card per adapter, its sample image, its metrics."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from lora_engine.documents import parse_json
+from registry import queries
+from registry.context import RegistryContext
+from registry.entities import AdapterVersion
+from registry.errors import RegistryError, StoreError
+from registry.home import Home
+from registry.refs import split_ref
+from registry.store.artifacts import Store
+from tasks.operations.promote import differ_in_embedder
+
+SIDE = 192
+"""Longest side of a sample image in pixels."""
+PRODUCTION = "production"
+_WEIGHT = re.compile(r"\b(?:weight|strength)s?\W{0,4}([0-9](?:\.[0-9]{1,3})?)\b", re.IGNORECASE)
+_MAX_SAMPLE = 32 << 20
+
+
+@dataclass(frozen=True)
+class CardVersion:
+    """A version of an adapter that can be used.
+
+    Attributes:
+        number: Its number.
+        aliases: Its aliases.
+        gates: Result of its gates; see `AdapterVersion.gate_status`.
+        created: Day of its registration, `YYYY-MM-DD`.
+    """
+
+    number: int
+    aliases: tuple[str, ...]
+    gates: str
+    created: str
+
+
+@dataclass(frozen=True)
+class AdapterCard:
+    """An adapter as a user chooses it; values are those of its production version, or of the newest one.
+
+    Attributes:
+        name: Its registered name.
+        title: Its display name.
+        base: The base model.
+        family: The base's family; empty if it is unknown.
+        kind: Kind of adapter; empty if it is unknown.
+        triggers: The trigger words.
+        license: The license; empty if none is stated.
+        weight: The weight that its author recommends in `modelspec.usage_hint`; None without one.
+        shown: Number of the version that the values are of.
+        versions: The usable versions, newest first.
+    """
+
+    name: str
+    title: str
+    base: str
+    family: str
+    kind: str
+    triggers: tuple[str, ...]
+    license: str
+    weight: float | None
+    shown: int
+    versions: tuple[CardVersion, ...]
+
+    @property
+    def gates(self) -> str:
+        """Result of the gates of the shown version."""
+        return next(version.gates for version in self.versions if version.number == self.shown)
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The references by which a prompt can name it: aliases, then numbers."""
+        aliases = sorted({alias for version in self.versions for alias in version.aliases})
+        preferred = [alias for alias in aliases if alias == PRODUCTION] + [a for a in aliases if a != PRODUCTION]
+        return tuple(f"{self.name}@{end}" for end in (*preferred, *(version.number for version in self.versions)))
+
+
+def list_adapter_cards(home: Home) -> tuple[AdapterCard, ...]:
+    """Returns one card per adapter with a usable version, by name; reads no bytes of adapters."""
+    by_name: dict[str, list[AdapterVersion]] = {}
+    with closing(RegistryContext(home)) as context:
+        for version in _read_usable(context, None):
+            by_name.setdefault(version.name, []).append(version)
+        return tuple(_describe(context.store, entries) for _, entries in sorted(by_name.items()))
+
+
+def choose_cards(cards: Sequence[AdapterCard], text: str = "", base: str = "") -> tuple[AdapterCard, ...]:
+    """Returns the cards that have every word of a text, and whose base or family is `base`.
+
+    Args:
+        cards: The cards.
+        text: Words of names, titles, trigger words, kinds or licenses, in any case.
+        base: A base or family; empty takes all.
+    """
+    words = text.casefold().split()
+
+    def fits(card: AdapterCard) -> bool:
+        fields = " ".join([card.name, card.title, *card.triggers, card.kind, card.license, card.base]).casefold()
+        return base in {"", card.base, card.family} and all(word in fields for word in words)
+
+    return tuple(card for card in cards if fits(card))
+
+
+def read_sample(home: Home, reference: str) -> bytes | None:
+    """Returns a sample image of a version as WebP of at most `SIDE` pixels; None if it has none or it is damaged.
+
+    It is the first image of the evaluation with the trigger word, or the last one of the training.
+
+    Args:
+        home: The home with the versions.
+        reference: `name@version` or `name@alias`.
+
+    Raises:
+        UnknownName: The adapter does not exist.
+        UnknownVersion: The version or alias does not exist.
+        GoneVersion: It was withdrawn or deleted.
+    """
+    with closing(RegistryContext(home)) as context:
+        version = _find_usable(context, reference)
+        try:
+            content = _read_sample(context.store, version)
+        except StoreError:
+            return None
+    return None if content is None else _scaled(content)
+
+
+def read_usable(home: Home, name: str) -> tuple[AdapterVersion, ...]:
+    """Returns the versions of an adapter that are neither withdrawn nor deleted, newest first."""
+    with closing(RegistryContext(home)) as context:
+        return tuple(reversed(_read_usable(context, name)))
+
+
+def tabulate_metrics(home: Home, references: Sequence[str]) -> list[list[str]]:
+    """Returns a row per metric that at least one version has: its name, then its value for each version.
+
+    Values that were measured with other embedders than the first version's are marked with `*`.
+
+    Args:
+        home: The home with the versions.
+        references: `name@version` or `name@alias` of each column.
+
+    Raises:
+        RegistryError: A version does not exist, or was withdrawn or deleted.
+    """
+    with closing(RegistryContext(home)) as context:
+        columns = [_find_usable(context, reference).metrics for reference in references]
+    names = dict.fromkeys(name for column in columns for name, metric in column.items() if "adapter" in metric)
+    return [[name, *(_shown(columns[0], column, name) for column in columns)] for name in names]
+
+
+def _read_usable(context: RegistryContext, name: str | None) -> list[AdapterVersion]:
+    """Reads the database only; comparing with MLflow would import it, which takes seconds."""
+    with context.lineage.database.read() as session:
+        return [version for version in queries.read_versions(session, name) if version.state == "ACTIVE"]
+
+
+def _find_usable(context: RegistryContext, reference: str) -> AdapterVersion:
+    with context.lineage.database.read() as session:
+        version = queries.read_version(session, *split_ref(reference))
+        queries.require_active(session, version.name, version.version)
+    return version
+
+
+def _shown(first: Mapping[str, Any], column: Mapping[str, Any], name: str) -> str:
+    value = column.get(name, {}).get("adapter")
+    if value is None:
+        return ""
+    return f"{value:.4g}{'*' if differ_in_embedder(first, column, name) else ''}"
+
+
+def _describe(store: Store, versions: Sequence[AdapterVersion]) -> AdapterCard:
+    shown = next((version for version in versions if PRODUCTION in version.aliases), versions[-1])
+    card = shown.card
+    base = str(card.get("base") or "").replace("\\", "/").rstrip("/").rpartition("/")[2]
+    kind = (card.get("recipe") or {}).get("kind")
+    hint = str((card.get("extra") or {}).get("modelspec.usage_hint") or "")
+    weight = _WEIGHT.search(hint)
+    return AdapterCard(
+        shown.name,
+        str(card.get("title") or shown.name),
+        base,
+        _family(store, shown, base),
+        str(kind.get("name", "") if isinstance(kind, Mapping) else kind or ""),
+        tuple(filter(None, map(str.strip, str(card.get("trigger") or "").split(",")))),
+        str(card.get("license") or ""),
+        float(weight[1]) if weight else None,
+        shown.version,
+        tuple(
+            CardVersion(entry.version, entry.aliases, entry.gate_status, f"{entry.created_at:%Y-%m-%d}")
+            for entry in reversed(versions)
+        ),
+    )
+
+
+def _family(store: Store, version: AdapterVersion, base: str) -> str:
+    from lora_engine.families import published
+
+    if base in published:
+        return published[base].family
+    report = _read_report(store, version)
+    return str((report.get("base") or {}).get("family") or "")
+
+
+def _read_report(store: Store, version: AdapterVersion) -> Mapping[str, Any]:
+    if version.report is None:
+        return {}
+    try:
+        content = store.read(version.report, "report.json")
+    except StoreError:
+        return {}
+    report = parse_json(content, f"report of {version.ref}", RegistryError)
+    return report if isinstance(report, Mapping) else {}
+
+
+def _read_sample(store: Store, version: AdapterVersion) -> bytes | None:
+    if version.report is not None:
+        files = store.files(version.report)
+        entries = _read_report(store, version).get("samples") or ()
+        for entry in sorted(entries, key=lambda entry: entry.get("kind") == "unasked"):
+            path = str(entry.get("adapter"))
+            if path in files and files[path].size <= _MAX_SAMPLE:
+                return store.read(version.report, path)
+    drawn = [path for path in store.files(version.artifact) if re.fullmatch(r"samples/step-[0-9]+/.+\.png", path)]
+    if not drawn:
+        return None
+    last = max(int(path.split("/")[1][5:]) for path in drawn)
+    return store.read(version.artifact, min(path for path in drawn if path.startswith(f"samples/step-{last}/")))
+
+
+def _scaled(content: bytes) -> bytes | None:
+    from PIL import Image
+
+    from lora_engine.data.images import BROKEN, open_pillow
+
+    try:
+        with open_pillow(io.BytesIO(content)) as image:
+            if image.width * image.height > 64_000_000:
+                return None
+            small = image.convert("RGB")
+    except BROKEN:
+        return None
+    small.thumbnail((SIDE, SIDE))
+    if max(small.size) <= SIDE // 2:
+        factor = SIDE // max(small.size)
+        small = small.resize((small.width * factor, small.height * factor), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    small.save(buffer, format="WEBP", quality=82)
+    return buffer.getvalue()
