@@ -17,6 +17,7 @@ from registry.policy.conditions import without_overridden
 from registry.policy.evaluate import evaluate_policy
 from registry.policy.policy_file import Policies, read_policies
 from registry.policy.rights import revoked_upstream
+from registry.policy.votes import find_unvoted
 from registry.versions.expected_version import require_expected
 from registry.versions.guard import guarded
 from registry.versions.projections import find_overridden
@@ -103,6 +104,8 @@ def promote(
         require_expected(session, queries.read_version(session, name, ref), ref, version.version)
         _refuse_revoked(session, version, to)
         _refuse_unapproved(session, policies, version, to, actor)
+        if not is_current:
+            _refuse_unvoted(session, policies, version, to, overridden)
         event = queries.move_alias(
             session, version, to, expected=before, action=action, actor=actor, reason=reason, details=details
         )
@@ -288,6 +291,15 @@ def _remedy(override: bool, decision: Decision, policy: AliasPolicy) -> str:
 def _refuse_unapproved(session: Session, policies: Policies, version: AdapterVersion, alias: str, actor: str) -> None:
     """Raises Refused if an endorsement was withdrawn since the policy decided; runs in the writing transaction."""
     reasons = find_unapproved(session, policies, version, alias, actor)
+    if reasons:
+        raise Refused(f"it cannot become {alias!r}", reasons=reasons, where=version.ref)
+
+
+def _refuse_unvoted(
+    session: Session, policies: Policies, version: AdapterVersion, alias: str, overridden: Sequence[str]
+) -> None:
+    """Raises Refused if votes or another alias changed since the policy decided; runs in the writing transaction."""
+    reasons = tuple(reason for reason in find_unvoted(session, policies, version, alias) if reason not in overridden)
     if reasons:
         raise Refused(f"it cannot become {alias!r}", reasons=reasons, where=version.ref)
 
