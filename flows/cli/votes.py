@@ -73,7 +73,7 @@ def prepare(
         )
         publish(StepEvent("generate", "completed"))
     equal = len(request.prompts) * count - len(index.pairs)
-    facts = {"comparison": artifact.sha256, "version": index.candidate, "against": index.against}
+    facts: dict[str, object] = {"comparison": artifact.sha256, "version": index.candidate, "against": index.against}
     facts |= {"pairs": len(index.pairs), "equal_pairs": equal}
     if as_json:
         print_json(facts)
@@ -149,7 +149,12 @@ def print_results(results: VoteResults) -> None:
             facts.append(("warning", f"against {against}: {summary.left_rate:.0%} of the votes are for the left image"))
     print_facts(facts)
     rows = [
-        (comparison.artifact.sha256[:12], comparison.against, ballot.voter, f"{len(ballot.choices)}/{len(comparison.prompts)}")
+        (
+            comparison.artifact.sha256[:12],
+            comparison.against,
+            str(ballot.voter),
+            f"{len(ballot.choices)}/{len(comparison.prompts)}",
+        )
         for comparison, ballots in results.comparisons
         for ballot in ballots
     ]

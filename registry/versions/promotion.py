@@ -123,6 +123,7 @@ def rollback(
     to_event: int | None = None,
     reason: str = "rollback",
     actor: str | None = None,
+    expected: int | Literal["now"] | None = "now",
 ) -> Event:
     """Moves an alias back to its previous version by the log; a second call moves it one version further back.
 
@@ -134,6 +135,7 @@ def rollback(
         to_event: Number of an event; selects the version that the alias pointed at after it.
         reason: The reason; stored in the log.
         actor: The user; None means this process's user.
+        expected: The number that the caller expects the alias to point at; see `promote`.
 
     Raises:
         PromotionError: No earlier version had the alias, or `to` never had it.
@@ -177,7 +179,7 @@ def rollback(
             session,
             target,
             alias,
-            expected=current,
+            expected=current if expected == "now" else expected,
             action="rollback",
             actor=actor,
             reason=reason,

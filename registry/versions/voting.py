@@ -14,6 +14,7 @@ from registry.identity import Actor
 from registry.policy.actors import establish_actor
 from registry.policy.policy_file import read_policies
 from registry.policy.rights import revoked_upstream
+from registry.policy.vote_statistics import VoteSummary
 from registry.policy.votes import (
     BASE,
     Ballot,
@@ -25,7 +26,6 @@ from registry.policy.votes import (
     read_comparisons,
     read_votes,
 )
-from registry.policy.vote_statistics import VoteSummary
 from registry.refs import split_ref
 from registry.versions.guard import guarded
 from registry.versions.versions import Versions

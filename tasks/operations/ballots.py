@@ -46,7 +46,7 @@ class Position:
     def choice_of(self, answer: Answer) -> Choice:
         """Returns what an answer means."""
         if answer in {"tie", "skip"}:
-            return answer  # type: ignore[return-value]
+            return answer
         return self.left if answer == "left" else SIDES[1 - SIDES.index(self.left)]
 
 
@@ -165,7 +165,7 @@ def write_ballot(home: Home, digest: str, folder: Path, *, actor: str | None = N
 
 
 def record_table(home: Home, digest: str, table: Path, *, actor: str | None = None) -> tuple[list[Event], OpenBallot]:
-    """Records the votes of a filled-in table; rows without a vote are left out, and nothing is recorded if one is wrong.
+    """Records the votes of a filled-in table; rows without a vote are left out. All rows are checked first.
 
     Raises:
         VoteError: The table or a row cannot be used, or a vote is not taken.
