@@ -35,8 +35,8 @@ from registry.store.tables import (
 def version_roots(session: Session) -> set[str]:
     """Returns the digests of the artifacts and documents of versions, and of everything upstream.
 
-    Documents include the comparisons that users vote in. Covers every version that is not DELETED or that has an alias, and all its upstream versions in any state: without
-    them a version cannot be rebuilt.
+    Documents include the comparisons that users vote in. Covers every version that is not DELETED or that has an
+    alias, and all its upstream versions in any state: without them a version cannot be rebuilt.
     """
     aliased = select(AliasRow.version).where(AliasRow.name == VersionRow.name).correlate(VersionRow)
     live = select(version_ref()).where(or_(VersionRow.state != "DELETED", VersionRow.version.in_(aliased)))

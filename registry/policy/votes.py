@@ -183,8 +183,8 @@ def _unmet(policy: VotesPolicy, summary: VoteSummary, version: AdapterVersion, a
     low, high = summary.interval
     if low <= policy.win_rate:
         yield (
-            f"{name}: win rate {summary.win_rate:.2f} on {prompts}, {low:.2f} to {high:.2f}; its lower bound must exceed "
-            f"{policy.win_rate:g}"
+            f"{name}: win rate {summary.win_rate:.2f} on {prompts}, {low:.2f} to {high:.2f}; "
+            f"its lower bound must exceed {policy.win_rate:g}"
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -124,15 +125,18 @@ def undo_caption(home: Home, folder: Path, *, actor: str | None = None) -> Capti
     return CaptionEdit(last["source"], last["file"], *texts)
 
 
-def read_caption(folder: Path, source: str) -> str | None:
-    """Returns the caption in the file beside an image; None without such a file.
-
-    Raises:
-        DataError: There is no such image, or the file cannot be used.
-    """
-    path = _find_file(folder, source, None)
-    content = _read(path, folder)
-    return None if content is None else clean_text(decode_text(content, path.name))
+def read_captions(folder: Path, sources: Iterable[str]) -> dict[str, str | DataError]:
+    """Returns image -> the caption in the file beside it, empty without one, or why the file cannot be used."""
+    names = set(map(printable, list_tree(Tree(folder)).images))
+    known = [source for source in sources if source in names]
+    captions: dict[str, str | DataError] = {}
+    for source, path in find_caption_files(folder, known).items():
+        try:
+            content = _read(path, folder)
+            captions[source] = "" if content is None else clean_text(decode_text(content, path.name))
+        except DataError as error:
+            captions[source] = error
+    return captions
 
 
 def _require_trainer(home: Home, actor: str | None) -> str:

@@ -18,7 +18,7 @@ from registry.errors import StoreError
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.store.artifacts import open_store
-from tasks.operations.caption_edits import read_caption
+from tasks.operations.caption_edits import read_captions
 from tasks.operations.report import read_manifest
 from tasks.operations.status import has_tables
 
@@ -48,15 +48,23 @@ class SheetImage:
 
     Attributes:
         entry: What the manifest has of it.
-        caption: The caption in the folder now; that of the dataset without a folder or a caption file.
-        is_changed: True if the caption is not that of the dataset: the next run will use it.
+        beside: The caption in the text file beside the image now; empty without a folder or a file.
         locked: Why it cannot be changed; empty if it can.
     """
 
     entry: ImageEntry
-    caption: str
-    is_changed: bool
+    beside: str
     locked: str
+
+    @property
+    def caption(self) -> str:
+        """The caption that the next run uses."""
+        return self.beside or self.entry.caption
+
+    @property
+    def is_changed(self) -> bool:
+        """True if it is not the caption of the dataset."""
+        return self.caption != self.entry.caption
 
 
 def list_datasets(home: Home) -> list[DatasetEntry]:
@@ -127,7 +135,11 @@ def read_sheet(home: Home, artifact: ArtifactRef, folder: Path | None) -> list[S
     Raises:
         StoreError: The manifest is missing or damaged.
     """
-    return [_show(entry, folder) for entry in read_manifest(home, artifact).pictures]
+    entries = read_manifest(home, artifact).pictures
+    if folder is None:
+        return [SheetImage(entry, "", "its folder was not found") for entry in entries]
+    captions = read_captions(folder, [entry.source for entry in entries])
+    return [_show(entry, captions.get(entry.source)) for entry in entries]
 
 
 def read_thumbnail(home: Home, artifact: ArtifactRef, entry: ImageEntry) -> dict[str, Any] | None:
@@ -144,16 +156,10 @@ def read_thumbnail(home: Home, artifact: ArtifactRef, entry: ImageEntry) -> dict
         return None
 
 
-def _show(entry: ImageEntry, folder: Path | None) -> SheetImage:
-    if folder is None:
-        return SheetImage(entry, entry.caption, is_changed=False, locked="its folder was not found")
-    try:
-        caption = read_caption(folder, entry.source)
-    except DataError as error:
-        return SheetImage(entry, entry.caption, is_changed=False, locked=error.problem)
-    if caption is None:
-        return SheetImage(entry, entry.caption, is_changed=False, locked="")
-    return SheetImage(entry, caption, caption != entry.caption, "")
+def _show(entry: ImageEntry, caption: str | DataError | None) -> SheetImage:
+    if isinstance(caption, DataError):
+        return SheetImage(entry, "", caption.problem)
+    return SheetImage(entry, caption or "", "it is not in the folder" if caption is None else "")
 
 
 def _walk(root: Path, home: Path) -> Iterator[Path]:
