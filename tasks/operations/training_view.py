@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ class TrainingView:
         step: The step.
         curves: Title -> drawing as SVG.
         facts: Label -> value of its latest measurements.
+        prompts: The prompts of the samples, as the pipeline states them.
         samples: Sample images: (steps done, prompt) -> PNG file; the seeds of a prompt after one another.
     """
 
@@ -38,6 +39,7 @@ class TrainingView:
     step: StepStatus
     curves: dict[str, str]
     facts: dict[str, str]
+    prompts: tuple[str, ...]
     samples: dict[tuple[int, str], bytes]
 
 
@@ -59,7 +61,7 @@ def read_training(home: Home, run_id: str, step: str) -> TrainingView | None:
     state, entry = found[0]
     points = read_points(home, run_id, step)
     samples = dict(_running_samples(home, entry)) or dict(_stored_samples(home, run_id, step))
-    return TrainingView(state, entry, draw_curves(points), _facts(entry), samples)
+    return TrainingView(state, entry, draw_curves(points), _facts(entry), _prompts(state, step), samples)
 
 
 def draw_curves(points: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -93,6 +95,14 @@ def _facts(step: StepStatus) -> dict[str, str]:
     }
     values = {label: f"{step.values[name]:.4g}" for name, label in names.items() if name in step.values}
     return {"steps": f"{step.done} of {step.total}" if step.total else str(step.done), **values}
+
+
+def _prompts(state: RunState, step: str) -> tuple[str, ...]:
+    """Returns the prompts of the samples by the spec of a run, which earlier releases wrote too."""
+    value: Any = state.run.spec
+    for key in ("steps", step, "samples", "prompts"):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return tuple(map(str, value)) if isinstance(value, list | tuple) else ()
 
 
 def _running_samples(home: Home, step: StepStatus) -> Iterator[tuple[tuple[int, str], bytes]]:

@@ -13,26 +13,6 @@ from lora_engine.errors import WordedError
 from registry.errors import IdentityError, Refused
 from registry.identity import Actor
 
-STYLE = """
-<style>
-.reg-error { border-left: 4px solid #b3261e; padding: .5rem .75rem; margin: .25rem 0; overflow-wrap: anywhere;
-  background: color-mix(in srgb, #b3261e 9%, transparent); border-radius: 6px; }
-.reg-error ul { margin: .25rem 0 0; padding-left: 1.2rem; } .reg-error .fix { margin-top: .35rem; opacity: .85; }
-.reg-note { margin: .25rem 0; color: var(--body-text-color-subdued); }
-.reg-done { border-left: 4px solid #1a7f4b; padding: .5rem .75rem; margin: .25rem 0; border-radius: 6px;
-  background: color-mix(in srgb, #1a7f4b 10%, transparent); overflow-wrap: anywhere; }
-.reg-scroll { overflow-x: auto; }
-.reg-scroll table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-.reg-scroll th { text-align: left; font-weight: 600; color: var(--body-text-color-subdued); white-space: nowrap; }
-.reg-scroll th, .reg-scroll td { padding: .4rem .7rem .4rem 0; vertical-align: top;
-  border-bottom: 1px solid var(--border-color-primary); overflow-wrap: anywhere; min-width: 4rem; }
-.reg-tag { display: inline-block; border: 1px solid currentColor; border-radius: 999px; padding: 0 .5rem;
-  font-size: .8rem; white-space: nowrap; } .reg-bad { color: #b3261e; } .reg-good { color: #1a7f4b; }
-.dark .reg-bad { color: #ff9a90; } .dark .reg-good { color: #7dd3a5; }
-</style>
-"""
-"""Styles of the registry tabs, which the page includes once."""
-
 
 def actor_of(request: Any) -> Actor | None:
     """Returns the user of a request; None is the user of this process, on a server without tokens.

@@ -26,21 +26,6 @@ if TYPE_CHECKING:
     from flows.web.studio.page import Studio
 
 _PAGE = 60
-_STYLE = """
-<style>
-.data-sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .6rem; }
-.data-sheet button { all: unset; box-sizing: border-box; display: block; cursor: pointer; padding: .5rem;
-  border: 1px solid var(--border-color-primary); border-radius: 10px; background: var(--background-fill-secondary);
-  overflow-wrap: anywhere; }
-.data-sheet button:hover, .data-sheet button:focus-visible, .data-sheet button[aria-pressed=true] {
-  outline: 2px solid var(--color-accent); }
-.data-sheet img { width: 100%; height: 130px; object-fit: contain; display: block; border-radius: 6px; }
-.data-sheet img.pixel { image-rendering: pixelated; }
-.data-sheet b { display: block; font-size: .78rem; font-weight: 500; margin-top: .3rem;
-  color: var(--body-text-color-subdued); }
-.data-sheet .caption { font-size: .88rem; } .data-sheet i { font-size: .75rem; }
-</style>
-"""
 _ON_LOAD = """
 element.addEventListener("click", event => {
   const button = event.target.closest("button[data-image]");
@@ -52,20 +37,19 @@ element.addEventListener("click", event => {
 def add_datasets(studio: Studio) -> None:
     """Adds the tab to the open `gradio.Blocks`."""
     tab = _Datasets(studio)
-    gradio.HTML(_STYLE, padding=False)
-    with gradio.Row(equal_height=True):
+    with gradio.Row():
         chosen = gradio.Dropdown([], label="Dataset", interactive=True, scale=3)
         folder = gradio.Dropdown([], label="Folder", interactive=True, scale=3)
         page = gradio.Number(1, label="Page", minimum=1, precision=0, scale=0, min_width=90)
-        refresh = gradio.Button("Refresh", scale=0, min_width=110)
-    with gradio.Row(equal_height=True):
+        refresh = gradio.Button("Refresh", scale=0, min_width=110, elem_classes="reg-refresh")
+    with gradio.Row():
         source = gradio.Textbox(label="Image", interactive=False, scale=1)
         caption = gradio.Textbox(label="Caption", scale=4, max_length=2_000, placeholder="Choose an image below")
     with gradio.Row():
         save = gradio.Button("Save caption", variant="primary")
         undo = gradio.Button("Undo last change")
-    message = gradio.HTML(padding=False, min_height=40)
-    sheet = gradio.HTML(js_on_load=_ON_LOAD, elem_id="data-sheet")
+    message = gradio.HTML(apply_default_css=False, padding=False, min_height=40)
+    sheet = gradio.HTML(apply_default_css=False, js_on_load=_ON_LOAD, elem_id="data-sheet")
     before = gradio.State("")
     options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     gradio.on([studio.page.load, refresh.click], tab.list_choices, chosen, [chosen, folder, sheet, message], **options)

@@ -9,6 +9,7 @@ import gradio
 from fastapi import FastAPI
 
 from flows.web.studio.datasets import add_datasets
+from flows.web.studio.registry_style import REGISTRY_CSS
 from flows.web.studio.releases import add_releases
 from flows.web.studio.trainings import add_trainings
 from flows.web.studio.votes import add_votes
@@ -46,4 +47,4 @@ def mount_studio(app: FastAPI, service: ImageService) -> None:
         for title, add_tab in TABS.items():
             with gradio.Tab(title):
                 add_tab(studio)
-    gradio.mount_gradio_app(app, page, path=PATH)
+    gradio.mount_gradio_app(app, page, path=PATH, css=REGISTRY_CSS)

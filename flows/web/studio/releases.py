@@ -35,10 +35,10 @@ def add_releases(studio: Studio) -> None:
     """Adds the tab to the open `gradio.Blocks`."""
     tab = _Releases(studio)
     options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    with gradio.Row(equal_height=True):
+    with gradio.Row():
         name = gradio.Dropdown([], label="Adapter", interactive=True, scale=4)
-        refresh = gradio.Button("Refresh", scale=0, min_width=110)
-    aliases = gradio.HTML(padding=False)
+        refresh = gradio.Button("Refresh", scale=0, min_width=110, elem_classes="reg-refresh")
+    aliases = gradio.HTML(apply_default_css=False, padding=False)
     with gradio.Group():
         with gradio.Row():
             action = gradio.Radio(_LABELS, value="promote", label="Action")
@@ -46,15 +46,15 @@ def add_releases(studio: Studio) -> None:
             version = gradio.Dropdown([], label="Version to change", interactive=True)
             alias = gradio.Dropdown(_ALIASES, value="production", label="Alias", allow_custom_value=True)
         reason = gradio.Textbox(label="Reason, stored in the log", max_length=2_000)
-        with gradio.Row():
-            review = gradio.Button("Review", variant="primary")
-            confirm = gradio.Button("Confirm", variant="stop", interactive=False)
+    with gradio.Row():
+        review = gradio.Button("Review", variant="primary")
+        confirm = gradio.Button("Confirm", variant="stop", interactive=False)
     reviewed = gradio.State(None)
-    message = gradio.HTML(padding=False, min_height=40)
+    message = gradio.HTML(apply_default_css=False, padding=False, min_height=40)
     with gradio.Accordion("Versions", open=False):
-        versions = gradio.HTML(padding=False)
+        versions = gradio.HTML(apply_default_css=False, padding=False)
     with gradio.Accordion("History", open=True):
-        history = gradio.HTML(padding=False)
+        history = gradio.HTML(apply_default_css=False, padding=False)
     shown: list[Any] = [name, aliases, version, versions, history]
     gradio.on([refresh.click, studio.page.load, name.input], tab.show, name, shown, **options)
     inputs = [name, action, version, alias, reason]

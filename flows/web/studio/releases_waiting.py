@@ -22,14 +22,14 @@ def add_waiting(studio: Studio) -> None:
     part = _Waiting(studio)
     options: dict[str, Any] = {"api_visibility": "private"}
     with gradio.Accordion("Waiting for approval", open=False) as accordion:
-        listed = gradio.HTML(padding=False)
-        with gradio.Row(equal_height=True):
+        listed = gradio.HTML(apply_default_css=False, padding=False)
+        with gradio.Row():
             run = gradio.Dropdown([], label="Run", interactive=True)
             reason = gradio.Textbox(label="Reason of the decision", max_length=2_000)
         with gradio.Row():
             approve = gradio.Button("Approve", variant="primary")
             reject = gradio.Button("Reject", variant="stop")
-        message = gradio.HTML(padding=False)
+        message = gradio.HTML(apply_default_css=False, padding=False)
     accordion.expand(part.show, None, [listed, run], **options)
     for button, function in ((approve, part.approve), (reject, part.reject)):
         event = button.click(function, [run, reason], message, **options)

@@ -17,46 +17,17 @@ if TYPE_CHECKING:
     from tasks.operations.status import RunState, StepStatus
 
 _SECONDS = 3
-_STYLE = """
-<style>
-.train-head { display: flex; flex-wrap: wrap; gap: .35rem 1rem; align-items: baseline; margin: .25rem 0; }
-.train-head h3 { margin: 0; overflow-wrap: anywhere; }
-.train-bar { width: 100%; height: 8px; accent-color: var(--color-accent); }
-.train-facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); gap: .5rem;
-  margin: .6rem 0; }
-.train-facts div { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .4rem .6rem; }
-.train-facts dt { font-size: .78rem; color: var(--body-text-color-subdued); }
-.train-facts dd { margin: 0; font-variant-numeric: tabular-nums; font-weight: 600; }
-.train-curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: .75rem; }
-.train-curves figure { margin: 0; border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .5rem; }
-.train-curves figcaption { font-size: .85rem; font-weight: 600; }
-.train-curves svg { width: 100%; height: auto; display: block; }
-.train-curves text { font-size: 12px; fill: var(--body-text-color-subdued); }
-.train-curves .grid { stroke: var(--border-color-primary); }
-.train-curves .tick, .train-curves .axis { stroke: currentColor; opacity: .4; }
-.train-curves polyline { fill: none; } .train-curves .raw { stroke: var(--color-accent); opacity: .3; }
-.train-curves .mean { stroke: var(--color-accent); stroke-width: 2; }
-.train-curves polyline.held { stroke: #c2620b; stroke-width: 1.5; } .train-curves circle.held { fill: #c2620b; }
-.train-samples { overflow-x: auto; margin-top: .75rem; }
-.train-samples table { border-collapse: separate; border-spacing: 6px; }
-.train-samples th { font-weight: 500; font-size: .8rem; color: var(--body-text-color-subdued); text-align: left;
-  max-width: 12rem; }
-.train-samples img { width: 96px; height: 96px; object-fit: contain; image-rendering: pixelated; border-radius: 6px;
-  display: block; background: var(--background-fill-secondary); }
-</style>
-"""
 
 
 def add_trainings(studio: Studio) -> None:
     """Adds the tab to the open `gradio.Blocks`."""
     tab = _Trainings(studio)
-    gradio.HTML(_STYLE, padding=False)
-    with gradio.Row(equal_height=True):
+    with gradio.Row():
         chosen = gradio.Dropdown([], label="Training", interactive=True, scale=4)
         follow = gradio.Checkbox(True, label="Follow", scale=0, min_width=110)
-    shown = gradio.HTML(padding=False)
+    shown = gradio.HTML(apply_default_css=False, padding=False)
     with gradio.Accordion("All runs", open=False):
-        runs = gradio.HTML(padding=False)
+        runs = gradio.HTML(apply_default_css=False, padding=False)
     timer = gradio.Timer(_SECONDS)
     options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     outputs = [chosen, shown, runs]
@@ -96,8 +67,11 @@ def show_training(view: TrainingView) -> str:
     """Returns a training as HTML."""
     step = view.step
     facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in view.facts.items())
+    legends = {"Loss": "bold: running mean; dots: held-out images"}
     curves = "".join(
-        f"<figure><figcaption>{escape(title)}</figcaption>{drawing}</figure>" for title, drawing in view.curves.items()
+        f'<figure><figcaption>{escape(title)} <span class="train-legend">{legends.get(title, "")}</span></figcaption>'
+        f"{drawing}</figure>"
+        for title, drawing in view.curves.items()
     )
     bar = f'<progress class="train-bar" aria-label="Steps" max="{max(step.total, 1)}" value="{step.done}"></progress>'
     problem = f'<div class="reg-error" role="alert">{escape(step.text)}</div>' if step.state == "failed" else ""
@@ -120,7 +94,8 @@ def _samples(view: TrainingView) -> str:
     for key in sorted({prompt for _, prompt in view.samples}):
         number, _, seed = key.partition("-")
         cells = "".join(f"<td>{_image(view.samples.get((step, key)), step)}</td>" for step in steps)
-        rows.append(f'<tr><th scope="row">Prompt {int(number) + 1}, seed {int(seed) + 1}</th>{cells}</tr>')
+        prompt = view.prompts[int(number)] if int(number) < len(view.prompts) else f"prompt {int(number) + 1}"
+        rows.append(f'<tr><th scope="row">{escape(prompt)}, seed {int(seed) + 1}</th>{cells}</tr>')
     head = "".join(f'<th scope="col">{step}</th>' for step in steps)
     return (
         '<div class="train-samples" tabindex="0" role="region" aria-label="Samples by step"><table>'

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 import gradio
 
-from flows.web.studio.acting import STYLE, actor_of, done, explain, note, table
+from flows.web.studio.acting import actor_of, done, explain, note, table
 from flows.web.studio.votes_prepare import add_prepare
 from lora_engine.errors import WordedError
 from registry.errors import VoteError
@@ -30,29 +30,6 @@ _BUTTONS: tuple[tuple[str, str, str], ...] = (
     ("skip", "Cannot judge", "↓"),
     ("right", "Right is better", "→"),
 )
-_STYLE = """
-<style>
-.votes-pair { display: grid; grid-template-columns: 1fr 1fr; gap: .75rem; max-width: 900px; margin: 0 auto; }
-.votes-pair img { width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 10px; display: block;
-  border: 2px solid transparent; background: var(--background-fill-secondary); image-rendering: pixelated; }
-.votes-pair img.large { image-rendering: auto; }
-.votes-pair button { all: unset; cursor: pointer; border-radius: 12px; min-width: 0; }
-.votes-pair button:focus-visible img, .votes-pair button:hover img { border-color: var(--color-accent); }
-.votes-prompt { max-width: 900px; margin: .25rem auto .5rem; overflow-wrap: anywhere; }
-.votes-keys { display: grid; grid-template-columns: repeat(4, 1fr); gap: .5rem; max-width: 900px; margin: .75rem auto; }
-.votes-keys button { min-height: 44px; border-radius: 8px; border: 1px solid var(--border-color-primary);
-  background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color); cursor: pointer; }
-.votes-keys button:hover { border-color: var(--color-accent); }
-.votes-keys kbd, .votes-back kbd { opacity: .65; font-size: .8em; }
-.votes-back { max-width: 900px; margin: 0 auto; display: flex; justify-content: space-between; gap: 1rem;
-  color: var(--body-text-color-subdued); font-size: .9rem; align-items: center; }
-.votes-back button { background: none; border: none; color: inherit; text-decoration: underline; cursor: pointer;
-  min-height: 32px; padding: 0; }
-.votes-progress { max-width: 900px; margin: 0 auto; } .votes-progress progress { width: 100%; height: 8px;
-  accent-color: var(--color-accent); }
-@media (max-width: 560px) { .votes-keys { grid-template-columns: 1fr 1fr; } .votes-keys kbd { display: none; } }
-</style>
-"""
 _ON_LOAD = """
 let sent = "";
 const send = choice => {
@@ -82,14 +59,13 @@ document.addEventListener("keydown", event => {
 def add_votes(studio: Studio) -> None:
     """Adds the tab to the open `gradio.Blocks`."""
     tab = _Votes(studio)
-    gradio.HTML(STYLE + _STYLE, padding=False)
-    with gradio.Row(equal_height=True):
+    with gradio.Row():
         chosen = gradio.Dropdown([], label="Comparison", interactive=True, scale=4)
-        refresh = gradio.Button("Refresh", scale=0, min_width=110)
-    ballot = gradio.HTML(js_on_load=_ON_LOAD, elem_id="votes-ballot")
-    message = gradio.HTML(padding=False)
+        refresh = gradio.Button("Refresh", scale=0, min_width=110, elem_classes="reg-refresh")
+    ballot = gradio.HTML(apply_default_css=False, js_on_load=_ON_LOAD, elem_id="votes-ballot")
+    message = gradio.HTML(apply_default_css=False, padding=False)
     with gradio.Accordion("Results", open=False) as results:
-        shown = gradio.HTML(padding=False)
+        shown = gradio.HTML(apply_default_css=False, padding=False)
     outputs: list[Any] = [ballot, message]
     options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     gradio.on([refresh.click, studio.page.load], tab.list_choices, chosen, [chosen, *outputs], **options)

@@ -44,7 +44,7 @@ def add_prepare(studio: Studio, chosen: Any, list_choices: Callable[..., Any], o
             seed = gradio.Number(0, label="First seed", minimum=0, precision=0)
             steps = gradio.Number(20, label="Steps", minimum=1, precision=0)
         prepare = gradio.Button("Draw the pairs", variant="primary")
-        message = gradio.HTML(padding=False, min_height=40)
+        message = gradio.HTML(apply_default_css=False, padding=False, min_height=40)
     accordion.expand(form.list_versions, None, [version, against], show_progress="hidden", **options)
     version.input(form.list_others, version, against, show_progress="hidden", **options)
     inputs = [version, against, prompts, count, seed, steps]
