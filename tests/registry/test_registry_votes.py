@@ -143,7 +143,7 @@ def test_votes_of_all_comparisons_count_so_none_can_be_left_out(released):
     cast(released, compare(released, pairs=6), "wwwwww", actor="ben")
     summary = count_votes(released, second(released), "zorb@1")
     assert (summary.votes, summary.win_rate, summary.prompts) == (12, 0.5, 6)
-    with pytest.raises(Refused, match="win rate 0.50"):
+    with pytest.raises(Refused, match=r"win rate 0.50"):
         release(released)
 
 
