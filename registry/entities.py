@@ -19,6 +19,8 @@ Action = Literal["stage", "promote", "rollback", "refuse", "override", "remove"]
 EventType = Literal[
     "register",
     "endorse",
+    "compare",
+    "vote",
     "delete",
     "withdraw",
     "restore",
@@ -33,8 +35,8 @@ EventType = Literal[
     "link",
 ]
 """Events that move no alias: of a version (recall: a delivery target does not have it any more), of a subject (revoke,
-lift, refuse of an import), or of the log (link: older rows got links). `register` is logged where roles or approvals
-need to know who registered a version."""
+lift, refuse of an import), or of the log (link: older rows got links). `compare` prepares a set of pairs of
+images for votes. `register` is logged where roles, approvals or votes need to know who registered a version."""
 VersionState = Literal["ACTIVE", "WITHDRAWN", "DELETED"]
 SubjectKind = Literal["picture", "caption", "consent"]
 RevocationKind = Literal["picture", "consent", "version", "artifact", "file", "base", "digest"]

@@ -17,6 +17,7 @@ RegistryError
 ├── PolicyError         `policy.yaml` or `licenses.yaml` of the home cannot be used
 ├── IdentityError       the current user cannot be established
 ├── RightsError         a revocation cannot be made or lifted
+├── VoteError           a comparison cannot be used, or a vote is not taken
 └── PromotionError      an alias cannot be moved
     ├── Refused             the policy does not allow it; carries all reasons
     └── Conflict            another process moved the alias first
@@ -100,6 +101,10 @@ class IdentityError(RegistryError):
 
 class RightsError(RegistryError):
     """A revocation cannot be made or lifted."""
+
+
+class VoteError(RegistryError):
+    """A comparison cannot be used, or a vote is not taken."""
 
 
 class PromotionError(RegistryError):

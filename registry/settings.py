@@ -30,6 +30,7 @@ class Settings(BaseModel):
         concurrency_limit: Name of a global concurrency limit of the Prefect server, of which every step that uses a
             model holds a slot; None uses none.
         runner: The task runner of runs; not read here.
+        datasets: Folders below which the studio may change captions; None means the folder of a home `.loraline`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +40,7 @@ class Settings(BaseModel):
     mlflow: str | None = None
     concurrency_limit: str | None = None
     runner: dict[str, Any] | None = None
+    datasets: tuple[str, ...] | None = None
 
 
 def read_settings(home: Path) -> Settings:

@@ -29,6 +29,7 @@ import flows.cli.sweep as sweep_verbs
 import flows.cli.up as up_verbs
 import flows.cli.upkeep as upkeep_verbs
 import flows.cli.versions as version_verbs
+import flows.cli.votes as vote_verbs
 import flows.cli.weights as weight_verbs
 
 app = typer.Typer(
@@ -58,6 +59,7 @@ _MODULES = (
     revocation_verbs,
     governance_verbs,
     access_verbs,
+    vote_verbs,
     delivery_verbs,
     upkeep_verbs,
 )

@@ -1,4 +1,4 @@
-"""Defines the verbs on folders of images: dataset, caption."""
+"""Defines the verbs on folders of images: dataset, caption, recaption."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Clip = Annotated[str | None, typer.Option(metavar="FOLDER", help="CLIP that com
 def add_verbs(app: typer.Typer) -> None:
     """Adds this module's verbs to the command."""
     add_verb(app, Access.NONE, dataset)
-    add_verb(app, Access.WRITE, caption)
+    add_verb(app, Access.WRITE, caption, recaption)
 
 
 def dataset(
@@ -158,3 +158,25 @@ def caption(
             *(("model", f"{model['label']} sha256 {model['fingerprint'][:16]}") for model in facts["models"].values()),
         ]
     )
+
+
+def recaption(
+    images: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of images.")],
+    image: Annotated[str | None, typer.Argument(metavar="[IMAGE]", help="Name of the image in the folder.")] = None,
+    text: Annotated[str | None, typer.Option(help="The caption, one line.")] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Take the last change in the folder back.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the caption of one image into the text file beside it, or take the last such change back."""
+    from flows.cli.output import open_home, print_json
+    from tasks.errors import SpecError
+    from tasks.operations.caption_edits import edit_caption, undo_caption
+
+    home = open_home()
+    if undo == (image is not None) or (text is None) != undo:
+        raise SpecError("nothing to write", allowed="IMAGE with --text TEXT, or --undo alone")
+    edit = undo_caption(home, images) if undo else edit_caption(home, images, str(image), str(text))
+    if as_json:
+        print_json(vars(edit))
+        return
+    print(f"{edit.file}: {edit.before or 'no caption'!r} -> {edit.after or 'no caption'!r}")

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from flows.cli.matrix import Parameters, Selected, SpecPath
 from flows.cli.output import Json, home_path, open_home
 from flows.cli.verbs import Access, add_verb
-
-if TYPE_CHECKING:
-    from flows.waiting_runs import WaitingRun
-    from registry.entities import AdapterVersion
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -33,16 +29,11 @@ def approve(
     as_json: Json = False,
 ) -> None:
     """Approve or reject a version for which a scheduled run waits; the run then promotes it."""
-    from flows.approval import ApprovalAnswer
+    from flows.approving import decide_waiting
     from flows.cli.output import print_json
-    from flows.waiting_runs import answer_request
-    from registry.versions.promotion import require_reason
 
-    reason = require_reason(reason, f"{ref!r} cannot be decided")
-    version, run = _find_waiting(ref, expect)
-    actor = _require_mover(version, run.request.alias)
-    answer = ApprovalAnswer("reject" if reject else "approve", reason, actor, version.sha256)
-    answer_request(run, answer)
+    decision: Literal["approve", "reject"] = "reject" if reject else "approve"
+    version, run, answer = decide_waiting(open_home(), ref, decision, reason, expect=expect)
     facts = {"version": version.ref, "sha256": version.sha256, "alias": run.request.alias, "run": run.name}
     if as_json:
         print_json(facts | {"decision": answer.decision, "actor": answer.actor, "flow_run": str(run.id)})
@@ -82,69 +73,3 @@ def deployments(
     else:
         print(f"Wrote {len(written)} to {output}: {', '.join(written[:8])}{' ...' if len(written) > 8 else ''}")
         print(f"Next: prefect --no-prompt deploy --all --prefect-file {output}")
-
-
-def _find_waiting(ref: str, expect: str | None) -> tuple[AdapterVersion, WaitingRun]:
-    """Returns a version and the run that waits for it.
-
-    Raises:
-        SpecError: No server is configured.
-        PromotionError: No run waits for this version.
-    """
-    from contextlib import closing
-
-    from flows.prefect import configure_prefect
-    from flows.waiting_runs import find_waiting_runs
-    from registry.errors import PromotionError
-    from registry.versions.expected_version import require_expected
-    from registry.versions.versions import Versions
-    from tasks.operations.promote import find_version
-
-    home = open_home()
-    with closing(Versions(home)) as versions:
-        version = find_version(versions, ref if "@" in ref else f"{ref}@staging")
-        with versions.lineage.database.read() as session:
-            require_expected(session, version, ref.partition("@")[2] or "staging", expect)
-    configure_prefect(home)
-    remedy = f'loraline promote {version.ref} --to production --reason "..." needs no run'
-    _require_server(remedy)
-    waiting = find_waiting_runs()
-    for run in waiting:
-        if (run.request.ref, run.request.sha256) == (version.ref, version.sha256):
-            return version, run
-    others = [run.request.ref for run in waiting if run.request.ref.startswith(f"{version.name}@")]
-    raise PromotionError(
-        f"no run waits for {version.ref}", where="approve", allowed=", ".join(others) or "none waits", remedy=remedy
-    )
-
-
-def _require_server(remedy: str) -> None:
-    from prefect.settings import PREFECT_API_URL
-
-    from tasks.errors import SpecError
-
-    if not PREFECT_API_URL.value():
-        raise SpecError(
-            "no Prefect server is configured", where="PREFECT_API_URL", remedy=f"set PREFECT_API_URL; or: {remedy}"
-        )
-
-
-def _require_mover(version: AdapterVersion, alias: str) -> str:
-    """Returns this process's user.
-
-    Raises:
-        Refused: The user may not move the alias; the run would refuse the answer too, later.
-    """
-    from contextlib import closing
-
-    from registry.errors import Refused
-    from registry.policy.actors import establish_actor
-    from registry.versions.versions import Versions
-    from tasks.operations.release import find_denial_of_move
-
-    with closing(Versions(open_home())) as versions:
-        user = establish_actor(versions)
-        denial = find_denial_of_move(versions, version, alias, user)
-    if denial:
-        raise Refused(f"{alias!r} cannot be decided about", reasons=(denial,), where=alias, remedy="ask a user who may")
-    return str(user)

@@ -64,14 +64,17 @@ def show(ref: Ref, as_json: Json = False) -> None:
     from tasks.operations.export_adapter import list_readable
     from tasks.operations.promote import find_version
     from tasks.operations.rights import describe_rights
+    from tasks.operations.vote_results import describe_results, results_of
 
     versions = Versions(open_home())
     version = find_version(versions, ref)
     rights = describe_rights(versions, version)
     saved = list_readable(versions, version)
     endorsements = list_endorsements(versions, version)
+    votes = results_of(versions, version)
     if as_json:
         more = {"rights": rights, "saved": saved, "endorsements": list(map(describe_endorsement, endorsements))}
+        more["votes"] = votes.to_json()
         print_json(describe(version, details=True) | more)
         return
     print_facts(
@@ -90,6 +93,8 @@ def show(ref: Ref, as_json: Json = False) -> None:
             ("restrictions", ", ".join(rights["terms"]["restrictions"])),
             ("conflicts", "; ".join(rights["conflicts"])),
             ("revoked", "; ".join(rights["revoked"])),
+            *describe_results(votes).items(),
+            *((f"votes for {alias}", "; ".join(reasons)) for alias, reasons in votes.unmet.items()),
             ("MLflow run", version.mlflow_run_id),
         ]
     )

@@ -44,6 +44,24 @@ def draw_loss(loss: Sequence[Sequence[float]], validation: Sequence[Sequence[flo
     return _chart(parts, f"Training loss from {smooth[0][1]:.3g} to {smooth[-1][1]:.3g} over {raw[-1][0]:.0f} steps")
 
 
+def draw_values(values: Sequence[Sequence[float]], name: str) -> Markup | None:
+    """Returns the curve of one measurement over the steps; None without two finite points.
+
+    Args:
+        values: [step, value] pairs; values below zero are drawn at zero.
+        name: What was measured, in the caller's own words.
+    """
+    points = _finite(values)
+    if len(points) < 2:
+        return None
+    top = max(value for _, value in points)
+    x_ticks, y_ticks = nice_ticks(points[0][0], points[-1][0]), nice_ticks(0.0, top if top > 0.0 else 1.0)
+    frame = _Frame(points[0][0], points[-1][0], max(y_ticks[-1], top))
+    parts = [_grid(frame, _labeled(x_ticks), _labeled(y_ticks), "step")]
+    parts.append(f'<polyline class="mean" points="{frame.path(_thin(points))}"/>')
+    return _chart(parts, f"{name} from {points[0][1]:.3g} to {points[-1][1]:.3g} over {points[-1][0]:.0f} steps")
+
+
 def draw_bands(bands: Sequence[tuple[float, Sequence[float]]]) -> Markup | None:
     """Returns the losses by noise level, one line per model, in the style `role-0`, `role-1` and so on.
 

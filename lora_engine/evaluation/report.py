@@ -59,6 +59,7 @@ def render_report(
     lineage: Sequence[Mapping[str, Any]] = (),
     version: Mapping[str, Any] | None = None,
     rights: Mapping[str, Any] | None = None,
+    votes: Mapping[str, str] | None = None,
 ) -> str:
     """Returns the page as an HTML string; the same arguments and files give the same string.
 
@@ -74,6 +75,7 @@ def render_report(
             role), `warnings`.
         version: Any of `name`, `version`, `sha256`, `size`, `created_at`.
         rights: Any of `license`, `consent` and `revoked`: texts, or lists of them.
+        votes: What blind votes of users say, by a title.
 
     Raises:
         DataError: An image that the report names is missing or outside its folder, or `details.json` is broken.
@@ -96,6 +98,7 @@ def render_report(
         "dataset": _dataset(dataset_folder) if dataset_folder is not None else None,
         "recipe": fold_defaults(list(_flatten(recipe or {})), dict(_flatten(default_recipe()))),
         "rights": [(name, text) for name, text in _flatten(rights or {}) if text != "none"],
+        "votes": list((votes or {}).items()),
         "lineage": _lineage_rows(lineage),
         "version": dict(version) if version else {},
         "file_name": re.sub(r"[^A-Za-z0-9._-]+", "-", str((version or {}).get("name") or title)).strip("-.")

@@ -24,6 +24,7 @@ from registry.store.tables import (
     ArtifactRow,
     ContentRow,
     DocumentRow,
+    EventRow,
     ExecutionRow,
     InputRow,
     RunRow,
@@ -34,14 +35,14 @@ from registry.store.tables import (
 def version_roots(session: Session) -> set[str]:
     """Returns the digests of the artifacts and documents of versions, and of everything upstream.
 
-    Covers every version that is not DELETED or that has an alias, and all its upstream versions in any state: without
-    them a version cannot be rebuilt.
+    Documents include the comparisons that users vote in. Covers every version that is not DELETED or that has an
+    alias, and all its upstream versions in any state: without them a version cannot be rebuilt.
     """
     aliased = select(AliasRow.version).where(AliasRow.name == VersionRow.name).correlate(VersionRow)
     live = select(version_ref()).where(or_(VersionRow.state != "DELETED", VersionRow.version.in_(aliased)))
     starts = [NodeId("version", ref) for ref in session.scalars(live)]
-    documents = Relation("version", _documents)
-    return set(upstream(session, starts, "version", "output", "input", extra=[documents]).ids("artifact"))
+    beside = [Relation("version", _documents), Relation("version", _comparisons)]
+    return set(upstream(session, starts, "version", "output", "input", extra=beside).ids("artifact"))
 
 
 def run_roots(session: Session, since: datetime) -> set[str]:
@@ -94,3 +95,10 @@ def _documents(session: Session, refs: Sequence[str]) -> Iterator[Edge]:
     for query in (metadata, documents):
         for artifact, ref in batched(session, query, VersionRow.id, ids):
             yield Edge(NodeId("artifact", artifact), NodeId("version", ref), "document")
+
+
+def _comparisons(session: Session, refs: Sequence[str]) -> Iterator[Edge]:
+    """Yields the images that users vote on."""
+    for row in session.scalars(select(EventRow).where(EventRow.action == "compare").order_by(EventRow.seq)):
+        if (ref := f"{row.name}@{row.after}") in refs and isinstance(row.details, Mapping):
+            yield Edge(NodeId("artifact", str(row.details.get("set"))), NodeId("version", ref), "comparison")

@@ -17,6 +17,28 @@ from registry.policy.license_terms import LicenseTerms, allows_commercial, confl
 Pattern = Annotated[str, Field(max_length=1_000)]
 
 
+class VotesPolicy(BaseModel):
+    """Blind votes that a version needs before it gets an alias. See `registry.policy.votes`.
+
+    Attributes:
+        against: The alias whose version it is compared with, or `base` for no adapter.
+        win_rate: Bound that the lower end of the win rate's interval must exceed, 0 to 1; ties count half.
+        at_least: Number of votes that count.
+        voters: Number of users whose votes count.
+        by_others: Votes of the user who registered the version do not count.
+        missing: Result if nothing has the alias `against`: `fail`, or `skip` for a first release.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    against: Pattern = "production"
+    win_rate: float = Field(default=0.5, ge=0.0, lt=1.0)
+    at_least: int = Field(default=30, ge=1, le=100_000)
+    voters: int = Field(default=1, ge=1, le=100)
+    by_others: bool = False
+    missing: Literal["fail", "skip"] = "fail"
+
+
 class AliasPolicy(BaseModel):
     """Requirements of an alias, beyond intact bytes, a valid structure, finite metrics and nothing revoked.
 
@@ -35,6 +57,7 @@ class AliasPolicy(BaseModel):
         needs_approvals: Number of different users who must approve a version, 0 to 5: by `loraline endorse`, or by
             promoting it. Cannot be overridden. A rollback needs none.
         by_others: The user who registered the version does not count.
+        votes: Blind votes that the version must have won; None needs none. A rollback needs none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,6 +73,7 @@ class AliasPolicy(BaseModel):
     overridable: bool = True
     needs_approvals: int = Field(default=0, ge=0, le=5)
     by_others: bool = False
+    votes: VotesPolicy | None = None
 
     def may_move(self, actor: str) -> bool:
         """Returns True if the actor may move the alias."""
@@ -94,6 +118,7 @@ class PolicyFacts:
         actor: User who requests the alias; None if nobody moves it.
         denied: Why roles and identity keep the user from moving the alias.
         unapproved: Approvals that are missing.
+        unvoted: Why its votes do not suffice.
     """
 
     damage: Sequence[str] = ()
@@ -106,6 +131,7 @@ class PolicyFacts:
     actor: str | None = ""
     denied: Sequence[str] = ()
     unapproved: Sequence[str] = ()
+    unvoted: Sequence[str] = ()
 
 
 def decide(version: AdapterVersion, policy: AliasPolicy, facts: PolicyFacts) -> Decision:
@@ -128,6 +154,7 @@ def decide(version: AdapterVersion, policy: AliasPolicy, facts: PolicyFacts) -> 
         *_evaluation_reasons(version, policy),
         *_license_reasons(policy, facts),
         *_consent_reasons(policy, facts),
+        *facts.unvoted,
     ]
     if policy.needs_signature:
         reasons += ["its signature was not checked"] if facts.signature is None else facts.signature

@@ -22,6 +22,7 @@ from registry.policy.approvals import find_unapproved
 from registry.policy.consent import ConsentFindings
 from registry.policy.policy_file import Policies, read_policies
 from registry.policy.rights import resolve_rights
+from registry.policy.votes import find_unvoted
 from registry.store.tables import EventRow
 
 
@@ -51,7 +52,7 @@ def evaluate_policy(
         today: Date to compare consents with; None means the current UTC date, and that of the newest event if the
             clock went back.
         session: Session of an open transaction to read in; None opens a new one.
-        approvals: False ignores missing approvals: the version has the alias, or had it before.
+        approvals: False ignores missing approvals and votes: the version has the alias, or had it before.
 
     Raises:
         PolicyError: The home's policy or table of licenses cannot be used.
@@ -63,6 +64,8 @@ def evaluate_policy(
         facts: dict[str, Any] = {"actor": user, "denied": denied, "damage": damage, "structure": structure}
         if user is not None and approvals:
             facts["unapproved"] = find_unapproved(current, policies, version, alias, user)
+        if moves and approvals:
+            facts["unvoted"] = find_unvoted(current, policies, version, alias)
         rights = resolve_rights(current, context, version, today=today)
         facts |= {"revoked": rights.revoked, "terms": rights.terms, "consent": rights.consent}
         facts["consent_policy"] = rights.consent_policy

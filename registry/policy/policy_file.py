@@ -74,8 +74,9 @@ class Policies(BaseModel):
 
     @property
     def logs_registrations(self) -> bool:
-        """Returns True if roles or approvals need to know who registered a version."""
-        return bool(self.roles) or any(policy.needs_approvals for policy in self.aliases.values())
+        """Returns True if roles, approvals or votes need to know who registered a version."""
+        by_votes = any(policy.votes is not None and policy.votes.by_others for policy in self.aliases.values())
+        return bool(self.roles) or by_votes or any(policy.needs_approvals for policy in self.aliases.values())
 
 
 _PLAIN = AliasPolicy()

@@ -15,10 +15,10 @@ from registry.entities import Action, EventType
 from registry.identity import Actor
 from registry.policy.identity_policy import IdentityPolicy
 
-Permission = Literal["train", "stage", "promote", "endorse", "revoke", "administer"]
+Permission = Literal["train", "stage", "promote", "endorse", "vote", "revoke", "administer"]
 """`train` registers versions, `stage` moves aliases that are not protected, `promote` moves protected ones, `endorse`
-approves a version for an alias, `revoke` withdraws, deletes, revokes and removes aliases, `administer` restores, lifts,
-repairs and collects garbage."""
+approves a version for an alias, `vote` prepares comparisons and votes in them, `revoke` withdraws, deletes, revokes
+and removes aliases, `administer` restores, lifts, repairs and collects garbage."""
 Operation = Action | EventType | Literal["gc", "repair"]
 Requirement = Permission | Literal["move", "none"]
 """`move` is `promote` for a protected alias and `stage` for another one."""
@@ -31,6 +31,8 @@ REQUIREMENTS: Mapping[Operation, Requirement] = {
     "override": "move",
     "rollback": "move",
     "endorse": "endorse",
+    "compare": "vote",
+    "vote": "vote",
     "remove": "revoke",
     "withdraw": "revoke",
     "delete": "revoke",

@@ -17,6 +17,7 @@ from registry.policy.conditions import without_overridden
 from registry.policy.evaluate import evaluate_policy
 from registry.policy.policy_file import Policies, read_policies
 from registry.policy.rights import revoked_upstream
+from registry.policy.votes import find_unvoted
 from registry.versions.expected_version import require_expected
 from registry.versions.guard import guarded
 from registry.versions.projections import find_overridden
@@ -103,6 +104,8 @@ def promote(
         require_expected(session, queries.read_version(session, name, ref), ref, version.version)
         _refuse_revoked(session, version, to)
         _refuse_unapproved(session, policies, version, to, actor)
+        if not is_current:
+            _refuse_unvoted(session, policies, version, to, overridden)
         event = changes.move_alias(
             session, version, to, expected=before, action=action, actor=actor, reason=reason, details=details
         )
@@ -120,6 +123,7 @@ def rollback(
     to_event: int | None = None,
     reason: str = "rollback",
     actor: str | None = None,
+    expected: int | Literal["now"] | None = "now",
 ) -> Event:
     """Moves an alias back to its previous version by the log; a second call moves it one version further back.
 
@@ -131,6 +135,7 @@ def rollback(
         to_event: Number of an event; selects the version that the alias pointed at after it.
         reason: The reason; stored in the log.
         actor: The user; None means this process's user.
+        expected: The number that the caller expects the alias to point at; see `promote`.
 
     Raises:
         PromotionError: No earlier version had the alias, or `to` never had it.
@@ -174,7 +179,7 @@ def rollback(
             session,
             target,
             alias,
-            expected=current,
+            expected=current if expected == "now" else expected,
             action="rollback",
             actor=actor,
             reason=reason,
@@ -288,6 +293,15 @@ def _remedy(override: bool, decision: Decision, policy: AliasPolicy) -> str:
 def _refuse_unapproved(session: Session, policies: Policies, version: AdapterVersion, alias: str, actor: str) -> None:
     """Raises Refused if an endorsement was withdrawn since the policy decided; runs in the writing transaction."""
     reasons = find_unapproved(session, policies, version, alias, actor)
+    if reasons:
+        raise Refused(f"it cannot become {alias!r}", reasons=reasons, where=version.ref)
+
+
+def _refuse_unvoted(
+    session: Session, policies: Policies, version: AdapterVersion, alias: str, overridden: Sequence[str]
+) -> None:
+    """Raises Refused if votes or another alias changed since the policy decided; runs in the writing transaction."""
+    reasons = tuple(reason for reason in find_unvoted(session, policies, version, alias) if reason not in overridden)
     if reasons:
         raise Refused(f"it cannot become {alias!r}", reasons=reasons, where=version.ref)
 

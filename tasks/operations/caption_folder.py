@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_engine.data.captioners import CAPTIONERS
 from lora_engine.data.folder import Tree, list_tree
-from lora_engine.data.manifest import ImageEntry
 from lora_engine.data.spec import CaptionSettings, IngestSettings
 from lora_engine.data.text_files import printable
 from lora_engine.errors import SettingsError
@@ -78,7 +77,7 @@ def caption_folder(
         texts = {image.source: image.caption for image in changed}
         files = {image.source: out / image.file for image in changed}
         findings = find_caption_problems(texts, files, parsed)[0] if changed else []
-    targets = _find_targets(images, [image for image in changed if image.caption])
+    targets = find_caption_files(images, [image.source for image in changed if image.caption])
     left = [source for source, path in targets.items() if keeps and _holds_text(path)]
     written = {} if dry_run else {source: path for source, path in targets.items() if source not in left}
     with write_within(images):
@@ -96,16 +95,19 @@ def caption_folder(
     }
 
 
-def _find_targets(root: Path, entries: list[ImageEntry]) -> dict[str, Path]:
-    """Returns image -> its caption file: `name.txt`, or `name.png.txt` where images share a name."""
+def find_caption_files(root: Path, sources: Iterable[str]) -> dict[str, Path]:
+    """Returns image -> its caption file: `name.txt`, or `name.png.txt` where images share a name.
+
+    Args:
+        root: The folder of the images.
+        sources: Names of images in the folder, as a manifest has them.
+    """
     paths = {printable(name): root / name for name in list_tree(Tree(root)).images}
     stems = Counter(path.with_suffix("") for path in paths.values())
     return {
-        entry.source: path.with_suffix(_ENDING)
-        if stems[path.with_suffix("")] == 1
-        else path.with_name(path.name + _ENDING)
-        for entry in entries
-        for path in [paths[entry.source]]
+        source: path.with_suffix(_ENDING) if stems[path.with_suffix("")] == 1 else path.with_name(path.name + _ENDING)
+        for source in sources
+        for path in [paths[source]]
     }
 
 

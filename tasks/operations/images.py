@@ -179,6 +179,24 @@ def compose_grid(files: Sequence[Sequence[bytes]], axes: Sequence[Axis]) -> byte
     return encode_png(compose_sheet(images, axes))
 
 
+def draw_each(requests: Sequence[DrawRequest], home: Path) -> Iterator[list[bytes]]:
+    """Yields the images of each request as PNG files; the base is loaded, and the adapters are fetched, once.
+
+    Args:
+        requests: What to draw; all with the base, the negative prompt and the autoencoder of the first.
+        home: The home with the named versions.
+    """
+    from lora_engine.data.images import encode_png
+    from lora_engine.data.pixels import to_image
+
+    prompts = [parse_prompt(request.prompt) for request in requests]
+    with _drawing(requests[0], home, prompts) as draw_one:
+        for number, (prompt, request) in enumerate(zip(prompts, requests, strict=True), 1):
+            pixels, _, _ = draw_one(prompt, request)
+            _publish(number, len(requests), {})
+            yield [encode_png(to_image(image)) for image in pixels]
+
+
 def settings_of(request: DrawRequest) -> DrawSettings:
     """Returns the engine's settings of a request."""
     from lora_engine.inference.draw import DrawSettings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from lora_engine.errors import EngineError
 from registry.entities import AdapterVersion, Event
@@ -18,7 +18,15 @@ from registry.versions.versions import Versions
 
 
 def promote_version(
-    home: Home, ref: str, alias: str, reason: str, *, expect: str | None = None, override: bool = False
+    home: Home,
+    ref: str,
+    alias: str,
+    reason: str,
+    *,
+    expect: str | None = None,
+    override: bool = False,
+    expected: int | Literal["now"] | None = "now",
+    actor: str | None = None,
 ) -> tuple[AdapterVersion, Event, bool]:
     """Points an alias at a version if its bytes and structure are valid and the alias's policy allows it.
 
@@ -29,6 +37,8 @@ def promote_version(
         reason: The reason, stored in the log.
         expect: Number or digest of the version that `ref` must be; None accepts any.
         override: True overrides refusals that the policy lets the user override; logged.
+        expected: The number that the alias must point at, or None for none; `now` accepts any.
+        actor: The user; None means this process's user.
 
     Returns:
         The version that `ref` is, the event, and False if the alias pointed at the version before.
@@ -54,6 +64,8 @@ def promote_version(
         expected_source=version.version,
         structure=find_structure(versions, version),
         override=override,
+        expected=expected,
+        actor=actor,
     )
     return version, event, newest is None or event.seq > newest.seq
 

@@ -18,6 +18,7 @@ from registry.store.artifacts import open_store
 from registry.versions.versions import Versions
 from tasks.operations.promote import find_version
 from tasks.operations.rights import describe_rights
+from tasks.operations.vote_results import describe_results, results_of
 from tasks.sweep.spec import SWEEP
 from tasks.warnings import warnings_of
 
@@ -63,6 +64,7 @@ def write_report(home: Home, ref: str, output: Path | None = None) -> Path | Non
             lineage=steps,
             version={key: getattr(version, key) for key in ("name", "version", "sha256", "size")},
             rights=_rights(home, version),
+            votes=_votes(home, version),
         )
         atomic_write(path, page.encode())
         images = path.with_suffix("")
@@ -129,6 +131,11 @@ def _rights(home: Home, version: AdapterVersion) -> dict[str, Any]:
         "consent that no longer holds": images["broken"],
         "revoked": rights["revoked"],
     }
+
+
+def _votes(home: Home, version: AdapterVersion) -> dict[str, str]:
+    with closing(Versions(home)) as versions:
+        return describe_results(results_of(versions, version))
 
 
 def _dataset(lineage: Lineage, version: AdapterVersion) -> ArtifactRef | None:

@@ -59,6 +59,7 @@ def _values(folder: Path) -> Mapping[str, str]:
         "REF|DIGEST|FILE": "none@1",
         "NAME@REF|PATH": "none@1",
         "SUBJECT": "consent-1",
+        "COMPARISON": "0123456789",
         "FILE|NAME@REF": "none@1",
         "A[:w] B[:w] ...": "none@1",
         "A[:w] ...": "none@1",

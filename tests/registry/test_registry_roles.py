@@ -21,10 +21,11 @@ from registry.versions.endorsement import endorse
 from registry.versions.promotion import promote, read_log, remove, replay, rollback
 from registry.versions.revocation import lift, revoke
 from registry.versions.versions import Versions
+from registry.versions.voting import log_comparison, vote
 
 PERMISSIONS = get_args(Permission)
 OPERATIONS = [literal for part in get_args(Operation) for literal in (get_args(part) or (part,))]
-ALL = "{may: [train, stage, promote, endorse, revoke, administer], members: [root]}"
+ALL = "{may: [train, stage, promote, endorse, vote, revoke, administer], members: [root]}"
 OPEN = IdentityPolicy()
 
 
@@ -66,6 +67,11 @@ def change_of(operation: str, versions: Versions, register: Callable[..., object
         withdraw(versions, "zorb", 1, reason="r", actor="root")
     if operation == "lift":
         revoke(versions, "5" * 64, reason="r", actor="root", policy="flag")
+    artifact = versions.show("zorb", 2).artifact
+    compared = {"against": "zorb@1", "artifact": artifact, "prompts": ["0" * 32]}
+    cast = {"comparison": artifact.sha256, "pair": 0, "choice": "tie", "left": "candidate"}
+    if operation == "vote":
+        log_comparison(versions, "zorb", 2, actor="root", **compared)
     changes: dict[str, Callable[[str], object]] = {
         "register": lambda actor: register(versions, b"3", actor=actor),
         "promote": lambda actor: promote(versions, "zorb", 1, "canary", reason="r", actor=actor),
@@ -73,6 +79,8 @@ def change_of(operation: str, versions: Versions, register: Callable[..., object
         "rollback": lambda actor: rollback(versions, "zorb", "canary", actor=actor),
         "remove": lambda actor: remove(versions, "zorb", "canary", reason="r", actor=actor),
         "endorse": lambda actor: endorse(versions, "zorb", 1, "canary", reason="r", actor=actor),
+        "compare": lambda actor: log_comparison(versions, "zorb", 2, actor=actor, **compared),
+        "vote": lambda actor: vote(versions, "zorb", 2, actor=actor, **cast),
         "withdraw": lambda actor: withdraw(versions, "zorb", 1, reason="r", actor=actor),
         "delete": lambda actor: delete(versions, "zorb", 1, reason="r", actor=actor),
         "restore": lambda actor: restore(versions, "zorb", 1, reason="r", actor=actor),
@@ -89,6 +97,8 @@ NEEDED = {
     "rollback": "stage",
     "remove": "revoke",
     "endorse": "endorse",
+    "compare": "vote",
+    "vote": "vote",
     "withdraw": "revoke",
     "delete": "revoke",
     "restore": "administer",

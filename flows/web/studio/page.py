@@ -11,10 +11,15 @@ import fastapi
 import gradio
 
 from flows.web.studio.compare import add_compare
+from flows.web.studio.datasets import add_datasets
 from flows.web.studio.draw import add_draw
 from flows.web.studio.grids import add_grids
 from flows.web.studio.page_files import PageFiles
 from flows.web.studio.page_style import CSS, theme
+from flows.web.studio.registry_style import REGISTRY_CSS
+from flows.web.studio.releases import add_releases
+from flows.web.studio.trainings import add_trainings
+from flows.web.studio.votes import add_votes
 from lora_engine.errors import EngineError
 from tasks.serving.service import ImageService
 
@@ -55,6 +60,10 @@ TABS: dict[str, Callable[[Studio], None]] = {
     "Draw": add_draw,
     "Compare": add_compare,
     "Grid": add_grids,
+    "Votes": add_votes,
+    "Releases": add_releases,
+    "Trainings": add_trainings,
+    "Datasets": add_datasets,
 }
 """Title of each tab, and the function that adds its components and events to the open `gradio.Blocks`.
 
@@ -100,5 +109,5 @@ def mount_studio(app: fastapi.FastAPI, service: ImageService, *, login: Login | 
         mcp_server=False,
         footer_links=["settings"],
         theme=theme(),
-        css=CSS,
+        css=CSS + REGISTRY_CSS,
     )

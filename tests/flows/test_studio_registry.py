@@ -1,0 +1,247 @@
+"""Tests the tabs Votes, Releases, Trainings and Datasets in a real browser, against a real server."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lora_engine.files import canonical_json
+from registry.entities import Event
+from registry.home import Home
+from registry.identity import Actor
+from registry.versions.promotion import promote, read_log
+from registry.versions.versions import Versions
+from tasks.operations.ballots import open_ballot
+from tests.flows.browser import Page, browsed
+from tests.flows.compared import PROMPTS, compared_home
+from tests.flows.shared import copy_trained
+from tests.flows.studio_server import Caller, studio_served
+
+__all__ = ["compared_home"]
+
+pytestmark = pytest.mark.needs("chromium")
+
+ROLES = """\
+aliases: {production: {votes: {against: base, at_least: 6}, needs_consent: none, needs_licence: none}}
+roles:
+  voter: {may: [vote], members: [ann, ben]}
+  releaser: {may: [stage, promote, revoke, endorse], members: [carl]}
+  trainer: {may: [train], members: [carl]}
+"""
+KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Backspace": 8}
+
+
+@dataclass
+class StudioPage:
+    """The page of a served home in a browser.
+
+    Attributes:
+        page: The browser's page.
+        address: The address of the studio.
+        home: The home.
+        digest: Digest of the comparison of small@1 against the base.
+        project: The folder with the images.
+    """
+
+    page: Page
+    address: str
+    home: Home
+    digest: str
+    project: Path
+
+    def open(self, user: str, tab: str) -> None:
+        """Loads the page as a user, and opens a tab."""
+        self.page._send("Network.setCookie", name="user", value=user, url=self.address)
+        self.page.open("about:blank")
+        self.page.open(self.address)
+        self.show(tab)
+
+    def show(self, tab: str) -> None:
+        """Opens a tab."""
+        find = "[...document.querySelectorAll('button[role=tab]')].find(tab => tab.innerText.trim() === TAB)"
+        script = f"(tab => {{ if (tab) tab.click(); return Boolean(tab); }})({find})"
+        self.page._wait(script.replace("TAB", json.dumps(tab)), f"no tab {tab}")
+
+    def press(self, key: str) -> None:
+        """Presses a key."""
+        for kind in ("rawKeyDown", "keyUp"):
+            self.page._send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key])
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        """Waits until a condition is met."""
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, self.page.evaluate("document.body.innerText")
+            time.sleep(0.2)
+
+    def events(self, *actions: str) -> list[Event]:
+        """Returns the events of these actions."""
+        with closing(Versions(self.home)) as versions:
+            return [event for event in read_log(versions) if event.action in actions]
+
+
+@pytest.fixture(scope="module")
+def studio(compared_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioPage]:
+    """Yields the page of a copy of the home with a comparison; all tests of the module share it."""
+    copy = copy_trained(compared_home, tmp_path_factory.mktemp("studio") / "project")
+    project = copy.spec.parent
+    (copy.home.path / "loraline.yaml").write_text(f"datasets: [{json.dumps(str(project))}]\n")
+    (copy.home.path / "policy.yaml").write_text(ROLES)
+    home = Home.open(copy.home.path)
+    digest = json.loads((project / "comparison.json").read_text())["comparison"]
+    callers = {name: Caller(name, Actor(name)) for name in ("ann", "ben", "carl", "eve")}
+    with studio_served(home, callers) as address, browsed(tmp_path_factory.mktemp("browser")) as page:
+        page._send("Network.enable")
+        yield StudioPage(page, address, home, digest, project)
+
+
+def test_a_voter_judges_pairs_by_keyboard_and_the_page_never_says_which_image_is_whose(studio):
+    with closing(Versions(studio.home)) as versions:
+        positions = open_ballot(versions, studio.digest, actor="ann").positions
+    studio.open("ann", "Votes")
+    keys = ["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight"]
+    for number, key in enumerate(keys):
+        studio.page.wait_for_text(f"{number} of {len(PROMPTS)} pairs judged")
+        html = str(studio.page.evaluate("document.querySelector('#votes-ballot').outerHTML"))
+        assert html.count("<img") == 2
+        assert not [word for word in ("candidate", "small@1", "lora:", ".png") if word in html]
+        if number == 1:
+            studio.press("Backspace")
+            studio.page.wait_for_text(f"Pair 1 of {len(PROMPTS)}")
+            studio.press("ArrowRight")
+            studio.page.wait_for_text(f"Pair 2 of {len(PROMPTS)}")
+        studio.press(key)
+    studio.page.wait_for_text("All pairs are judged. Your votes are final, and count.")
+    votes = {event.details["pair"]: event.details for event in studio.events("vote") if event.actor == "ann"}
+    answers = ["right", "right", "tie", "skip", "left", "right"]
+    assert [votes[one.pair]["choice"] for one in positions] == [
+        one.choice_of(answer) for one, answer in zip(positions, answers, strict=True)
+    ]
+    assert [votes[one.pair]["left"] for one in positions] == [one.left for one in positions]
+    studio.page.click("Results")
+    studio.page.wait_for_text("small@1 against base: win rate")
+
+
+def test_a_user_without_a_role_sees_pairs_and_cannot_vote_or_learn_results(studio):
+    studio.open("eve", "Votes")
+    studio.page.wait_for_text("0 of 6 pairs judged")
+    studio.page.click("Results")
+    studio.page.wait_for_text("Results are shown once you have judged every pair")
+    studio.press("ArrowLeft")
+    studio.page.wait_for_text("eve has no role that may vote small")
+    assert not [event for event in studio.events("vote") if event.actor == "eve"]
+    assert studio.events("refuse")[-1].actor == "eve"
+
+
+def test_nobody_is_served_whom_the_application_did_not_establish(studio):
+    studio.open("mallory", "Votes")
+    studio.page.wait_for_text("no user is established")
+    studio.show("Releases")
+    studio.page.wait_for_text("no user is established")
+    assert "small@1" not in str(studio.page.evaluate("document.body.innerText"))
+
+
+def test_a_promotion_shows_all_reasons_and_happens_after_review_and_confirmation(studio):
+    studio.open("carl", "Releases")
+    studio.page.wait_for_text("small@staging")
+    studio.page.click("Review")
+    studio.page.wait_for_text("there is no reason")
+    studio.page.type("Reason, stored in the log", "release 12")
+    studio.page.click("Review")
+    studio.page.wait_for_text("Refused: move production from nothing to small@1")
+    studio.page.wait_for_text("votes against base: 5 of 6 are cast")
+    studio.page.wait_for_text("its lower bound must exceed 0.5")
+    (studio.home.path / "policy.yaml").write_text(ROLES.replace("votes: {against: base, at_least: 6}, ", ""))
+    studio.page.click("Review")
+    studio.page.wait_for_text("As carl: move production from nothing to small@1")
+    studio.page.click("Confirm")
+    studio.page.wait_for_text("Done: move production from nothing to small@1")
+    studio.page.wait_for_text("small@production")
+    (event,) = studio.events("promote")
+    assert (event.actor, event.reason, event.alias, event.after) == ("carl", "release 12", "production", 1)
+
+
+def test_an_alias_that_moved_since_the_review_is_a_conflict_and_a_rollback_needs_a_reason(studio):
+    with closing(Versions(studio.home)) as versions:
+        promote(versions, "small", 1, "canary", reason="r", actor="carl")
+    studio.open("carl", "Releases")
+    studio.page.wait_for_text("small@canary")
+    studio.page.click("Remove alias")
+    studio.page.type("Alias", "staging")
+    studio.page.type("Reason, stored in the log", "not needed")
+    studio.page.click("Withdraw version")
+    studio.page.click("Review")
+    studio.page.wait_for_text("points at it")
+    studio.page.click("Endorse")
+    studio.page.click("Review")
+    studio.page.wait_for_text("As carl: endorse small@1")
+    with closing(Versions(studio.home)) as versions:
+        promote(versions, "small", 1, "beta", reason="meanwhile", actor="carl")
+    studio.page.click("Confirm")
+    studio.page.wait_for_text("the aliases changed since the review")
+    assert studio.events("endorse") == []
+    studio.page.click("Roll back")
+    studio.page.click("Review")
+    studio.page.wait_for_text("cannot be rolled back")
+
+
+def test_a_user_without_a_role_cannot_promote(studio):
+    before = studio.events("promote")
+    studio.open("eve", "Releases")
+    studio.page.wait_for_text("small@staging")
+    studio.page.type("Reason, stored in the log", "mine")
+    studio.page.click("Review")
+    studio.page.wait_for_text("eve has no role that may")
+    assert studio.events("promote") == before
+
+
+def test_a_training_is_followed_while_it_runs(studio):
+    studio.open("ann", "Trainings")
+    studio.page.wait_for_text("small: adapter")
+    studio.page.wait_for_text("12 of 12")
+    (entry,) = (path for path in studio.home.runs.iterdir() if (path / "adapter.jsonl").exists())
+    value = json.loads((entry / "run.json").read_bytes())
+    (step,) = (step for step in value["steps"] if step["name"] == "adapter")
+    step |= {"total": 20, "done": 15, "values": step["values"] | {"loss": 0.125}}
+    (entry / "run.json").write_bytes(canonical_json(value))
+    with (entry / "adapter.jsonl").open("ab") as lines:
+        lines.write(
+            b"".join(canonical_json({"step": n, "loss": 0.125, "learning_rate": 0.5}) + b"\n" for n in (13, 15))
+        )
+    studio.page.wait_for_text("15 of 20")
+    studio.page.wait_for_text("0.125")
+    studio.wait(lambda: "over 15 steps" in str(studio.page.evaluate("document.body.innerHTML")))
+
+
+def test_a_caption_is_edited_in_the_folder_and_the_change_is_taken_back(studio):
+    file = studio.project / "images" / "3.txt"
+    assert not file.exists()
+    studio.open("carl", "Datasets")
+    studio.page.wait_for_text("8 images, page 1 of 1")
+    click = """(button => { if (button) button.click(); return Boolean(button); })(
+      document.querySelector('#data-sheet button[data-image="3.png"]'))"""
+    studio.page._wait(click, "no image")
+    studio.wait(
+        lambda: studio.page.evaluate("[...document.querySelectorAll('input,textarea')].some(f => f.value === '3.png')")
+    )
+    studio.page.type("Caption", "a ring of noise")
+    studio.page.click("Save caption")
+    studio.page.wait_for_text("Wrote 3.txt")
+    assert file.read_text() == "a ring of noise\n"
+    studio.page.wait_for_text("changed since the last run")
+    studio.page.click("Undo last change")
+    studio.page.wait_for_text("Removed 3.txt")
+    assert not file.exists()
+
+
+def test_a_user_who_may_not_train_cannot_edit_captions(studio):
+    studio.open("ann", "Datasets")
+    studio.page.wait_for_text("8 images, page 1 of 1")
+    studio.page.click("Undo last change")
+    studio.page.wait_for_text("ann has no role that may train")
