@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_engine.adapters.adapted import AdaptedLayer
+from lora_engine.adapters.adapted import LayerWrapper, innermost
 from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.attachment import check_fit
 from lora_engine.adapters.delta import Delta
@@ -64,20 +64,20 @@ def find_row_obstacle(base: Base, adapter: Adapter) -> str | None:
     """Returns why an adapter cannot be applied to single rows, with the module; None if it can."""
     tree = as_tree(base, adapter.components)
     for name, delta in adapter.modules.items():
-        lora, layer = delta.to_export(), tree.get_module(name)
+        lora, layer = delta.to_export(), innermost(tree.get_module(name))
         if not isinstance(lora, LoraDelta):
             return f"an adapter of kind {delta.kind!r} has no products by row ({name})"
         if lora.bias is not None:
             return f"the adapter changes a bias ({name})"
-        op = LayerOp.of(_base_of(layer))
+        op = LayerOp.of(layer)
         if op.other is not None or op.groups > 1:
-            return f"a layer of type {type(_base_of(layer)).__name__!r} has no products by row ({name})"
+            return f"a layer of type {type(layer).__name__!r} has no products by row ({name})"
     return None
 
 
 @torch.no_grad()
 def _factors(layer: nn.Module, delta: Delta) -> tuple[Tensor, Tensor]:
-    weight, lora = meta_weight(_base_of(layer)), delta.to_export()
+    weight, lora = meta_weight(innermost(layer)), delta.to_export()
     assert isinstance(lora, LoraDelta)
     lora = lora.without_core()
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
@@ -173,7 +173,7 @@ class RowAdapters:
 
     def _wrap(self, name: str) -> None:
         layer = self._tree.get_module(name)
-        if isinstance(layer, (AdaptedLayer, RowLayer)):
+        if isinstance(layer, LayerWrapper):
             raise AdapterError("an adapter is attached to the layer", where=name, remedy="detach it")
         self._layers[name] = RowLayer(layer)
         self._tree.set_module(name, self._layers[name])
@@ -210,14 +210,12 @@ def _slots(name: str, adapters: Sequence[RowAdapter]) -> _Slots:
     return [(adapter, len(factors[1])) for adapter, factors in own if factors is not None]
 
 
-class RowLayer(nn.Module):
+class RowLayer(LayerWrapper):
     """A linear layer or convolution that adds a low-rank product of its own to each block of rows.
 
     Args:
         base: The layer.
     """
-
-    base: nn.Module
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -299,15 +297,3 @@ class RowLayer(nn.Module):
         low = low.reshape(len(x), rank, -1)
         flat = out.reshape(len(x), out.shape[1], -1)
         return flat.baddbmm_(up.transpose(1, 2).to(out.dtype), low.to(out.dtype)).view(out.shape)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base":
-                raise
-            return getattr(self.base, name)
-
-
-def _base_of(layer: nn.Module) -> nn.Module:
-    return layer.base if isinstance(layer, RowLayer) else layer

@@ -65,8 +65,6 @@ class CompiledEngine(DynamicEngine):
         self._names = frozenset(names)
         self._rows = RowAdapters(self._base, modules=names, rank=chosen.rank)
         self._shapes = _CompiledShapes(1 if self._base.distilled else 2, self._batches)
-        (network,) = (part for name, part in self._base.modules.items() if not name.startswith("text_encoder"))
-        network.compile(backend=chosen.backend, dynamic=False)
         self._compile_shapes()
 
     def obstacle(self, job: ImageJob) -> str | None:
@@ -123,8 +121,10 @@ class CompiledEngine(DynamicEngine):
     def _compile_shapes(self) -> None:
         from torch._dynamo.exc import TorchDynamoException
 
+        (network,) = (part for name, part in self._base.modules.items() if not name.startswith("text_encoder"))
         empty, negative = parse_prompt(""), parse_prompt("", is_negative=True)
         try:
+            network.compile(backend=self.options.backend, dynamic=False)
             for size in self._sizes:
                 self._base.latent_shape(size)
                 for images in self._batches:

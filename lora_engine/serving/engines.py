@@ -42,9 +42,7 @@ class CompiledOptions(DynamicOptions):
     """The compiled engine: adapters by request, in a network that is compiled once for each size."""
 
     max_images: int = Field(default=4, ge=1, le=64, description="Images of the largest compiled batch.")
-    batches: tuple[int, ...] = Field(
-        default=(1,), description="Other compiled batches, in images."
-    )
+    batches: tuple[int, ...] = Field(default=(1,), description="Other compiled batches, in images.")
     rank: int = Field(default=16, ge=1, le=1024, description="Largest rank of all adapters of an image together.")
     targets: str = Field(default="attention", description="Layers with products; see `select_modules`.")
     sizes: tuple[tuple[int, int], ...] = Field(
