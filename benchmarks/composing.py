@@ -3,9 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.composing [--rounds 15] [--shape small] [--targets attention all]
 
 Each contender has the same network weights and the same three adapters, and predicts the noise of two rows (guidance).
-`constant` merges once; `merged` changes all weights before each prediction and merges again; `schedule` does so where
-products of rows would cost more; `attached` adds the differences to the outputs; `peft` has three active adapters of
-PEFT. Rounds alternate between the contenders, and the
+`constant` merges once; `schedule` changes all weights before each prediction and merges again; `attached` adds the
+differences to the outputs; `peft` has three active adapters of PEFT. Rounds alternate between the contenders, and the
 first to run rotates. Figures are medians over rounds of the ratio to the bare network in the same round, in CPU time.
 `apart` is the largest difference to the prediction of PEFT, as a share of its largest value.
 """
@@ -17,7 +16,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +24,6 @@ from torch import Tensor, nn
 from benchmarks.training_step import SHAPES, make_batch, make_network, share_weights
 from lora_engine.adapters import Adapter, attach, create_adapter
 from lora_engine.adapters.merged_weights import MergedWeights
-from lora_engine.adapters.scheduled_weights import ScheduledWeights
 
 _ADAPTERS = 3
 _MULTIPLIERS = (0.7, 0.4, -0.3)
@@ -63,28 +60,20 @@ def make_contenders(shape: str, targets: str, rank: int) -> dict[str, Predict]:
 
         return predict
 
-    networks = {name: share_weights(network) for name in ("constant", "merged", "schedule", "attached", "peft")}
+    networks = {name: share_weights(network) for name in ("constant", "schedule", "attached", "peft")}
     constant = MergedWeights({"unet": networks["constant"]}, adapters)
     constant.set_multipliers(lambda index, name: _MULTIPLIERS[index])
-    changing = {
-        "merged": MergedWeights({"unet": networks["merged"]}, adapters),
-        "schedule": ScheduledWeights({"unet": networks["schedule"]}, adapters),
-    }
-    step = 0
+    schedule, step = MergedWeights({"unet": networks["schedule"]}, adapters), 0
 
-    def change(weights: MergedWeights | ScheduledWeights) -> None:
+    def change() -> None:
         nonlocal step
         step += 1
-        weights.set_multipliers(lambda index, name: _MULTIPLIERS[index] + 1e-9 * step)
+        schedule.set_multipliers(lambda index, name: _MULTIPLIERS[index] + 1e-9 * step)
 
     for adapter, multiplier in zip(adapters, _MULTIPLIERS, strict=True):
         attach({"unet": networks["attached"]}, adapter, multiplier)
     _inject(networks["peft"], adapters)
-    steps = {
-        name: predictor(own, partial(change, changing[name]) if name in changing else lambda: None)
-        for name, own in networks.items()
-    }
-    steps["schedule"]()  # the first prediction counts rows
+    steps = {name: predictor(own, change if name == "schedule" else lambda: None) for name, own in networks.items()}
     return {"bare": predictor(network), **steps}
 
 

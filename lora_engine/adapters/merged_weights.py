@@ -6,7 +6,7 @@ would drift. Removal puts the original parameters back, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -21,9 +21,6 @@ from lora_engine.adapters.layer import bias_of, meta_weight
 from lora_engine.adapters.lora import LoraDelta
 from lora_engine.adapters.tree import Base, ModuleTree, as_tree
 from lora_engine.errors import AdapterError
-
-Scales = dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor]
-"""The multiplier of each rank as a tensor."""
 
 
 class MergedWeights:
@@ -56,14 +53,8 @@ class MergedWeights:
         Args:
             multiplier_of: Takes the number of an adapter and the name of a module; returns the strength there.
         """
-        scales: Scales = {}
         for name, layer in self._layers.items():
-            layer.set({index: multiplier_of(index, name) for index in layer.adapters}, scales)
-
-    def drop(self, names: Collection[str]) -> None:
-        """Puts the original parameters of some modules back for good."""
-        for name in names:
-            self._layers.pop(name).restore()
+            layer.set({index: multiplier_of(index, name) for index in layer.adapters})
 
     def remove(self) -> None:
         """Puts the original parameters back. A second call does nothing."""
@@ -115,8 +106,8 @@ class _MergedLayer:
         changes = {index: delta.delta_bias(self._bias) for index, delta in moved.items()}
         self._bias_changes = {index: change for index, change in changes.items() if change is not None}
 
-    def set(self, multipliers: Mapping[int, float], scales: Scales) -> None:
-        """Merges with these multipliers; equal ones as before compute nothing. Layers share `scales`."""
+    def set(self, multipliers: Mapping[int, float]) -> None:
+        """Merges with these multipliers; equal ones as before compute nothing."""
         if multipliers == self._last:
             return
         self._last = dict(multipliers)
@@ -128,7 +119,7 @@ class _MergedLayer:
         wide = torch.promote_types(self._weight.dtype, torch.float32)
         same_dtype = self._weight.dtype == wide
         target = self._merged.detach() if same_dtype else torch.empty_like(self._weight, dtype=wide)
-        self._add_changes(self._weight.detach().to(wide), target, multipliers, scales)
+        self._add_changes(self._weight.detach().to(wide), target, multipliers)
         if not same_dtype:
             self._merged.copy_(target)
         self._layer.weight = self._merged
@@ -145,16 +136,13 @@ class _MergedLayer:
         if self._bias_changes:
             setattr(self._layer, "bias", self._bias)  # noqa: B010  # a tensor or None, for which torch has no type
 
-    def _add_changes(self, weight: Tensor, target: Tensor, multipliers: Mapping[int, float], scales: Scales) -> None:
+    def _add_changes(self, weight: Tensor, target: Tensor, multipliers: Mapping[int, float]) -> None:
         if self._factors is None:
             target.copy_(weight)
         else:
             up, down, owners = self._factors
-            by_rank = tuple(multipliers[index] for index in owners)
-            scale = scales.get((by_rank, up.dtype, up.device))
-            if scale is None:
-                scale = scales[by_rank, up.dtype, up.device] = torch.tensor(by_rank, dtype=up.dtype, device=up.device)
-            torch.addmm(weight.flatten(1), up * scale, down, out=target.flatten(1))
+            scales = torch.tensor([multipliers[index] for index in owners], dtype=up.dtype, device=up.device)
+            torch.addmm(weight.flatten(1), up * scales, down, out=target.flatten(1))
         for index, change in self._changes.items():
             target.add_(change, alpha=multipliers[index])
 

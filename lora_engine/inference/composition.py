@@ -17,7 +17,6 @@ from lora_engine.adapters import Adapter
 from lora_engine.adapters.attachment import Attachment, attach, check_fit
 from lora_engine.adapters.layer import meta_weight
 from lora_engine.adapters.merged_weights import MergedWeights, can_merge
-from lora_engine.adapters.scheduled_weights import ScheduledWeights
 from lora_engine.bases.base import BaseModel, full_mask_conditioning
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.bases.long_text import count_chunks, encode_divided
@@ -44,11 +43,7 @@ class Composition:
     """
 
     def __init__(
-        self,
-        family: str,
-        tags: Sequence[AdapterTag],
-        merged: MergedWeights | ScheduledWeights | None,
-        attached: Mapping[int, Attachment],
+        self, family: str, tags: Sequence[AdapterTag], merged: MergedWeights | None, attached: Mapping[int, Attachment]
     ) -> None:
         self._family, self._tags, self._merged, self._attached = family, tags, merged, attached
         self._weights: list[tuple[float, float]] = []
@@ -82,8 +77,8 @@ def compose(
         engine: `merged` computes the weights of the base with all adapters, from kept ones, when a weight of a tag
             changes; drawing then costs what it costs without adapters. `attached` adds each difference to the outputs,
             which costs less if the weights change with every step and images are small, and keeps differences that are
-            finer than 16-bit weights. `auto` merges into weights of 32 bits and attaches to others; if weights change
-            over the steps, each layer does what costs less (`ScheduledWeights`). Quantized weights are never merged.
+            finer than 16-bit weights. `auto` merges into weights of 32 bits and attaches to others. Quantized weights
+            are never merged.
 
     Raises:
         SettingsError: Block weights are of another family.
@@ -101,12 +96,10 @@ def compose(
             check_fit(base, bundle.adapter)
     merges = [[name for name in bundle.adapter.modules if _merges(base, name, engine)] for bundle in bundles]
     with ExitStack() as stack:
-        merged: MergedWeights | ScheduledWeights | None = None
+        merged = None
         if any(merges):
             parts = [_part(bundle, names) for bundle, names in zip(bundles, merges, strict=True)]
-            changes = engine == "auto" and not all(tag.is_constant for tag, _ in adapters)
-            merged = ScheduledWeights(base, parts) if changes else MergedWeights(base, parts)
-            stack.callback(merged.remove)
+            merged = stack.enter_context(MergedWeights(base, parts))
         rest = {
             index: _part(bundle, set(bundle.adapter.modules) - set(merges[index]))
             for index, bundle in enumerate(bundles)
