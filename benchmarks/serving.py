@@ -31,7 +31,8 @@ from benchmarks.composing import make_adapters
 from benchmarks.training_step import make_batch, make_network, share_weights
 from lora_engine.adapters import Adapter, attach
 from lora_engine.adapters.merged_weights import MergedWeights
-from lora_engine.adapters.rows import RowAdapter, RowAdapters, RowFactors
+from lora_engine.adapters.row_factors import RowAdapter, RowFactors
+from lora_engine.adapters.rows import RowAdapters
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.errors import EngineError
 from lora_engine.formats import write_adapter

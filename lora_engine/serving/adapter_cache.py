@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from lora_engine.adapters.rows import RowFactors, find_row_obstacle
+from lora_engine.adapters.row_factors import RowFactors, find_row_obstacle
 from lora_engine.bases.base import BaseModel
 from lora_engine.errors import AdapterError
 from lora_engine.formats import Bundle, read_bundle

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lora_engine.adapters.attachment import Attachment
-from lora_engine.adapters.rows import ArrangementError, RowAdapter, RowAdapters
+from lora_engine.adapters.row_factors import RowAdapter
+from lora_engine.adapters.rows import ArrangementError, RowAdapters
 from lora_engine.bases.base import BaseModel
 from lora_engine.errors import EngineError
 from lora_engine.formats import Bundle

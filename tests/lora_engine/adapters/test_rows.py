@@ -8,7 +8,8 @@ from law_adapters import LAYERS, MATRICES, applies_to, input_of, layer_of, moved
 from torch import nn
 
 from lora_engine.adapters import Adapter, attach
-from lora_engine.adapters.rows import ArrangementError, RowAdapter, RowAdapters, RowFactors, find_row_obstacle
+from lora_engine.adapters.row_factors import RowAdapter, RowFactors, find_row_obstacle
+from lora_engine.adapters.rows import ArrangementError, RowAdapters
 from lora_engine.catalog.kinds import KINDS
 from lora_engine.errors import AdapterError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -10,18 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
+from lora_engine.adapters import Adapter, create_adapter
+from lora_engine.bases.base import load_base
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.errors import EngineError, SettingsError
+from lora_engine.formats import write_adapter
 from lora_engine.serving.engines import ENGINES, CompiledOptions, DynamicOptions, StaticOptions, make_engine
 from lora_engine.serving.lockstep import Lockstep, Prediction
 from tests.lora_engine.serving.conftest import job_of, pixels_of
 
 
 def test_the_engines_and_their_options_are_named_without_torch() -> None:
-    code = "from lora_engine.serving.engines import ENGINES; import sys; print(*ENGINES, 'torch' in sys.modules)"
+    code = "from lora_engine.formats import write_adapter
+from lora_engine.serving.engines import ENGINES; import sys; print(*ENGINES, 'torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.split() == ["static", "dynamic", "compiled", "False"]
     assert all(entry.title for entry in ENGINES.values())
@@ -108,3 +114,27 @@ def test_an_error_of_one_prediction_is_that_of_its_job() -> None:
     first, second = lockstep.run(jobs)
     assert isinstance(first, Tensor)
     assert isinstance(second, EngineError)
+
+
+def test_the_example_of_the_documentation_draws_two_adapters_in_one_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Path(__file__).parents[3] / "docs" / "serving-engines.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    base = load_base("tiny", device="cpu")
+    for seed, name in enumerate(("red", "blue")):
+        draw = torch.Generator().manual_seed(seed)
+        adapter = create_adapter(base, "attention", generator=draw)
+        modules = {
+            module: delta.with_factors(
+                {key: 0.05 * torch.randn(value.shape, generator=draw) for key, value in delta.factors().items()}
+            )
+            for module, delta in adapter.modules.items()
+        }
+        write_adapter(f"{name}.safetensors", Adapter(modules, adapter.base, adapter.fingerprint))
+    exec(code, {})
+    images = [Image.open(f"{name}.png") for name in ("red", "blue")]
+    assert [image.size for image in images] == [(32, 32)] * 2
+    assert images[0].tobytes() != images[1].tobytes()
+    assert "Lora hashes" in images[0].text["parameters"]  # type: ignore[attr-defined]
