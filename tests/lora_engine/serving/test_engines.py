@@ -26,8 +26,7 @@ from tests.lora_engine.serving.conftest import job_of, pixels_of
 
 
 def test_the_engines_and_their_options_are_named_without_torch() -> None:
-    code = "from lora_engine.formats import write_adapter
-from lora_engine.serving.engines import ENGINES; import sys; print(*ENGINES, 'torch' in sys.modules)"
+    code = "from lora_engine.serving.engines import ENGINES; import sys; print(*ENGINES, 'torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.split() == ["static", "dynamic", "compiled", "False"]
     assert all(entry.title for entry in ENGINES.values())
