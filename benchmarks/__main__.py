@@ -10,6 +10,7 @@ BENCHMARKS = (
     "benchmarks.loop_overhead",
     "benchmarks.training_step",
     "benchmarks.composing",
+    "benchmarks.serving",
     "benchmarks.parameter_counts",
     "benchmarks.caching",
     "benchmarks.prior",

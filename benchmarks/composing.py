@@ -30,10 +30,10 @@ _MULTIPLIERS = (0.7, 0.4, -0.3)
 Predict = Callable[[], Tensor]
 
 
-def make_adapters(network: nn.Module, targets: str, rank: int) -> list[Adapter]:
+def make_adapters(network: nn.Module, targets: str, rank: int, count: int = _ADAPTERS) -> list[Adapter]:
     """Returns adapters with random factors on the same layers."""
     adapters = []
-    for seed in range(_ADAPTERS):
+    for seed in range(count):
         draw = torch.Generator().manual_seed(seed)
         adapter = create_adapter({"unet": network}, targets, "lora", rank, generator=draw)
         modules = {

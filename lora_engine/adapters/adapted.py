@@ -14,11 +14,28 @@ from lora_engine.adapters.regularization import mask_ranks
 from lora_engine.adapters.shared_input import SharedInput
 
 
-class AdaptedLayer(nn.Module):
+class LayerWrapper(nn.Module):
+    """A module in the place of a layer. Attributes that it lacks (`weight`, `in_features`, ...) are the layer's.
+
+    Attributes:
+        base: The layer, or another wrapper.
+    """
+
+    base: nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(self.base, name)
+
+
+class AdaptedLayer(LayerWrapper):
     """A layer with one delta applied to its output.
 
-    The wrapped layer keeps its identity, hooks, mode and `requires_grad`. Attributes that the wrapper lacks (`weight`,
-    `in_features`, ...) are read from the wrapped layer.
+    The wrapped layer keeps its identity, hooks, mode and `requires_grad`.
 
     Args:
         base: The layer, or another `AdaptedLayer` (adapters stack, and each reads the innermost layer's weight).
@@ -34,8 +51,6 @@ class AdaptedLayer(nn.Module):
             already wrapped.
         shared: The group of layers that are called with the same input; None without such a group.
     """
-
-    base: nn.Module
 
     def __init__(
         self,
@@ -92,17 +107,9 @@ class AdaptedLayer(nn.Module):
         is_plain = self.multiplier != 0.0 and not is_dropping
         return fused_forward is not None and is_plain and fused_forward.applies_to(x) and is_plain_linear(self.base)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base":
-                raise
-            return getattr(self.base, name)
-
 
 def innermost(layer: nn.Module) -> nn.Module:
     """Returns the layer inside all wrappers."""
-    while isinstance(layer, AdaptedLayer):
+    while isinstance(layer, LayerWrapper):
         layer = layer.base
     return layer

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from lora_engine.adapters.adapted import AdaptedLayer, innermost
+from lora_engine.adapters.adapted import LayerWrapper, innermost
 from lora_engine.adapters.adapter import Adapter
 from lora_engine.adapters.attachment import check_fit
 from lora_engine.adapters.delta import Delta
@@ -80,7 +80,7 @@ def can_merge(layer: nn.Module) -> bool:
 def _plain_layer(tree: ModuleTree, name: str) -> nn.Module:
     layer = tree.get_module(name)
     if not can_merge(layer):
-        problem = "an adapter is attached to it" if isinstance(layer, AdaptedLayer) else "its weight is quantized"
+        problem = "an adapter is attached to it" if isinstance(layer, LayerWrapper) else "its weight is quantized"
         raise AdapterError(
             f"nothing can be merged into the layer: {problem}",
             where=name,

@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 
 from torch import nn
 
-from lora_engine.adapters.adapted import AdaptedLayer, innermost
+from lora_engine.adapters.adapted import LayerWrapper, innermost
 from lora_engine.adapters.layer import is_adaptable, meta_weight
 from lora_engine.adapters.module_names import LEVEL, canonical_name, near_names
 from lora_engine.errors import AdapterError
@@ -171,7 +171,7 @@ def adaptable_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, child in module.named_modules():
         if below and path.startswith(below):
             continue
-        if isinstance(child, AdaptedLayer):
+        if isinstance(child, LayerWrapper):
             below = (*below, f"{path}.")
             yield path, innermost(child)
         elif is_adaptable(child):

@@ -58,7 +58,9 @@ class BaseModel(Protocol):
     options: BaseOptions
 
     def configure(self, options: BaseOptions) -> None:
-        """Changes the layer of the text encoders that is read, the noise schedule and the autoencoder; called once.
+        """Sets the layer of the text encoders that is read, the noise schedule and the autoencoder.
+
+        What an earlier call changed and these options leave out is the base's own again.
 
         Raises:
             BaseModelError: The autoencoder is damaged, or has other latents than that of the base.

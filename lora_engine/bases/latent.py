@@ -52,6 +52,7 @@ class LatentModel(ABC):
         self._index = source.layout.index
         self._load_text(source)
         self._scheduler_settings = self._load_schedule(source)
+        self._unchanged = self.vae, self._scheduler_settings
         self._tree = DictTree(self.modules, self.family, self.fingerprint)
         self._names = self._tree.module_names()
         self.default_size = self._default_size()
@@ -74,6 +75,7 @@ class LatentModel(ABC):
 
     def _set_options(self, options: BaseOptions) -> None:
         self.options = options
+        self.vae, self._scheduler_settings = self._unchanged
         if options.vae is None:
             return
         vae: Any = load_autoencoder(AutoencoderKL, options.vae, torch.float32).to(self.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_engine.bases.base import load_base
+from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.bases.options import options_of_cards
 from lora_engine.bases.samplers import Sampler, find_sampler
 from lora_engine.bases.vae import resolve_vae
@@ -21,10 +22,11 @@ from lora_engine.errors import SettingsError
 from lora_engine.files import sha256_file
 from lora_engine.formats import Bundle, read_bundle
 from lora_engine.inference import ComposedEngine
-from lora_engine.inference.composition import compose, generate_composed
+from lora_engine.inference.composition import Composition, compose, generate_composed
 from lora_engine.inference.generate import OnStep, ignore_step
 from lora_engine.inference.image_metadata import Drawing, UsedAdapter, UsedImage
 from lora_engine.inference.prompts.prompt import ParsedPrompt
+from lora_engine.inference.prompts.tags import AdapterTag
 from lora_engine.inference.source_image import SourceImage, fit_image, fit_mask
 from lora_engine.progress import Progress, no_progress
 
@@ -71,7 +73,7 @@ class Drawer:
     """Draws images with one base; the file of an adapter is read once.
 
     Args:
-        base: The base; see `load_base`.
+        base: The base, or a name for `load_base`.
         clip_skip: See `BaseOptions`; None is that of the adapters' training.
         vae: Another autoencoder, a name for `resolve_vae`; the one of the adapters' training.
 
@@ -79,8 +81,8 @@ class Drawer:
         BaseModelError: No such base.
     """
 
-    def __init__(self, base: str, *, clip_skip: int | None = None, vae: str | None = None) -> None:
-        self._model = load_base(base)
+    def __init__(self, base: str | BaseModel, *, clip_skip: int | None = None, vae: str | None = None) -> None:
+        self._model = load_base(base) if isinstance(base, str) else base
         self._clip_skip, self._vae = clip_skip, resolve_vae(vae) if vae else None
         self._names = self._model.module_names()
         self._bundles: dict[Path, Bundle] = {}
@@ -122,7 +124,7 @@ class Drawer:
         size = source.size if source is not None else settings.size or self._model.default_size
         larger = self._rounded(tuple(settings.enlarge * side for side in size)) if settings.enlarge > 1.0 else None
         pairs = list(zip(prompt.adapters, bundles, strict=True))
-        with compose(self._model, pairs, engine=settings.engine) as composition:
+        with self._composed(pairs, settings.engine) as composition:
             drawn = partial(
                 generate_composed,
                 self._model,
@@ -154,6 +156,11 @@ class Drawer:
     def preview(self, latents: Tensor) -> Tensor:
         """Returns images [n, 3, height, width] in [-1, 1] of latents between two steps, on the CPU."""
         return self._model.decode_latents(latents).clamp(-1.0, 1.0).float().cpu()
+
+    def _composed(
+        self, adapters: Sequence[tuple[AdapterTag, Bundle]], engine: ComposedEngine
+    ) -> AbstractContextManager[Composition]:
+        return compose(self._model, adapters, engine=engine)
 
     def _enlarged(
         self,
