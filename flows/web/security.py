@@ -24,7 +24,7 @@ from registry.policy.actors import acting_as
 from tasks.serving.job import Failure
 
 LOGIN, STUDIO = "/login", "/studio"
-_OPEN = frozenset({"/healthz", "/readyz", LOGIN})
+_OPEN = frozenset({"/", "/healthz", "/readyz", LOGIN})
 """Paths that need no token."""
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _logger = logging.getLogger("flows.web.access")

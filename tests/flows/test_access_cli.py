@@ -137,7 +137,7 @@ def test_a_verb_on_files_does_not_create_a_home(verb: str, values: Mapping[str, 
     assert not home.exists()
 
 
-# `train` ends as `run`, `sweep` refuses a file without a sweep before it opens the home; `up`, `serve` run until stopped.
+# `train` ends as `run`, `sweep` refuses a file without a sweep before it opens the home, `up`, `serve` do not end.
 @pytest.mark.parametrize("verb", sorted({*verbs(Access.WRITE, Access.DELETE)} - {"train", "sweep", "up", "serve"}))
 def test_a_verb_that_writes_creates_the_home(verb: str, values: Mapping[str, str], home: Path, tmp_path: Path) -> None:
     if verb == "restore-backup":

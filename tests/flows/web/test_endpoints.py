@@ -322,7 +322,7 @@ def test_the_requests_of_the_page_are_drawn(client: TestClient) -> None:
 def test_the_hook_of_the_page_decides() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names: dict[str, Any] = {}
-    exec(code, names)  # noqa: S102 (our page)
+    exec(code, names)
     job = Job("0" * 32, "local", DrawRequest("a forbidden ring"), JobState.RUNNING, (), datetime.now(UTC))
     assert names["check"]([], job) == Decision(False, ("the prompt is forbidden",))
 
