@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -11,10 +12,11 @@ from tests.flows.shared import fill_once
 from tests.flows.web.served import Served, make_home, serving
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def served_home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    """Returns a home with two adapters; tests do not change its versions."""
-    return Home.open(fill_once(tmp_path_factory, "served", lambda folder: make_home(folder) and None) / "home")
+    """Returns a copy of a home with two adapters: one server at a time uses a home."""
+    made = fill_once(tmp_path_factory, "served", make_home) / "home"
+    return Home.open(shutil.copytree(made, tmp_path_factory.mktemp("served") / "home"))
 
 
 @pytest.fixture(scope="module")

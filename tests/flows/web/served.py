@@ -15,12 +15,13 @@ import uvicorn
 
 from flows.web.app import WebSettings, create_app
 from lora_engine.compute import threads
+from lora_engine.formats import Card
 from lora_engine.serving.engine import PlainEngine
 from registry.home import Home
 from registry.versions.promotion import promote
 from registry.versions.versions import Versions
 from tasks.serving.service import ImageService, ServiceSettings
-from tests.flows.made import bring_in, write_random
+from tests.flows.made import write_random
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,18 @@ class Served:
         return f"http://127.0.0.1:{self.port}"
 
 
-def make_home(folder: Path) -> Home:
-    """Returns a home with `zorb@1`, which has the alias `production`, and `ring@1`, which has `staging`."""
+def make_home(folder: Path) -> None:
+    """Makes a home with `zorb@1`, which has the alias `production`, and `ring@1`, which has `staging`."""
     home = Home.open(folder / "home")
     # Imported adapters have no evaluation, which the default policy of these aliases needs.
     open_policy = {"needs_evaluation": False, "needs_gate": False, "needs_licence": "none", "needs_consent": "none"}
     policies = {"aliases": dict.fromkeys(("production", "staging"), open_policy)}
     (home.path / "policy.yaml").write_text(json.dumps(policies))
     for seed, (name, alias) in enumerate([("zorb", "production"), ("ring", "staging")]):
-        bring_in(home, write_random(folder / f"{name}.safetensors", seed), name)
+        write_random(folder / name, seed, form="loraline", card=Card(title=name, base="tiny", license="MIT"))
         with closing(Versions(home)) as versions:
+            versions.register(name, versions.store.put("adapter", folder / name), card={"base": "tiny"})
             promote(versions, name, 1, alias, reason="a test")
-    return home
 
 
 @contextmanager
