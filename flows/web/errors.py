@@ -107,8 +107,9 @@ def add_error_handlers(app: FastAPI) -> None:
     """Makes the application answer all errors as `ErrorAnswer`."""
 
     @app.exception_handler(WordedError)
-    async def answer_worded(_: Request, error: WordedError) -> JSONResponse:
+    async def answer_worded(request: Request, error: WordedError) -> JSONResponse:
         status = status_of(error)
+        request.app.state.service.metrics.rejected.labels(type(error).__name__).inc()
         if status >= 500:
             _logger.warning("%s", error)
         return answer(Failure.of(error), status, headers_of(error))

@@ -39,6 +39,12 @@ def _page(title: str, fields: str, problem: str = "", status: int = 200) -> HTML
     return HTMLResponse(_PAGE.format(title=title, fields=fields, problem=escape(problem)), status)
 
 
+@router.get("/")
+async def show_start(request: Request) -> Response:
+    """Show the studio, or the OpenAPI document of a server without it."""
+    return RedirectResponse("/studio" if request.app.state.settings.studio else "/openapi.json", 303)
+
+
 @router.get("/login")
 async def show_login() -> HTMLResponse:
     """Show the form."""

@@ -24,7 +24,7 @@ from registry.policy.actors import acting_as
 from tasks.serving.job import Failure
 
 LOGIN, STUDIO = "/login", "/studio"
-_OPEN = frozenset({"/healthz", "/readyz", LOGIN})
+_OPEN = frozenset({"/", "/healthz", "/readyz", LOGIN})
 """Paths that need no token."""
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _logger = logging.getLogger("flows.web.access")
@@ -39,7 +39,7 @@ _PLAIN = f"default-src 'none'; style-src 'unsafe-inline'; {_COMMON}"
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
-    (b"referrer-policy", b"no-referrer"),
+    (b"referrer-policy", b"same-origin"),  # `no-referrer` makes browsers send the Origin `null` with own forms
     (b"cross-origin-opener-policy", b"same-origin"),
     (b"cross-origin-resource-policy", b"same-origin"),
 )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from flows.telemetry import start_tracing
 from flows.web.app import WebSettings, create_app
 from flows.web.server import Listening, open_socket, run_server
+from flows.web.tokens import read_tokens
 from registry.home import Home
 from tasks.serving.service import open_service
 from tasks.serving.settings import ServiceSettings
@@ -33,7 +33,8 @@ def serve_images(
         HomeError: Another server serves the home.
         BaseModelError: No such base.
     """
-    start_tracing()
+    if web.tokens is not None:
+        read_tokens(web.tokens)  # before the base is loaded, which takes longer
     with open_socket(listening) as sock:
         port = int(sock.getsockname()[1])
         service = open_service(home, settings)

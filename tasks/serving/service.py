@@ -27,7 +27,7 @@ from tasks.serving.metrics import ServingMetrics
 from tasks.serving.records import JobRecords
 from tasks.serving.results import Results
 from tasks.serving.safety import load_hook
-from tasks.serving.settings import ServiceSettings, check_request
+from tasks.serving.settings import MAX_ADAPTERS, ServiceSettings, check_request
 
 if TYPE_CHECKING:
     from lora_engine.serving.engine import ImageEngine
@@ -246,5 +246,7 @@ class ImageService:
                 allowed="prompts without adapters: this server has fixed ones",
                 remedy="leave the tag out",
             )
+        if len(prompt.adapters) > MAX_ADAPTERS:
+            raise SettingsError(f"the prompt names {len(prompt.adapters)} adapters", allowed=f"at most {MAX_ADAPTERS}")
         names = [*(tag.name for tag in prompt.adapters), *(reference for reference, _ in self._fixed)]
         return tuple(self._adapters.resolve(name) for name in names)

@@ -54,6 +54,8 @@ class ServiceSettings:
 
 MAX_PROMPT = 10_000
 """Characters of a prompt."""
+MAX_ADAPTERS = 16
+"""Adapters of a prompt."""
 MAX_SEED = 2**63 - 1 - 1_000
 """Largest seed; those of further images of a request count up, and torch takes 63 bits."""
 

@@ -47,8 +47,8 @@ def test_a_role_grants_its_permission_and_no_other(granted, asked) -> None:
     assert find_denial({}, OPEN, "eve", asked, name="x") == "", "without roles, everyone may do everything"
 
 
-@pytest.mark.parametrize("established", ["declared", "os", "oidc", "signed"])
-@pytest.mark.parametrize("accepted", ["declared", "os", "oidc", "signed"])
+@pytest.mark.parametrize("established", ["declared", "os", "oidc", "signed", "token"])
+@pytest.mark.parametrize("accepted", ["declared", "os", "oidc", "signed", "token"])
 def test_only_accepted_ways_to_establish_an_actor_count(established, accepted) -> None:
     identity = IdentityPolicy(accept=(accepted,))
     actor = Actor("ada@lab", established)

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from flows.cli import app
 from flows.web.app import create_app
 from lora_engine.serving.engine import PlainEngine
+from registry.entities import Decision
 from registry.home import Home
 from registry.versions.deletion import withdraw
 from registry.versions.versions import Versions
+from tasks.operations.images import DrawRequest
+from tasks.serving.job import Job, JobState
 from tasks.serving.service import ImageService, ServiceSettings
 from tests.flows.web.server import copy_home, read_events
 
@@ -198,9 +207,7 @@ def test_the_cards_of_adapters_have_what_a_user_chooses_by(client: TestClient) -
 
 
 def test_a_client_that_goes_away_cancels_its_job(service: ImageService) -> None:
-    import asyncio
-
-    app = create_app(service)
+    application = create_app(service)
     gone = asyncio.Event()
 
     async def ask() -> None:
@@ -235,7 +242,7 @@ def test_a_client_that_goes_away_cancels_its_job(service: ImageService) -> None:
                 await asyncio.sleep(0.01)
             gone.set()
 
-        await asyncio.gather(app(scope, receive, send), leave())
+        await asyncio.gather(application(scope, receive, send), leave())
 
     asyncio.run(ask())
     (job,) = [job for job in service.jobs() if job.request.seed == 77]
@@ -244,6 +251,7 @@ def test_a_client_that_goes_away_cancels_its_job(service: ImageService) -> None:
 
 def test_health_and_metrics_say_what_the_server_does(client: TestClient, service: ImageService) -> None:
     client.post("/v1/images", json=BODY)
+    client.post("/v1/images", json={**BODY, "prompt": "a <lora:nothing:1>"})
     assert client.get("/healthz").json() == client.get("/readyz").json() == {"status": "ok"}
     families = {family.name: family for family in text_string_to_metric_families(client.get("/metrics").text)}
     jobs = {
@@ -252,7 +260,7 @@ def test_health_and_metrics_say_what_the_server_does(client: TestClient, service
         if sample.name.endswith("_total")
     }
     assert jobs["local", "completed"] >= 1
-    for name in ("images", "steps", "waiting_seconds", "drawing_seconds", "batch_images", "adapter_files"):
+    for name in ("images", "steps", "waiting_seconds", "drawing_seconds", "batch_images", "adapter_files", "rejected"):
         assert families[f"loraline_serving_{name}"].samples, name
     assert "loraline_serving_waiting_jobs" in families
 
@@ -277,8 +285,6 @@ def test_a_full_queue_and_a_stopped_server_say_when_to_try_again(
             assert client.post("/v1/jobs", json=BODY).status_code == 202
             own = client.post("/v1/jobs", json=BODY)
             assert (own.status_code, own.json()["error"]["type"]) == (429, "TenantQueueFull")
-            from tasks.operations.images import DrawRequest
-
             service.submit(DrawRequest("a ring", steps=1), tenant="ann")
             full = client.post("/v1/jobs", json=BODY)
             assert (full.status_code, full.headers["retry-after"]) == (503, "2")
@@ -299,3 +305,35 @@ def test_the_document_names_every_error_of_the_routes_that_draw(client: TestClie
             document["paths"][path]["post"]["responses"]
         )
     assert document["components"]["schemas"]["ImageRequest"]["additionalProperties"] is False
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "serving.md"
+
+
+def test_the_requests_of_the_page_are_drawn(client: TestClient) -> None:
+    requests = re.findall(r"curl http://127.0.0.1:8188(\S+) .*?-d '([^']+)'", PAGE.read_text(), re.DOTALL)
+    assert requests
+    for path, body in requests:
+        answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["job"]["adapters"] == ["zorb@1"]
+
+
+def test_the_hook_of_the_page_decides() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    job = Job("0" * 32, "local", DrawRequest("a forbidden ring"), JobState.RUNNING, (), datetime.now(UTC))
+    assert names["check"]([], job) == Decision(False, ("the prompt is forbidden",))
+
+
+def test_the_page_has_every_option_endpoint_and_metric(client: TestClient, service: ImageService) -> None:
+    text = PAGE.read_text()
+    serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    options = {opt for parameter in serve.params for opt in (*parameter.opts, *parameter.secondary_opts)}
+    documented = set(re.findall(r"--[a-z-]+", text)) - {"--expires", "--file", "--tenant"}
+    assert options - {"--no-behind-proxy", "--no-json", "--help"} == documented
+    paths = {path.partition("{")[0].rstrip("/") for path in client.get("/openapi.json").json()["paths"]}
+    assert [path for path in paths if path.startswith("/v1") and f"{path}" not in text] == []
+    names = set(re.findall(r"^# TYPE loraline_serving_(\w+) ", service.metrics.text().decode(), re.MULTILINE))
+    assert [name for name in names if not name.endswith("_created") and f"`{name}`" not in text] == []

@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import uvicorn
 from starlette.requests import Request
 from starlette.testclient import TestClient
 
@@ -19,6 +20,7 @@ from flows.web.callers import COOKIE, Sessions, caller_of
 from flows.web.errors import hide_paths
 from flows.web.limits import RequestLimit
 from flows.web.security import Guard, GuardSettings
+from flows.web.server import Listening, _Protocol, open_socket
 from flows.web.tokens import Tokens, add_token, read_tokens, remove_tokens
 from lora_engine.serving.engine import PlainEngine
 from registry.errors import IdentityError, Refused
@@ -40,7 +42,8 @@ _CONTENTS = {
     "application/json": b'{"prompt": "a"}',
     "text/plain": b'{"prompt": "a"}',
     "application/x-www-form-urlencoded": b"prompt=a",
-    "multipart/form-data; boundary=x": b'--x\r\nContent-Disposition: form-data; name="f"; filename="a"\r\n\r\na\r\n--x--',
+    "multipart/form-data; boundary=x": b'--x\r\nContent-Disposition: form-data; name="f"; filename="a"\r\n\r\na\r\n'
+    b"--x--",
 }
 
 
@@ -140,7 +143,7 @@ def test_every_answer_has_the_security_headers(client: TestClient, path: str) ->
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["x-frame-options"] == "DENY"
     assert "frame-ancestors 'none'" in headers["content-security-policy"]
-    assert headers["referrer-policy"] == "no-referrer"
+    assert headers["referrer-policy"] == "same-origin", "own forms are sent with an Origin"
     refused = client.get(path, headers={"Host": "evil.example"}).headers
     assert "frame-ancestors 'none'" in refused["content-security-policy"]
 
@@ -175,6 +178,29 @@ def test_a_body_that_does_not_arrive_ends_with_a_timeout() -> None:
     assert sent[0]["status"] == 408
 
 
+def test_a_connection_that_sends_no_headers_is_closed(service: ImageService, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.web.server._HEADER_SECONDS", 0.2)
+
+    async def converse() -> tuple[bytes, bytes]:
+        with open_socket(Listening(port=0)) as sock:
+            server = uvicorn.Server(uvicorn.Config(create_app(service), http=_Protocol, ws="none", log_config=None))
+            serving = asyncio.create_task(server._serve([sock]))
+            host, port = sock.getsockname()
+            answers = []
+            for begin in (b"POST /v1/jobs HTTP/1.1\r\nHost: 127", b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"):
+                reader, writer = await asyncio.open_connection(host, port)
+                writer.write(begin)
+                answers.append(await asyncio.wait_for(reader.read(100), 60))
+                writer.close()
+            server.should_exit = True
+            await serving
+        return answers[0], answers[1]
+
+    silent, complete = asyncio.run(converse())
+    assert silent == b""
+    assert complete.startswith(b"HTTP/1.1 200")
+
+
 def test_requests_of_a_tenant_are_bounded_over_time() -> None:
     seconds = [0.0]
     limit = RequestLimit(60, lambda: seconds[0])
@@ -205,6 +231,10 @@ def test_a_server_with_tokens_answers_nobody_else(guarded: tuple[TestClient, str
     assert client.get("/v1/jobs", headers=bearer(ann)).status_code == 200
     basic = base64.b64encode(f"anyone:{ann}".encode()).decode()
     assert client.get("/v1/jobs", headers={"Authorization": f"Basic {basic}"}).status_code == 200
+
+
+def test_the_root_leads_to_the_studio_or_to_the_document(guarded: tuple[TestClient, str, str]) -> None:
+    assert guarded[0].get("/").headers["location"] == "/openapi.json"
 
 
 def test_a_tenant_sees_no_job_of_another(guarded: tuple[TestClient, str, str]) -> None:

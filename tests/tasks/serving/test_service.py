@@ -327,6 +327,7 @@ def test_a_safety_hook_that_cannot_be_loaded_keeps_the_server_from_starting(
         ({"sampler": "no such"}, "no such"),
         ({"mask": Path("mask.png")}, "a mask needs an image"),
         ({"prompt": "a <lora:zorb:abc>"}, "abc"),
+        ({"prompt": "".join(f"<lora:zorb:0.{weight}>" for weight in range(1, 18))}, "17 adapters"),
     ],
 )
 def test_a_request_outside_of_the_limits_is_refused_before_it_waits(
