@@ -143,7 +143,7 @@ def test_the_model_is_set_by_its_title_and_another_is_refused(api: WebUIApi) -> 
 
 def test_the_lists_name_what_can_be_used(api: WebUIApi) -> None:
     loras = {each["name"]: each for each in api.get_loras()}
-    assert loras.keys() == {"zorb", "ring@staging"}
+    assert loras.keys() == {"zorb", "ring"}
     assert loras["zorb"]["path"] == "zorb@1"
     assert loras["zorb"]["alias"] == "zorb-v1"
     assert [each["aliases"] for each in api.get_samplers()] == [[name] for name in SAMPLERS]

@@ -16,6 +16,7 @@ from PIL import Image
 
 from flows.web.a1111_infotext import fill_unset, parse_infotext
 from registry.versions.deletion import withdraw
+from registry.versions.promotion import promote
 from registry.versions.versions import Versions
 from tests.flows.web.served import Served
 
@@ -149,14 +150,19 @@ def test_images_are_left_out_on_request_and_sources_are_repeated(client: httpx.C
     assert client.post("/img2img", json=body).json()["parameters"]["init_images"] == body["init_images"]
 
 
-def test_a_withdrawn_version_is_gone_and_leaves_the_list(client: httpx.Client, served: Served) -> None:
-    body = SMALL | {"prompt": "a <lora:ring@1:1>"}
-    assert client.post("/txt2img", json=body).status_code == 200
-    assert "ring@staging" in {each["name"] for each in client.get("/loras").json()}
+def test_another_alias_is_listed_and_a_withdrawn_version_is_gone(client: httpx.Client, served: Served) -> None:
+    def listed() -> dict[str, str]:
+        return {each["name"]: each["path"] for each in client.get("/loras").json()}
+
+    bodies = [SMALL | {"prompt": f"a <lora:{name}:1>"} for name in ("zorb@trial", "zorb@2", "zorb-v2")]
     with closing(Versions(served.service.home)) as versions:
-        withdraw(versions, "ring", 1, reason="a test")
-    assert refused(client, "/txt2img", body)[0] == 410
-    assert "ring@staging" not in {each["name"] for each in client.get("/loras").json()}
+        promote(versions, "zorb", 2, "trial", reason="a test")
+        assert listed() == {"zorb": "zorb@1", "ring": "ring@1", "zorb@trial": "zorb@2"}
+        first, *others = [client.post("/txt2img", json=body).json()["images"] for body in bodies]
+        assert [len(images) for images in (first, *others)] == [1, 1, 1]
+        withdraw(versions, "zorb", 2, reason="a test")
+    assert listed() == {"zorb": "zorb@1", "ring": "ring@1"}
+    assert [refused(client, "/txt2img", body)[0] for body in bodies] == [404, 410, 410]
 
 
 def test_half_of_a_character_is_refused(client: httpx.Client) -> None:

@@ -10,6 +10,7 @@ from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -17,9 +18,11 @@ import openai
 import pytest
 from openai import OpenAI
 from PIL import Image
+from webuiapi import WebUIApi
 
 from registry.home import Home
 from tests.flows.web.served import Served, serving
+from tests.flows.web.server import write_tokens
 
 SMALL = {"size": "32x32", "extra_body": {"seed": 7, "steps": 2}}
 
@@ -127,8 +130,8 @@ def test_a_client_that_leaves_a_stream_cancels_the_job(client: OpenAI, served: S
 
 
 def test_the_models_are_the_base_and_the_adapters(client: OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["tiny", "ring@staging", "zorb"]
-    assert client.models.retrieve("ring@staging").owned_by == "loraline"
+    assert [model.id for model in client.models.list()] == ["tiny", "ring", "zorb"]
+    assert client.models.retrieve("ring").owned_by == "loraline"
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("dall-e-3")
     assert caught.value.code == "model_not_found"
@@ -203,6 +206,29 @@ def wait_for_state(served: Served, state: str) -> None:
     while state not in {job.state for job in served.service.jobs()}:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_token_is_the_key_and_tenants_see_their_own_jobs_only(tmp_path: Path) -> None:
+    keys = write_tokens(tmp_path / "tokens.json", ("ann", "a"), ("bob", "b"))
+    with serving(Home.open(tmp_path / "home"), tokens=tmp_path / "tokens.json") as served:
+        address = f"{served.url}/v1"
+        with OpenAI(base_url=address, api_key=keys[0], max_retries=0, timeout=60) as client:
+            assert client.images.generate(prompt="a ring", **SMALL).size == "32x32"
+        with OpenAI(base_url=address, api_key="wrong", max_retries=0, timeout=60) as client:
+            with pytest.raises(openai.AuthenticationError):
+                client.images.generate(prompt="a ring", **SMALL)
+        ann, bob = (WebUIApi(port=served.port, username="user", password=key) for key in keys)
+        result: list[Any] = []
+        options = {"prompt": "a ring", "width": 64, "height": 64, "steps": 900, "sampler_name": "Euler"}
+        drawing = threading.Thread(target=lambda: result.append(ann.txt2img(**options)))
+        drawing.start()
+        wait_for_state(served, "running")
+        assert bob.get_progress()["state"]["job_count"] == 0
+        bob.interrupt()
+        assert ann.get_progress()["state"]["job_count"] == 1
+        ann.interrupt()
+        drawing.join()
+        assert result[0].info["interrupted"] is True
 
 
 def test_the_stream_of_a_job_that_fails_raises_the_message(client: OpenAI) -> None:
