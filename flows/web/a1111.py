@@ -94,11 +94,11 @@ def show_progress(request: Request, skip_current_image: bool = False) -> Progres
     running = next((job for job in jobs if job.state is JobState.RUNNING), None)
     if not jobs:
         return ProgressAnswer()
-    shown = running or jobs[0]
-    preview = None
+    shown, preview = running or jobs[0], None
     if running is not None and not skip_current_image:
         with suppress(UnknownJob):
-            preview = service.preview(running.id)
+            preview = service.preview(running.id)  # waits for a step
+            shown = service.job(running.id)
     return ProgressAnswer(
         progress=shown.step / max(shown.steps, 1),
         state=ProgressState(

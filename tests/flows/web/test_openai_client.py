@@ -209,14 +209,14 @@ def wait_for_state(served: Served, state: str) -> None:
 
 
 def test_a_token_is_the_key_and_tenants_see_their_own_jobs_only(tmp_path: Path) -> None:
-    keys = write_tokens(tmp_path / "tokens.json", ("ann", "a"), ("bob", "b"))
-    with serving(Home.open(tmp_path / "home"), tokens=tmp_path / "tokens.json") as served:
+    keys = write_tokens(tmp_path / "tokens.yaml", ("ann", "a"), ("bob", "b"))
+    with serving(Home.open(tmp_path / "home"), tokens=tmp_path / "tokens.yaml") as served:
         address = f"{served.url}/v1"
         with OpenAI(base_url=address, api_key=keys[0], max_retries=0, timeout=60) as client:
             assert client.images.generate(prompt="a ring", **SMALL).size == "32x32"
-        with OpenAI(base_url=address, api_key="wrong", max_retries=0, timeout=60) as client:
-            with pytest.raises(openai.AuthenticationError):
-                client.images.generate(prompt="a ring", **SMALL)
+        stranger = OpenAI(base_url=address, api_key="wrong", max_retries=0, timeout=60)
+        with stranger, pytest.raises(openai.AuthenticationError):
+            stranger.images.generate(prompt="a ring", **SMALL)
         ann, bob = (WebUIApi(port=served.port, username="user", password=key) for key in keys)
         result: list[Any] = []
         options = {"prompt": "a ring", "width": 64, "height": 64, "steps": 900, "sampler_name": "Euler"}
