@@ -11,7 +11,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
-from flows.web.a1111_answers import ERRORS, A1111Route, ImagesAnswer, answer_images
+from flows.web.a1111_answers import ERRORS, INVALID, A1111Route, ImagesAnswer, answer_images
 from flows.web.a1111_infotext import parse_infotext
 from flows.web.a1111_models import ImageToImageBody, TextToImageBody
 from flows.web.a1111_requests import image_request, text_request
@@ -22,7 +22,7 @@ from tasks.serving.catalog import describe_base
 from tasks.serving.job import JobState, UnknownJob
 from tasks.serving.uploads import decode_base64, restore_png
 
-router = APIRouter(prefix="/sdapi/v1", route_class=A1111Route, tags=["A1111"])
+router = APIRouter(prefix="/sdapi/v1", route_class=A1111Route, responses=INVALID, tags=["A1111"])
 _TIME = "%Y%m%d%H%M%S"
 
 
@@ -94,11 +94,11 @@ def show_progress(request: Request, skip_current_image: bool = False) -> Progres
     running = next((job for job in jobs if job.state is JobState.RUNNING), None)
     if not jobs:
         return ProgressAnswer()
-    shown = running or jobs[0]
-    preview = None
+    shown, preview = running or jobs[0], None
     if running is not None and not skip_current_image:
         with suppress(UnknownJob):
-            preview = service.preview(running.id)
+            preview = service.preview(running.id)  # waits for a step
+            shown = service.job(running.id)
     return ProgressAnswer(
         progress=shown.step / max(shown.steps, 1),
         state=ProgressState(
@@ -124,7 +124,7 @@ def skip(request: Request) -> None:
     _cancel_running(request)
 
 
-@router.post("/png-info", responses={422: ERRORS[422]})
+@router.post("/png-info")
 def read_png_info(body: PngInfoBody) -> PngInfoAnswer:
     """Returns the texts of a PNG."""
     texts = dict(read_png_texts(io.BytesIO(decode_base64(body.image, "image"))))

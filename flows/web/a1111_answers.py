@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
 
 from flows.web.a1111_infotext import parse_infotext
 from flows.web.a1111_models import ImageBody
@@ -71,6 +72,8 @@ class A1111Route(APIRoute):
                 return await handle(request)
             except RequestValidationError as error:
                 return _error("RequestValidationError", _sentence(error.errors()), 422)
+            except HTTPException as error:
+                return _error("HTTPException", str(error.detail), error.status_code)
             except WordedError as error:
                 return _error(_kind(error), str(error), _status(error), headers_of(error))
 
@@ -93,6 +96,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 """Statuses of the routes that draw, for the OpenAPI document."""
+INVALID = {status: ERRORS[status] for status in (400, 422)}
+"""Statuses of every route."""
 
 
 def answer_images(

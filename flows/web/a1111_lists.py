@@ -7,13 +7,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 
-from flows.web.a1111_answers import ERRORS, A1111Route
+from flows.web.a1111_answers import INVALID, A1111Route
 from flows.web.image_requests import service_of
 from lora_engine.bases.samplers import SAMPLERS, SCHEDULES
 from lora_engine.errors import SettingsError
 from tasks.serving.catalog import describe_base, list_adapters
 
-router = APIRouter(prefix="/sdapi/v1", route_class=A1111Route, tags=["A1111"])
+router = APIRouter(prefix="/sdapi/v1", route_class=A1111Route, responses=INVALID, tags=["A1111"])
 internal = APIRouter(prefix="/internal", route_class=A1111Route, tags=["A1111"])
 _FIXED: dict[str, Any] = {
     "sd_vae": "Automatic",
@@ -84,7 +84,7 @@ def show_options(request: Request) -> dict[str, Any]:
     return {"sd_model_checkpoint": base.title, "sd_checkpoint_hash": base.fingerprint, **_FIXED}
 
 
-@router.post("/options", responses={422: ERRORS[422]})
+@router.post("/options")
 def set_options(options: dict[str, Any], request: Request) -> None:
     """Accepts options as they are: a server has one base, and a client does not change the images of others."""
     base = describe_base(service_of(request).settings.base)
@@ -178,7 +178,7 @@ def show_memory() -> dict[str, dict[str, Any]]:
     }
 
 
-@internal.get("/ping")
+@internal.get("/ping", include_in_schema=False)
 def answer_ping() -> dict[str, str]:
     """Returns an empty object."""
     return {}

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field, ValidationError
+from starlette.exceptions import HTTPException
 
 from flows.web.errors import headers_of, hide_paths
 from flows.web.image_requests import ClientGone, JobFailed, status_for_clients
@@ -101,6 +102,9 @@ class OpenAIRoute(APIRoute):
                 return await handle(request)
             except (RequestValidationError, ValidationError) as error:
                 return _answer_invalid(error.errors())
+            except HTTPException as error:
+                body = OpenAIErrorBody(message=str(error.detail), type="invalid_request_error", code="invalid_value")
+                return JSONResponse(OpenAIError(error=body).model_dump(), error.status_code)
             except WordedError as error:
                 status = status_of_openai(error)
                 return JSONResponse(describe_error(error).model_dump(), status, headers_of(error))

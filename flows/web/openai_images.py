@@ -35,7 +35,7 @@ from tasks.serving.uploads import MAX_UPLOAD_BYTES, SourceFiles, UploadedImage, 
 if TYPE_CHECKING:
     from PIL import Image
 
-router = APIRouter(prefix="/v1", route_class=OpenAIRoute, tags=["OpenAI"])
+router = APIRouter(prefix="/v1", route_class=OpenAIRoute, tags=["openai"])
 _STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 _EDIT_FORM: dict[str, Any] = {
     "requestBody": {

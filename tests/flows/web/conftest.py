@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import pytest
 
 from registry.home import Home
-from tests.flows.shared import fill_once
-from tests.flows.web.served import Served, make_home, serving
+from tests.flows.web.served import Served, serving
+from tests.flows.web.server import copy_home
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def served_home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    """Returns a home with two adapters; tests do not change its versions."""
-    return Home.open(fill_once(tmp_path_factory, "served", lambda folder: make_home(folder) and None) / "home")
+    """Returns a home of its own for a server, with `zorb@1` and `ring@1` in production."""
+    return copy_home(tmp_path_factory, tmp_path_factory.mktemp("served") / "home")
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,11 @@
-"""Runs the application on a loopback port, with the embedded base and two registered adapters, for real clients."""
+"""Runs the application on a loopback port, with the embedded base, for real clients."""
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,7 @@ from flows.web.app import WebSettings, create_app
 from lora_engine.compute import threads
 from lora_engine.serving.engine import PlainEngine
 from registry.home import Home
-from registry.versions.promotion import promote
-from registry.versions.versions import Versions
 from tasks.serving.service import ImageService, ServiceSettings
-from tests.flows.made import bring_in, write_random
 
 
 @dataclass(frozen=True)
@@ -41,26 +37,12 @@ class Served:
         return f"http://127.0.0.1:{self.port}"
 
 
-def make_home(folder: Path) -> Home:
-    """Returns a home with `zorb@1`, which has the alias `production`, and `ring@1`, which has `staging`."""
-    home = Home.open(folder / "home")
-    # Imported adapters have no evaluation, which the default policy of these aliases needs.
-    open_policy = {"needs_evaluation": False, "needs_gate": False, "needs_licence": "none", "needs_consent": "none"}
-    policies = {"aliases": dict.fromkeys(("production", "staging"), open_policy)}
-    (home.path / "policy.yaml").write_text(json.dumps(policies))
-    for seed, (name, alias) in enumerate([("zorb", "production"), ("ring", "staging")]):
-        bring_in(home, write_random(folder / f"{name}.safetensors", seed), name)
-        with closing(Versions(home)) as versions:
-            promote(versions, name, 1, alias, reason="a test")
-    return home
-
-
 @contextmanager
-def serving(home: Home, **settings: Any) -> Iterator[Served]:
+def serving(home: Home, tokens: Path | None = None, **settings: Any) -> Iterator[Served]:
     """Runs a server in a thread while the context is open."""
     with threads(1):
         service = ImageService(home, ServiceSettings(max_steps=1000, **settings), PlainEngine("tiny"))
-        application = create_app(service, WebSettings(requests_per_minute=0))
+        application = create_app(service, WebSettings(tokens=tokens, requests_per_minute=0))
         server = uvicorn.Server(
             uvicorn.Config(application, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
         )

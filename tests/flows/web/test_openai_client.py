@@ -8,6 +8,9 @@ import threading
 import time
 from base64 import b64decode
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -15,9 +18,11 @@ import openai
 import pytest
 from openai import OpenAI
 from PIL import Image
+from webuiapi import WebUIApi
 
 from registry.home import Home
 from tests.flows.web.served import Served, serving
+from tests.flows.web.server import write_tokens
 
 SMALL = {"size": "32x32", "extra_body": {"seed": 7, "steps": 2}}
 
@@ -99,7 +104,7 @@ def test_an_image_is_edited_as_a_whole_by_a_strength(client: OpenAI, photo: Imag
 
 
 def test_a_stream_has_previews_and_then_the_image(client: OpenAI) -> None:
-    options = {"seed": 7, "steps": 150}
+    options = {"seed": 7, "steps": 24}
     stream = client.images.generate(prompt="a ring", size="32x32", stream=True, partial_images=2, extra_body=options)
     events = list(stream)
     assert [event.type for event in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
@@ -125,8 +130,8 @@ def test_a_client_that_leaves_a_stream_cancels_the_job(client: OpenAI, served: S
 
 
 def test_the_models_are_the_base_and_the_adapters(client: OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["tiny", "ring@staging", "zorb"]
-    assert client.models.retrieve("ring@staging").owned_by == "loraline"
+    assert [model.id for model in client.models.list()] == ["tiny", "ring", "zorb"]
+    assert client.models.retrieve("ring").owned_by == "loraline"
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("dall-e-3")
     assert caught.value.code == "model_not_found"
@@ -177,26 +182,53 @@ def test_an_edit_refuses_what_is_no_image_or_no_mask(client: OpenAI, photo: Imag
             client.images.edit(prompt="a ring", **files)
 
 
-def test_a_full_queue_is_a_rate_limit_that_the_client_retries(served_home: Home, tmp_path: object) -> None:
-    with serving(Home.open(served_home.path), queue_limit=1, tenant_limit=1) as served:
-        post = httpx.Client(base_url=f"{served.url}/v1", timeout=60)
+def test_a_full_queue_is_a_rate_limit(tmp_path: Path) -> None:
+    with serving(Home.open(tmp_path / "home"), queue_limit=1, tenant_limit=1) as served, ExitStack() as stack:
+        address = f"{served.url}/v1/images/generations"
         slow = {"prompt": "slow", "size": "64x64", "steps": 900}
-        threads = [
-            threading.Thread(target=lambda: post.post("/images/generations", json=slow), daemon=True) for _ in range(2)
-        ]
-        for thread in threads:
+        client = stack.enter_context(OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60))
+        for state in ("running", "queued"):
+            thread = threading.Thread(target=httpx.post, args=(address,), kwargs={"json": slow, "timeout": 60})
             thread.start()
-            time.sleep(0.5)  # the first is drawn, the second waits
-        with OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-            with pytest.raises(openai.RateLimitError) as caught:
-                client.images.generate(prompt="a ring", **SMALL)
-            assert caught.value.code == "rate_limit_exceeded"
-            assert int(caught.value.response.headers["Retry-After"]) > 0
-            for job in served.service.jobs():
-                served.service.cancel(job.id)
-            for thread in threads:
-                thread.join()
+            stack.callback(thread.join)
+            wait_for_state(served, state)
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.images.generate(prompt="a ring", **SMALL)
+        assert caught.value.code == "rate_limit_exceeded"
+        assert int(caught.value.response.headers["Retry-After"]) > 0
+        for job in served.service.jobs():
+            served.service.cancel(job.id)
+        assert client.images.generate(prompt="a ring", **SMALL).size == "32x32"
+
+
+def wait_for_state(served: Served, state: str) -> None:
+    deadline = time.monotonic() + 60
+    while state not in {job.state for job in served.service.jobs()}:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_token_is_the_key_and_tenants_see_their_own_jobs_only(tmp_path: Path) -> None:
+    keys = write_tokens(tmp_path / "tokens.yaml", ("ann", "a"), ("bob", "b"))
+    with serving(Home.open(tmp_path / "home"), tokens=tmp_path / "tokens.yaml") as served:
+        address = f"{served.url}/v1"
+        with OpenAI(base_url=address, api_key=keys[0], max_retries=0, timeout=60) as client:
             assert client.images.generate(prompt="a ring", **SMALL).size == "32x32"
+        stranger = OpenAI(base_url=address, api_key="wrong", max_retries=0, timeout=60)
+        with stranger, pytest.raises(openai.AuthenticationError):
+            stranger.images.generate(prompt="a ring", **SMALL)
+        ann, bob = (WebUIApi(port=served.port, username="user", password=key) for key in keys)
+        result: list[Any] = []
+        options = {"prompt": "a ring", "width": 64, "height": 64, "steps": 900, "sampler_name": "Euler"}
+        drawing = threading.Thread(target=lambda: result.append(ann.txt2img(**options)))
+        drawing.start()
+        wait_for_state(served, "running")
+        assert bob.get_progress()["state"]["job_count"] == 0
+        bob.interrupt()
+        assert ann.get_progress()["state"]["job_count"] == 1
+        ann.interrupt()
+        drawing.join()
+        assert result[0].info["interrupted"] is True
 
 
 def test_the_stream_of_a_job_that_fails_raises_the_message(client: OpenAI) -> None:
