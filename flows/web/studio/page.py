@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import fastapi
 import gradio
@@ -81,7 +83,10 @@ def mount_studio(app: fastapi.FastAPI, service: ImageService, *, login: Login | 
     with gradio.Blocks(
         title="Loraline studio", analytics_enabled=False, fill_width=True, delete_cache=(_CLEAN_EVERY, _KEEP)
     ) as page:
-        gradio.HTML(f"<h1>Loraline studio</h1><p>Base <b>{service.settings.base}</b></p>", elem_classes="studio-title")
+        gradio.HTML(
+            f"<h1>Loraline studio</h1><p>Base <b>{escape(Path(service.settings.base).name)}</b></p>",
+            elem_classes="studio-title",
+        )
         with gradio.Tabs() as tabs:
             studio = Studio(service, page, tabs, files)
             for title, add_tab in TABS.items():
