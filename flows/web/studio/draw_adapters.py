@@ -51,7 +51,7 @@ def add_rows(studio: Studio, form: DrawForm) -> None:
 def _add_row(form: DrawForm, outputs: list[Any], index: int, entry: Used, cards: dict[str, AdapterCard]) -> None:
     name = entry.tag.name.partition("@")[0]
     choices = list(dict.fromkeys([entry.tag.name, *(cards[name].references if name in cards else ())]))
-    with gradio.Row(equal_height=True):
+    with gradio.Row():
         is_on = gradio.Checkbox(entry.is_on, label=f"Use {name}", min_width=110, scale=2)
         version = gradio.Dropdown(choices, value=entry.tag.name, label=f"Version of {name}", min_width=170, scale=3)
         remove = gradio.Button(f"Remove {name}", min_width=110, scale=2, size="sm")
