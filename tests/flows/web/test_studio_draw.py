@@ -19,7 +19,11 @@ from tests.flows.made import bring_in, write_random
 from tests.flows.shared import copy_trained
 from tests.flows.web.studio_server import ServedStudio, served_studio
 
-pytestmark = pytest.mark.needs("chromium")
+pytestmark = [
+    pytest.mark.needs("chromium"),
+    # An event loop that Gradio opens while the page is built is closed by the garbage collection.
+    pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"),
+]
 _UNLABELED = """[...document.querySelectorAll("input, textarea, select, button")].filter(field => {
   if (field.offsetParent === null || field.type === "file") return false;
   const labels = field.labels && [...field.labels].map(label => label.innerText).join("");
