@@ -35,7 +35,6 @@ def add_rows(studio: Studio, form: DrawForm) -> None:
     """Adds one row per chosen adapter, which is built again when adapters are added or removed."""
     outputs = [form.used, form.prompt, form.composed]
 
-    @gradio.render([form.used], [form.layout.change, studio.page.load], show_progress="hidden")
     def show_rows(used: list[Used]) -> None:
 
         if not used:
@@ -46,6 +45,8 @@ def add_rows(studio: Studio, form: DrawForm) -> None:
         for index, entry in enumerate(used):
             with gradio.Column(elem_classes="studio-adapter", key=f"{index}-{entry.tag.name}"):
                 _add_row(form, outputs, index, entry, cards)
+
+    gradio.render([form.used], [form.layout.change, studio.page.load], show_progress="hidden")(show_rows)
 
 
 def _add_row(form: DrawForm, outputs: list[Any], index: int, entry: Used, cards: dict[str, AdapterCard]) -> None:

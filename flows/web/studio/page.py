@@ -78,7 +78,7 @@ def mount_studio(app: fastapi.FastAPI, service: ImageService, *, login: Login | 
     files = PageFiles(service.home.path / "serving" / "studio")
     # Gradio reads it whenever it stores a file.
     os.environ["GRADIO_TEMP_DIR"] = str(files.folder)
-    # Statistics of events, which nobody reads here, would import pandas and cost a pass over all events at each event.
+    # Never computes Gradio's statistics, which import pandas and read all earlier events at the end of each event.
     os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**12)
     with gradio.Blocks(
         title="Loraline studio", analytics_enabled=False, fill_width=True, delete_cache=(_CLEAN_EVERY, _KEEP)
