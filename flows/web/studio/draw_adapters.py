@@ -36,7 +36,6 @@ def add_rows(studio: Studio, form: DrawForm) -> None:
     outputs = [form.used, form.prompt, form.composed]
 
     def show_rows(used: list[Used]) -> None:
-
         if not used:
             gradio.HTML(
                 show_note("No adapter is used. Choose one of the cards below, or paste a prompt that names one.")
