@@ -135,7 +135,7 @@ class Page:
         """Writes what the page shows as a PNG file."""
         path.write_bytes(base64.b64decode(self._send("Page.captureScreenshot", format="png")["data"]))
 
-    def _wait(self, script: str, problem: str, seconds: float = float(__import__("os").environ.get("W", "60"))) -> None:
+    def _wait(self, script: str, problem: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not self.evaluate(script):
             if time.monotonic() > deadline:

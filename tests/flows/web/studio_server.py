@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -36,12 +36,8 @@ def served_studio(home: Home) -> Iterator[ServedStudio]:
     """Yields a studio on the embedded base at a free port of this machine."""
     service = ImageService(home, ServiceSettings(), PlainEngine("tiny"))
     app = create_app(service)
-    # Gradio leaves a loop open that it makes itself.
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
     mount_studio(app, service)
-    asyncio.set_event_loop(None)
-    loop.close()
+    gc.collect()  # of a loop that Gradio left open
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -22,7 +22,8 @@ from tests.flows.web.studio_server import ServedStudio, served_studio
 pytestmark = [
     pytest.mark.needs("chromium"),
     # An event loop that Gradio opens while the page is built is closed by the garbage collection.
-    pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning"),
 ]
 _UNLABELED = """[...document.querySelectorAll("input, textarea, select, button")].filter(field => {
   if (field.offsetParent === null || field.type === "file") return false;
