@@ -35,9 +35,7 @@ def add_rows(studio: Studio, form: DrawForm) -> None:
     """Adds one row per chosen adapter, which is built again when adapters are added or removed."""
     outputs = [form.used, form.prompt, form.composed]
 
-    @gradio.render([form.used], [form.layout.change, studio.page.load], show_progress="hidden")
     def show_rows(used: list[Used]) -> None:
-
         if not used:
             gradio.HTML(
                 show_note("No adapter is used. Choose one of the cards below, or paste a prompt that names one.")
@@ -47,11 +45,13 @@ def add_rows(studio: Studio, form: DrawForm) -> None:
             with gradio.Column(elem_classes="studio-adapter", key=f"{index}-{entry.tag.name}"):
                 _add_row(form, outputs, index, entry, cards)
 
+    gradio.render([form.used], [form.layout.change, studio.page.load], show_progress="hidden")(show_rows)
+
 
 def _add_row(form: DrawForm, outputs: list[Any], index: int, entry: Used, cards: dict[str, AdapterCard]) -> None:
     name = entry.tag.name.partition("@")[0]
     choices = list(dict.fromkeys([entry.tag.name, *(cards[name].references if name in cards else ())]))
-    with gradio.Row(equal_height=True):
+    with gradio.Row():
         is_on = gradio.Checkbox(entry.is_on, label=f"Use {name}", min_width=110, scale=2)
         version = gradio.Dropdown(choices, value=entry.tag.name, label=f"Version of {name}", min_width=170, scale=3)
         remove = gradio.Button(f"Remove {name}", min_width=110, scale=2, size="sm")

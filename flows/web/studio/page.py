@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fastapi
@@ -85,10 +87,15 @@ def mount_studio(app: fastapi.FastAPI, service: ImageService, *, login: Login | 
     files = PageFiles(service.home.path / "serving" / "studio")
     # Gradio reads it whenever it stores a file.
     os.environ["GRADIO_TEMP_DIR"] = str(files.folder)
+    # Never computes Gradio's statistics, which import pandas and read all earlier events at the end of each event.
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**12)
     with gradio.Blocks(
         title="Loraline studio", analytics_enabled=False, fill_width=True, delete_cache=(_CLEAN_EVERY, _KEEP)
     ) as page:
-        gradio.HTML(f"<h1>Loraline studio</h1><p>Base <b>{service.settings.base}</b></p>", elem_classes="studio-title")
+        gradio.HTML(
+            f"<h1>Loraline studio</h1><p>Base <b>{escape(Path(service.settings.base).name)}</b></p>",
+            elem_classes="studio-title",
+        )
         with gradio.Tabs() as tabs:
             studio = Studio(service, page, tabs, files)
             for title, add_tab in TABS.items():

@@ -29,7 +29,7 @@ def theme() -> gradio.themes.Base:
 
 
 CSS = """
-.gradio-container { max-width: 1360px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1360px !important; margin: 0 auto !important; }
 .gradio-container > .main { padding: 1rem; width: 100%; }
 .studio-images .grid-wrap { max-height: none; min-height: 0; overflow: visible; padding-top: 2.2rem; }
 .studio-images .grid-wrap.fixed-height { min-height: 0; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ def served_studio(home: Home) -> Iterator[ServedStudio]:
     service = ImageService(home, ServiceSettings(), PlainEngine("tiny"))
     app = create_app(service)
     mount_studio(app, service)
+    gc.collect()  # of a loop that Gradio left open
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -19,7 +19,12 @@ from tests.flows.made import bring_in, write_random
 from tests.flows.shared import copy_trained
 from tests.flows.web.studio_server import ServedStudio, served_studio
 
-pytestmark = pytest.mark.needs("chromium")
+pytestmark = [
+    pytest.mark.needs("chromium"),
+    # An event loop that Gradio opens while the page is built is closed by the garbage collection.
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning"),
+]
 _UNLABELED = """[...document.querySelectorAll("input, textarea, select, button")].filter(field => {
   if (field.offsetParent === null || field.type === "file") return false;
   const labels = field.labels && [...field.labels].map(label => label.innerText).join("");
@@ -66,17 +71,20 @@ def page(studio: ServedStudio, browser: Page) -> Iterator[Page]:
     assert browser.errors == []
 
 
+_FIELD = """[...document.querySelectorAll(`input[aria-label=${JSON.stringify(LABEL)}]`),
+  ...[...document.querySelectorAll("label")].filter(one => one.innerText.includes(LABEL))
+    .map(one => one.control || one.querySelector("input, textarea")).filter(Boolean)][0]"""
+
+
 def value_of(page: Page, label: str) -> str:
     """Returns the value of the field of a label."""
-    script = "[...document.querySelectorAll('label')].filter(one => one.innerText.includes(LABEL)).pop()"
-    found = f"(label => label.control || label.querySelector('input, textarea'))({script}).value"
-    return str(page.evaluate(found.replace("LABEL", json.dumps(label))))
+    return str(page.evaluate(f"({_FIELD}).value".replace("LABEL", json.dumps(label))))
 
 
 def wait_for_value(page: Page, label: str, part: str) -> None:
-    script = f"[...document.querySelectorAll('label')].filter(one => one.innerText.includes({json.dumps(label)}))"
-    field = f"(label => label && (label.control || label.querySelector('input, textarea')))({script}.pop())"
-    page.wait_for(f"({field} || {{value: ''}}).value.includes({json.dumps(part)})", f"{label} has not {part!r}")
+    script = f"(({_FIELD}) || {{value: ''}}).value.includes(PART)"
+    script = script.replace("LABEL", json.dumps(label)).replace("PART", json.dumps(part))
+    page.wait_for(script, f"{label} has not {part!r}")
 
 
 def use_first_card(page: Page) -> None:

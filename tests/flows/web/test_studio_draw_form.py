@@ -1,0 +1,205 @@
+"""What the studio makes of its fields: schedules, requests, columns, axes, cards, files, cancellation."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from flows.web.studio.cards import render_cards
+from flows.web.studio.compare import requests_of_columns
+from flows.web.studio.draw_adapters import constant
+from flows.web.studio.draw_form import Used, compose, fill, request_of, split, whole_prompt
+from flows.web.studio.grids import ADAPTER, WEIGHT, WORD, axes_of, prompt_of
+from flows.web.studio.page_files import PageFiles
+from flows.web.studio.page_messages import cancel_job, show_error
+from flows.web.studio.schedule import PERCENT, PRESETS, STEPS, draw_curve, preset_rows, rows_of, weights_of
+from lora_engine.errors import DataError, SettingsError
+from lora_engine.formats import Card
+from lora_engine.inference.image_settings import ImageSettings
+from lora_engine.inference.prompts.step_weights import parse_step_weights
+from registry.home import Home
+from tasks.operations.adapter_cards import choose_cards, list_adapter_cards, read_sample, tabulate_metrics
+from tasks.operations.images import DrawRequest, requests_of_grid
+from tasks.operations.source_images import prepare_source
+from tasks.serving.job import UnknownJob
+from tests.flows.made import bring_in, register_zorb, write_random
+from tests.flows.shared import Trained
+
+FORM: dict[str, Any] = {
+    "text": "a ring",
+    "used": [],
+    "prompt": "",
+    "composed": "",
+    "negative": "",
+    "size": "48x32",
+    "steps": 4,
+    "guidance": 2,
+    "sampler": "base's own",
+    "seed": 5,
+    "is_random": False,
+    "count": 2,
+    "source": None,
+    "strength": 0.5,
+    "enlarge": 1,
+    "enlarged_strength": 0.5,
+}
+
+
+@pytest.mark.parametrize("text", ["0.7", "0@0,1@0.5", "1@0,0@10", "0.25@0.5,1@1"])
+def test_a_table_of_points_and_the_syntax_of_the_prompt_are_the_same_schedule(text: str) -> None:
+    weights = parse_step_weights(text)
+    again = weights_of(*rows_of(weights))
+    assert [again.at(step, 20) for step in range(20)] == [weights.at(step, 20) for step in range(20)]
+
+
+def test_positions_in_steps_stay_steps_also_when_all_are_small() -> None:
+    weights = weights_of([[0, 0], [1, 1]], STEPS)
+    assert [weights.at(step, 10) for step in range(4)] == [0, 1, 1, 1]
+    assert weights_of([[0, 0], [None, ""], ["50", "1"]], PERCENT).points == ((0.0, 0.0), (0.5, 1.0))
+
+
+@pytest.mark.parametrize("rows", [[], [["", ""]], [["x", 1]], [[101, 1]], [[-1, 1]], [[5, ""]]])
+def test_a_table_that_is_no_schedule_is_refused(rows: list[list[Any]]) -> None:
+    with pytest.raises(SettingsError):
+        weights_of(rows, PERCENT)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_each_preset_is_drawn_at_the_adapters_weight(preset: str) -> None:
+    weights = weights_of(preset_rows(preset, 0.8), PERCENT)
+    assert max(weights.at(step, 20) for step in range(20)) == 0.8
+    assert draw_curve(weights, 20).count("<circle") == 20
+
+
+def test_the_prompt_that_was_edited_last_is_drawn() -> None:
+    used = split("a <lora:zorb@3:0.5>")[1]
+    assert compose(" a ring ", [*used, replace(used[0], is_on=False)]) == "a ring <lora:zorb@3:0.5>"
+    assert whole_prompt({**FORM, "used": used}) == "a ring <lora:zorb@3:0.5>"
+    assert whole_prompt({**FORM, "used": used, "prompt": "b <lora:x@1:1>"}) == "b <lora:x@1:1>"
+
+
+def test_a_filled_form_is_a_request(tmp_path: Path) -> None:
+    request = request_of(FORM, "tiny", tmp_path)
+    assert request == DrawRequest("a ring", count=2, seed=5, steps=4, guidance=2.0, size=(32, 48), strength=0.5)
+    assert request_of({**FORM, "is_random": True}, "tiny", tmp_path).seed != 5
+    for name, value in {"steps": 1.5, "count": "2", "seed": -1, "guidance": float("nan"), "size": "large"}.items():
+        with pytest.raises(SettingsError):
+            request_of({**FORM, name: value}, "tiny", tmp_path)
+
+
+def test_restored_settings_fill_the_form_and_leave_the_rest() -> None:
+    values = fill(ImageSettings("a <lora:zorb@3:0.5>", "blue", seed=7, size=(32, 48)), 3)
+    assert values["used"] == [Used(split("<lora:zorb@3:0.5>")[1][0].tag)]
+    assert (values["text"], values["seed"], values["is_random"], values["size"]) == ("a", 7, False, "48x32")
+    assert values["layout"] == 4
+    assert "steps" not in values
+
+
+def test_what_is_painted_over_an_image_is_its_mask(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "image.png")
+    layer = Image.new("RGBA", (8, 4))
+    layer.paste((255, 0, 0, 90), (4, 0, 8, 4))
+    layer.save(tmp_path / "layer.png")
+    image, mask = prepare_source(tmp_path / "image.png", [tmp_path / "layer.png"], tmp_path)
+    assert Image.open(image).size == (8, 4)
+    assert mask is not None
+    assert Image.open(mask).tobytes() == bytes([0, 0, 0, 0, 255, 255, 255, 255]) * 4
+    Image.new("RGBA", (8, 4)).save(tmp_path / "layer.png")
+    assert prepare_source(tmp_path / "image.png", [tmp_path / "layer.png"], tmp_path)[1] is None
+    (tmp_path / "image.png").write_bytes(b"no image")
+    with pytest.raises(DataError):
+        prepare_source(tmp_path / "image.png", [], tmp_path)
+
+
+def test_columns_share_prompt_and_seeds_and_are_of_one_adapter() -> None:
+    base, second = requests_of_columns(DrawRequest("a <lora:x@1:1>", seed=9), "zorb", ["base", "zorb@2"], 0.5)
+    assert base.prompt == "a <lora:x@1:1>"
+    assert second == replace(base, prompt="a <lora:x@1:1> <lora:zorb@2:0.5>")
+    for columns in ([], ["other@1"], ["base", "base"], [f"zorb@{number}" for number in range(9)]):
+        with pytest.raises(SettingsError):
+            requests_of_columns(DrawRequest("a"), "zorb", columns, 1.0)
+
+
+def test_a_grid_varies_adapters_weights_and_words_over_a_fixed_adapter() -> None:
+    axes, labels = axes_of([(ADAPTER, "", "zorb@1, zorb@2"), (WEIGHT, "", "0..1/3")])
+    prompt = prompt_of("a ring <lora:x@1:1>", "none", 1.0, axes)
+    rows = requests_of_grid(DrawRequest(prompt), axes)
+    assert rows[1][0].prompt == "a ring <lora:x@1:1> <lora:zorb@1:0.5>"
+    assert [axis.name for axis in labels] == ["adapter", "weight"]
+    axes, _ = axes_of([(WORD, "ring", "star, cross")])
+    assert prompt_of("a ring", "zorb@1", 0.5, axes) == "a ring <lora:zorb@1:0.5>"
+    for side in [("other", "", "1"), (WORD, "", "1"), (WORD, "seed", "1"), (WEIGHT, "", "")]:
+        with pytest.raises(SettingsError):
+            axes_of([side])
+    with pytest.raises(SettingsError, match="no varied adapter"):
+        prompt_of("a", "none", 1.0, axes_of([(WEIGHT, "", "1")])[0])
+
+
+def test_cards_have_what_a_user_chooses_by_and_withdrawn_versions_have_none(tmp_path: Path) -> None:
+    home = Home.open(register_zorb(tmp_path))
+    hint = Card(extra={"modelspec.usage_hint": "works best at weight 0.8"})
+    bring_in(
+        home,
+        write_random(tmp_path / "a.safetensors", 1, form="native", card=hint),
+        "<b>".strip("<>"),
+        trigger="sks, two",
+    )
+    first, second = list_adapter_cards(home)
+    assert (first.name, first.triggers, first.weight, first.license) == ("b", ("sks", "two"), 0.8, "MIT")
+    assert (second.title, second.references) == ("Zorb", ("zorb@1",))
+    assert [card.name for card in choose_cards([first, second], "SKS mit")] == ["b"]
+    assert choose_cards([first, second], base="tiny") == (first, second)
+    assert choose_cards([first, second], base="sdxl") == ()
+    html = render_cards(home, [replace(first, title="<script>")])
+    assert "<script>" not in html
+    assert "recommended weight 0.8" in html
+
+
+def test_a_card_shows_the_image_of_the_evaluation_and_metrics_are_compared(trained: Trained, tmp_path: Path) -> None:
+    bring_in(trained.home, write_random(tmp_path / "b.safetensors", 2), "small")
+    sample = read_sample(trained.home, "small@staging")
+    assert sample is not None
+    assert sample[8:12] == b"WEBP"
+    assert read_sample(trained.home, "small@2") is None
+    rows = tabulate_metrics(trained.home, ["small@1", "small@2"])
+    value = trained.version().metrics["validation_loss"]["adapter"]
+    assert ["validation_loss", f"{value:.4g}", ""] in rows
+
+
+def test_files_of_the_page_keep_their_bytes_and_are_deleted_when_they_are_old(tmp_path: Path) -> None:
+    files = PageFiles(tmp_path / "studio")
+    old = Path(files.write(b"old", "1.png"))
+    os.utime(old.parent, (time.time() - 1e6,) * 2)
+    new = Path(files.write(b"new", "1.png"))
+    assert (new.read_bytes(), old.exists()) == (b"new", False)
+    PageFiles(tmp_path / "studio")
+    assert not new.exists()
+
+
+def test_only_the_own_jobs_are_canceled_and_errors_are_escaped() -> None:
+    canceled = []
+
+    class Service:
+        def job(self, job_id: str) -> Any:
+            if job_id != "one":
+                raise UnknownJob("unknown")
+            return SimpleNamespace(tenant="anna")
+
+        def cancel(self, job_id: str) -> None:
+            canceled.append(job_id)
+
+    service: Any = Service()
+    for job_id, tenant in (("one", "ben"), ("two", "anna")):
+        assert "Nothing is drawn" in cancel_job(service, job_id, tenant=tenant)
+    assert canceled == []
+    assert "Canceling" in cancel_job(service, "one", tenant="anna")
+    assert canceled == ["one"]
+    assert "<b>" not in show_error(SettingsError("a <b>"))
+    assert constant(0.5).is_constant

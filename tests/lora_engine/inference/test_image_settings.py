@@ -1,0 +1,111 @@
+"""Settings that are read back from images, and prompts that are written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_engine.bases.samplers import SAMPLERS
+from lora_engine.data.pixels import write_png
+from lora_engine.errors import DataError, SettingsError
+from lora_engine.inference.image_metadata import CHUNK, Drawing, UsedAdapter, UsedImage
+from lora_engine.inference.image_settings import parse_infotext, read_image_settings
+from lora_engine.inference.prompts.prompt import parse_prompt
+from lora_engine.inference.prompts.writing import write_prompt, write_tag
+
+TAGS = [
+    "<lora:zorb@3>",
+    "<lora:zorb@3:0.7>",
+    "<lora:zorb@3:0.5:0.8>",
+    "<lora:zorb@3:0@0,1@0.5>",
+    "<lora:zorb@3:1@0,0@10>",
+    "<lora:zorb@3:te=0:unet=1@0.2,0.5@0.7>",
+    "<lora:zorb@3:1:lbw=OUTALL:start=3:stop=10>",
+    f"<lora:zorb@3:-1.5:lbw={','.join(['0.25'] * 12)}>",
+]
+
+
+def _drawing(prompt: str, sampler: str = "ddim") -> Drawing:
+    chosen = SAMPLERS[sampler]
+    adapters = [UsedAdapter("zorb-v3", "zorb@3", "a" * 64, "b" * 64)] * len(parse_prompt(prompt).adapters)
+    negative = parse_prompt("blue, flat", is_negative=True)
+    options = dict(chosen.options)
+    return Drawing(parse_prompt(prompt), negative, adapters, "tiny", "f" * 64, chosen.scheduler, options, 12, 3.5, "1")
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_a_written_tag_is_read_as_the_same_adapter(tag: str) -> None:
+    parsed = parse_prompt(f"a (red:1.2) ring {tag}")
+    assert parse_prompt(write_prompt(parsed.text, parsed.adapters)) == parsed
+
+
+def test_blocks_of_no_list_are_refused() -> None:
+    tag = replace(parse_prompt("<lora:z:1>").adapters[0], blocks={"IN99": 1.0})
+    with pytest.raises(SettingsError, match="IN99"):
+        write_tag(tag)
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_the_chunk_of_an_image_gives_back_its_prompt_and_settings(tag: str, tmp_path: Path) -> None:
+    drawing = _drawing(f"a red ring {tag}", "dpmsolver++_sde_karras")
+    file = tmp_path / "drawn.png"
+    write_png(file, torch.zeros(3, 8, 16), drawing.texts(7, (8, 16)))
+    settings = read_image_settings(file)
+    assert parse_prompt(settings.prompt) == drawing.prompt
+    assert (settings.negative, settings.seed, settings.steps, settings.guidance) == ("blue, flat", 7, 12, 3.5)
+    assert (settings.size, settings.sampler) == ((8, 16), "dpmsolver++_sde_karras")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_each_sampler_comes_back_by_its_name(sampler: str, tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", torch.zeros(3, 4, 4), _drawing("a", sampler).texts(1, (4, 4)))
+    assert read_image_settings(tmp_path / "a.png").sampler == sampler
+
+
+def test_enlarged_images_and_sources_come_back_with_a_note(tmp_path: Path) -> None:
+    drawing = replace(_drawing("a"), enlarged=(2.0, 0.4), source=UsedImage("c" * 64, 0.6))
+    write_png(tmp_path / "a.png", torch.zeros(3, 16, 32), drawing.texts(1, (16, 32)))
+    settings = read_image_settings(tmp_path / "a.png")
+    assert (settings.size, settings.enlarge, settings.enlarged_strength) == ((8, 16), 2.0, 0.4)
+    assert settings.strength == 0.6
+    assert settings.notes == ("the image that it started from is not in the file",)
+
+
+def test_the_text_of_a1111_is_read() -> None:
+    settings = parse_infotext(
+        "a red ring\non grass <lora:style:0.8>\nNegative prompt: blue,\nflat\n"
+        "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 1234, Size: 512x768, "
+        'Model: v1-5, Denoising strength: 0.4, Hires upscale: 2, Lora hashes: "style: 012345678901, b: 1", Version: 1.9'
+    )
+    assert settings.prompt == "a red ring\non grass <lora:style:0.8>"
+    assert settings.negative == "blue,\nflat"
+    assert (settings.steps, settings.guidance, settings.seed, settings.size) == (20, 7.5, 1234, (768, 512))
+    assert settings.sampler == "dpmsolver++_karras"
+    assert (settings.strength, settings.enlarge, settings.enlarged_strength) == (None, 2.0, 0.4)
+
+
+def test_our_text_for_other_programs_names_the_version_again() -> None:
+    text = _drawing("a ring <lora:zorb@3:0.5>").texts(7, (8, 16))["parameters"]
+    assert parse_infotext(text).prompt == "a ring <lora:zorb@3:0.5>"
+
+
+def test_a_prompt_without_settings_is_a_prompt_and_an_unknown_sampler_is_noted() -> None:
+    assert parse_infotext("one line, with: a pair").prompt == "one line, with: a pair"
+    settings = parse_infotext("a\nSteps: 4, Sampler: Euler Dy, Seed: 1")
+    assert (settings.steps, settings.sampler) == (4, None)
+    assert "Euler Dy" in settings.notes[0]
+
+
+def test_broken_settings_are_refused_with_the_file(tmp_path: Path) -> None:
+    for texts, problem in (
+        ({}, "states no settings"),
+        ({CHUNK: "{"}, "drawn.png"),
+        ({CHUNK: '{"prompt": "a", "adapters": [{}]}'}, "not as Loraline writes them"),
+        ({"parameters": "a\nSteps: many, Seed: 1, Size: 1x1"}, "Steps is 'many'"),
+    ):
+        write_png(tmp_path / "drawn.png", torch.zeros(3, 4, 4), texts)
+        with pytest.raises(DataError, match=problem):
+            read_image_settings(tmp_path / "drawn.png")
