@@ -148,9 +148,9 @@ def count_votes(versions: Versions, version: AdapterVersion, against: str) -> Vo
 
 
 def find_unmet_votes(versions: Versions, version: AdapterVersion) -> dict[str, tuple[str, ...]]:
-    """Returns alias -> why the version's votes do not suffice for it, of each alias that needs votes."""
+    """Returns alias -> why the version's votes do not suffice for it; only aliases that need votes and it has not."""
     policies = read_policies(versions.home.path)
-    needing = [alias for alias, policy in policies.aliases.items() if policy.votes is not None]
+    needing = [alias for alias, policy in policies.aliases.items() if policy.votes and alias not in version.aliases]
     with versions.lineage.database.read() as session:
         return {alias: find_unvoted(session, policies, version, alias) for alias in needing}
 

@@ -6,6 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 import gradio
+import httpx
 
 from flows.approving import decide_waiting, list_waiting
 from flows.web.studio.acting import actor_of, done, explain, note, table
@@ -53,7 +54,7 @@ class _Waiting:
             waiting = list_waiting(self._home)
         except WordedError as error:
             return explain(error), gradio.skip()
-        except OSError as error:
+        except (OSError, httpx.HTTPError) as error:
             return note(f"Prefect's server cannot be reached: {error}"), gradio.update(choices=[], value=None)
         if waiting is None:
             return note("No Prefect server is configured (PREFECT_API_URL)."), gradio.update(choices=[], value=None)

@@ -54,12 +54,12 @@ class _Trainings:
             if not found:
                 empty = "No training yet. `loraline run pipeline.yaml` starts one, and it appears here."
                 return gradio.update(choices=[], value=None), note(empty), ""
-            choices = [(_label(state, step), f"{state.run.id}/{step.name}") for state, step in found]
-            value = chosen if chosen in {key for _, key in choices} else choices[0][1]
-            view = read_training(self._home, *value.split("/", 1))
+            keyed = {f"{state.run.id}/{step.name}": (state, step) for state, step in found}
+            value = chosen if chosen in keyed else next(iter(keyed))
+            shown = show_training(read_training(self._home, *keyed[value]))
         except WordedError as error:
             return gradio.skip(), explain(error), ""
-        shown = show_training(view) if view is not None else note("This training has no entry any more.")
+        choices = [(_label(*entry), key) for key, entry in keyed.items()]
         return gradio.update(choices=choices, value=value), shown, _runs([state for state, _ in found])
 
 
