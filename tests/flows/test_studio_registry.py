@@ -31,8 +31,10 @@ __all__ = ["compared_home"]
 
 pytestmark = [
     pytest.mark.needs("chromium"),
-    # Gradio sets an option of pandas that is deprecated.
+    # Gradio uses an option and an argument of pandas that are deprecated, and does not close its event loops.
     pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated"),
+    pytest.mark.filterwarnings("ignore:The copy keyword is deprecated"),
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
 ]
 
 ROLES = """\
@@ -112,9 +114,9 @@ def studio(compared_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     copy = copy_trained(compared_home, tmp_path_factory.mktemp("studio") / "project")
     project = copy.spec.parent
     (copy.home.path / "loraline.yaml").write_text(f"datasets: [{json.dumps(str(project))}]\n")
-    (copy.home.path / "policy.yaml").write_text(ROLES)
     home = Home.open(copy.home.path)
     bring_in(home, write_random(project / "other.safetensors", 3), "small")
+    (home.path / "policy.yaml").write_text(ROLES)
     digest = json.loads((project / "comparison.json").read_text())["comparison"]
     callers = {name: Caller(name, Actor(name)) for name in ("ann", "ben", "carl", "eve")}
     with studio_served(home, callers) as address, browsed(tmp_path_factory.mktemp("browser")) as page:
