@@ -21,10 +21,10 @@ from registry.entities import AdapterVersion, Event
 from registry.errors import VoteError
 from registry.home import Home
 from registry.policy.actors import establish_actor
-from registry.policy.votes import Ballot, Comparison
+from registry.policy.votes import Ballot, BlindComparison
 from registry.versions.versions import Versions
 from registry.versions.voting import Choice, ballot_of, list_compared, list_comparisons, vote
-from tasks.operations.votes import SIDES, ComparisonIndex, Side, read_index
+from tasks.operations.votes import SIDES, ComparedSide, ComparisonIndex, read_index
 
 Answer = Literal["left", "right", "tie", "skip"]
 TABLE = "ballot.csv"
@@ -42,7 +42,7 @@ class Position:
     """
 
     pair: int
-    left: Side
+    left: ComparedSide
 
     def choice_of(self, answer: Answer) -> Choice:
         """Returns what an answer means."""
@@ -62,7 +62,7 @@ class OpenBallot:
         ballot: The votes so far.
     """
 
-    comparison: Comparison
+    comparison: BlindComparison
     index: ComparisonIndex
     positions: tuple[Position, ...]
     ballot: Ballot
@@ -179,7 +179,7 @@ def record_table(home: Home, digest: str, table: Path, *, actor: str | None = No
         return events, open_ballot(versions, digest, actor=actor)
 
 
-def find_comparison(versions: Versions, digest: str) -> tuple[Comparison, list[Ballot], AdapterVersion]:
+def find_comparison(versions: Versions, digest: str) -> tuple[BlindComparison, list[Ballot], AdapterVersion]:
     """Returns a comparison by its digest, or at least 8 digits of it, with its ballots and its version.
 
     Raises:

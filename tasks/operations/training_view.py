@@ -49,7 +49,7 @@ def list_trainings(home: Home, limit: int = 10) -> list[tuple[RunState, StepStat
     return [(state, step) for state in states for step in state.steps if step.uses == "train"]
 
 
-def read_training(home: Home, state: RunState, step: StepStatus) -> TrainingView:
+def view_training(home: Home, state: RunState, step: StepStatus) -> TrainingView:
     """Returns a training of `list_trainings` with its curves and samples."""
     points = read_points(home, state.run.id, step.name)
     samples = dict(_running_samples(home, step)) or dict(_stored_samples(home, state.run.id, step.name))

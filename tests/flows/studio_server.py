@@ -31,7 +31,7 @@ class Caller:
 
 @dataclass
 class SignedIn:
-    """Stands before the application, as its checks do: puts the caller of a request into its scope.
+    """Wraps the application, as its checks do: puts the caller of a request into its scope.
 
     Attributes:
         app: The application.

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 from starlette.requests import Request
 
-from flows.web.studio.acting import actor_of, explain
+from flows.web.studio.acting import find_actor, render_error
 from registry.errors import Conflict, IdentityError, PromotionError, Refused
 from registry.identity import Actor
 from registry.versions.endorsement import list_endorsements
 from registry.versions.promotion import promote, read_log
 from registry.versions.versions import Versions
-from tasks.operations.releases import carry_out, read_moves, read_releases, review_release
+from tasks.operations.releases import carry_out, read_release_events, read_releases, review_release
 from tests.flows.shared import Trained
 
 OPEN = "aliases: {production: {needs_consent: none, needs_licence: none}}\n"
@@ -47,7 +47,7 @@ def test_a_reviewed_promotion_is_carried_out_and_logged_with_user_and_reason(two
         ("production", 2, "ann"),
         ("staging", 1, read_releases(two.home, "small")[1].actor),
     ]
-    assert read_moves(two.home, "small")[0] == event
+    assert read_release_events(two.home, "small")[0] == event
 
 
 @pytest.mark.parametrize("action", ["promote", "rollback", "unalias", "endorse", "withdraw"])
@@ -98,7 +98,7 @@ def test_a_review_has_every_reason_and_a_refusal_is_logged(two):
         carry_out(two.home, review, "r", actor="ann")
     assert set(review.reasons) <= set(refusal.value.reasons)
     assert (last_event(two).action, last_event(two).actor) == ("refuse", "ann")
-    text = explain(refusal.value)
+    text = render_error(refusal.value)
     assert text.count("<li>") == len(refusal.value.reasons)
     assert "(1)" not in text
 
@@ -122,13 +122,13 @@ def test_a_page_acts_as_the_established_caller_and_as_nobody_else():
     def request(**state: object) -> Request:
         return Request({"type": "http", "headers": [], "state": state})
 
-    assert actor_of(request(caller=SimpleNamespace(tenant="a", actor=Actor("ann")))) == "ann"
-    assert actor_of(SimpleNamespace(request=request(caller=SimpleNamespace(tenant="a", actor=None)))) is None
+    assert find_actor(request(caller=SimpleNamespace(tenant="a", actor=Actor("ann")))) == "ann"
+    assert find_actor(SimpleNamespace(request=request(caller=SimpleNamespace(tenant="a", actor=None)))) is None
     for unknown in (request(), request(user="ann"), SimpleNamespace(request=None), None):
         with pytest.raises(IdentityError, match="no user is established"):
-            actor_of(unknown)
+            find_actor(unknown)
 
 
 def test_an_error_is_shown_as_text():
-    assert "<script>" not in explain(PromotionError("<script>alert(1)</script>", where="<b>"))
-    assert "<img" not in explain(Refused("no", reasons=("<img src=x>",), where="a@1"))
+    assert "<script>" not in render_error(PromotionError("<script>alert(1)</script>", where="<b>"))
+    assert "<img" not in render_error(Refused("no", reasons=("<img src=x>",), where="a@1"))
