@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 vote_app = typer.Typer(help="Compare two versions by blind votes on pairs of images.", no_args_is_help=True)
 _AGAINST = "Version to compare with: an alias of the same adapter, name@version, or base for no adapter."
-Digest = Annotated[str, typer.Argument(metavar="COMPARISON", help="Digest of the comparison; 8 digits or more.")]
+_Digest = Annotated[str, typer.Argument(metavar="COMPARISON", help="_Digest of the comparison; 8 digits or more.")]
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -83,7 +83,7 @@ def prepare(
 
 
 def ballot(
-    comparison: Digest,
+    comparison: _Digest,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Output folder.")],
     as_json: Json = False,
 ) -> None:
@@ -100,7 +100,7 @@ def ballot(
 
 
 def record(
-    comparison: Digest,
+    comparison: _Digest,
     table: Annotated[Path, typer.Argument(metavar="FILE", help="The table: columns pair and vote.")],
     as_json: Json = False,
 ) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-CONFIDENCE = 0.95
+_CONFIDENCE = 0.95
 _SCORES = {"candidate": 1.0, "against": 0.0, "tie": 0.5}
 
 
@@ -125,7 +125,7 @@ def exact_interval(successes: float, trials: int) -> tuple[float, float]:
 
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(f"{successes!r} successes of {trials!r} trials; allowed: 0 to the number of trials, 1 or more")
-    tail = (1.0 - CONFIDENCE) / 2.0
+    tail = (1.0 - _CONFIDENCE) / 2.0
     failures = trials - successes
     low = 0.0 if successes == 0 else float(betaincinv(successes, failures + 1.0, tail))
     high = 1.0 if failures == 0 else float(betaincinv(successes + 1.0, failures, 1.0 - tail))

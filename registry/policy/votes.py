@@ -30,7 +30,7 @@ KIND = "comparison"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BlindComparison:
     """A set of pairs of images, as the log has it.
 
     Attributes:
@@ -70,7 +70,7 @@ def compared_digests(version: AdapterVersion, other: AdapterVersion | None) -> d
     return {"sha256": version.sha256, "against_sha256": other.sha256 if other is not None else None}
 
 
-def read_comparisons(session: Session, version: AdapterVersion) -> list[Comparison]:
+def read_comparisons(session: Session, version: AdapterVersion) -> list[BlindComparison]:
     """Returns the comparisons of a version that are bound to its digest and that of the other version, oldest first."""
     found = []
     for row in _events(session, version, "compare"):
@@ -79,11 +79,11 @@ def read_comparisons(session: Session, version: AdapterVersion) -> list[Comparis
             continue
         artifact = ArtifactRef(KIND, str(details["set"]), int(details["size"]))
         prompts = tuple(map(str, details["prompts"]))
-        found.append(Comparison(artifact, version.ref, str(details["against"]), prompts, row.seq, actor_of(row)))
+        found.append(BlindComparison(artifact, version.ref, str(details["against"]), prompts, row.seq, actor_of(row)))
     return found
 
 
-def find_compared(session: Session, digest: str = "") -> list[AdapterVersion]:
+def find_voted_on(session: Session, digest: str = "") -> list[AdapterVersion]:
     """Returns the versions that have a comparison whose digest begins with some digits, the latest comparison first."""
     query = select(EventRow).where(EventRow.action == "compare").order_by(EventRow.seq.desc())
     rows = [row for row in session.scalars(query) if isinstance(row.details, Mapping)]
@@ -92,7 +92,7 @@ def find_compared(session: Session, digest: str = "") -> list[AdapterVersion]:
     return [found[ref] for ref in dict.fromkeys(refs) if ref in found]
 
 
-def read_ballots(session: Session, version: AdapterVersion, comparison: Comparison) -> list[Ballot]:
+def read_ballots(session: Session, version: AdapterVersion, comparison: BlindComparison) -> list[Ballot]:
     """Returns the ballot of each user in a comparison, in the order of their first votes.
 
     Names that differ only in case are one user.

@@ -18,10 +18,10 @@ from registry.policy.vote_statistics import VoteSummary
 from registry.policy.votes import (
     BASE,
     Ballot,
-    Comparison,
+    BlindComparison,
     compared_digests,
-    find_compared,
     find_unvoted,
+    find_voted_on,
     read_ballots,
     read_comparisons,
     read_votes,
@@ -130,10 +130,10 @@ def ballot_of(ballots: Sequence[Ballot], user: Actor) -> Ballot:
 def list_compared(versions: Versions, digest: str = "") -> list[AdapterVersion]:
     """Returns the versions that have a comparison whose digest begins with some digits, the latest comparison first."""
     with versions.lineage.database.read() as session:
-        return find_compared(session, digest)
+        return find_voted_on(session, digest)
 
 
-def list_comparisons(versions: Versions, version: AdapterVersion) -> list[tuple[Comparison, list[Ballot]]]:
+def list_comparisons(versions: Versions, version: AdapterVersion) -> list[tuple[BlindComparison, list[Ballot]]]:
     """Returns the comparisons of a version with their ballots, oldest first."""
     with versions.lineage.database.read() as session:
         found = read_comparisons(session, version)
@@ -148,14 +148,14 @@ def count_votes(versions: Versions, version: AdapterVersion, against: str) -> Vo
 
 
 def find_unmet_votes(versions: Versions, version: AdapterVersion) -> dict[str, tuple[str, ...]]:
-    """Returns alias -> why the version's votes do not suffice for it, of each alias that needs votes."""
+    """Returns alias -> why the version's votes do not suffice for it; only aliases that need votes and it has not."""
     policies = read_policies(versions.home.path)
-    needing = [alias for alias, policy in policies.aliases.items() if policy.votes is not None]
+    needing = [alias for alias, policy in policies.aliases.items() if policy.votes and alias not in version.aliases]
     with versions.lineage.database.read() as session:
         return {alias: find_unvoted(session, policies, version, alias) for alias in needing}
 
 
-def _find(comparisons: Sequence[Comparison], digest: str, where: str) -> Comparison:
+def _find(comparisons: Sequence[BlindComparison], digest: str, where: str) -> BlindComparison:
     for comparison in comparisons:
         if comparison.artifact.sha256 == digest:
             return comparison

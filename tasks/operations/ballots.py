@@ -13,17 +13,18 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
+from lora_engine.documents import read_table
 from lora_engine.files import atomic_write
 from registry.entities import AdapterVersion, Event
 from registry.errors import VoteError
 from registry.home import Home
 from registry.policy.actors import establish_actor
-from registry.policy.votes import Ballot, Comparison
+from registry.policy.votes import Ballot, BlindComparison
 from registry.versions.versions import Versions
 from registry.versions.voting import Choice, ballot_of, list_compared, list_comparisons, vote
-from tasks.operations.votes import SIDES, ComparisonIndex, Side, read_index
+from tasks.operations.votes import SIDES, ComparedSide, ComparisonIndex, read_index
 
 Answer = Literal["left", "right", "tie", "skip"]
 TABLE = "ballot.csv"
@@ -41,7 +42,7 @@ class Position:
     """
 
     pair: int
-    left: Side
+    left: ComparedSide
 
     def choice_of(self, answer: Answer) -> Choice:
         """Returns what an answer means."""
@@ -61,7 +62,7 @@ class OpenBallot:
         ballot: The votes so far.
     """
 
-    comparison: Comparison
+    comparison: BlindComparison
     index: ComparisonIndex
     positions: tuple[Position, ...]
     ballot: Ballot
@@ -173,12 +174,12 @@ def record_table(home: Home, digest: str, table: Path, *, actor: str | None = No
     """
     with closing(Versions(home)) as versions:
         opened = open_ballot(versions, digest, actor=actor)
-        answers = _read_table(table, len(opened.positions))
+        answers = read_answers(table, len(opened.positions))
         events = [record_answer(versions, opened, at, answer, actor=actor) for at, answer in answers.items()]
         return events, open_ballot(versions, digest, actor=actor)
 
 
-def find_comparison(versions: Versions, digest: str) -> tuple[Comparison, list[Ballot], AdapterVersion]:
+def find_comparison(versions: Versions, digest: str) -> tuple[BlindComparison, list[Ballot], AdapterVersion]:
     """Returns a comparison by its digest, or at least 8 digits of it, with its ballots and its version.
 
     Raises:
@@ -197,25 +198,39 @@ def find_comparison(versions: Versions, digest: str) -> tuple[Comparison, list[B
     return found[0]
 
 
-def _read_table(path: Path, count: int) -> Mapping[int, Answer]:
-    """Returns position -> answer of each row with a vote."""
+def read_answers(path: Path, count: int) -> Mapping[int, Answer]:
+    """Returns position -> answer of each row of a table with a vote.
+
+    Args:
+        path: A CSV table with the columns `pair`, counted from 1, and `vote`.
+        count: Number of pairs.
+
+    Raises:
+        VoteError: The table or a row cannot be used; names line and column.
+    """
     try:
-        if path.stat().st_size > _MAX_TABLE:
-            raise VoteError(f"over {_MAX_TABLE} bytes", where=str(path))
-        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise VoteError(f"the table cannot be read ({error})", where=str(path)) from None
+        with path.open("rb") as file:
+            content = file.read(_MAX_TABLE + 1)
+    except OSError as error:
+        raise VoteError(f"the table cannot be read ({error.strerror})", where=str(path)) from None
+    if len(content) > _MAX_TABLE:
+        raise VoteError("the table is too large", where=str(path), allowed=f"{_MAX_TABLE:,} bytes")
     answers: dict[int, Answer] = {}
-    for line, row in enumerate(rows, 2):
-        pair, answer = ((row.get(column) or "").strip().lower() for column in _COLUMNS)
-        where = f"{path}:{line}"
+    for row in read_table(content, str(path), _COLUMNS, VoteError):
+        pair, answer = (row.cells.get(column, "").strip().lower() for column in _COLUMNS)
         if not answer and pair:
             continue
-        if not pair.isascii() or not pair.isdecimal() or not 1 <= int(pair) <= count or int(pair) - 1 in answers:
-            raise VoteError(f"pair {pair[:40]!r}", where=where, allowed=f"each of 1 to {count} once")
+        if (
+            not pair.isascii()
+            or not pair.isdecimal()
+            or len(pair) > 6
+            or not 1 <= int(pair) <= count
+            or int(pair) - 1 in answers
+        ):
+            raise VoteError(f"pair {pair[:40]!r}", where=row.where, allowed=f"each of 1 to {count} once")
         if answer not in get_args(Answer):
-            raise VoteError(f"vote {answer[:40]!r}", where=where, allowed=", ".join(get_args(Answer)))
-        answers[int(pair) - 1] = answer  # type: ignore[assignment]
+            raise VoteError(f"vote {answer[:40]!r}", where=row.where, allowed=", ".join(get_args(Answer)))
+        answers[int(pair) - 1] = cast("Answer", answer)
     if not answers:
         raise VoteError("the table has no vote", where=str(path), allowed=f"a row per pair: {', '.join(_COLUMNS)}")
     return answers

@@ -22,7 +22,7 @@ from tasks.operations.caption_edits import read_captions
 from tasks.operations.report import read_manifest
 from tasks.operations.status import has_tables
 
-THUMBNAIL = 192
+_THUMBNAIL = 192
 _QUALITY = 80
 _MAX_RUNS, _MAX_FOLDERS, _MAX_DEPTH = 200, 5_000, 5
 
@@ -151,7 +151,7 @@ def read_thumbnail(home: Home, artifact: ArtifactRef, entry: ImageEntry) -> dict
     try:
         content = open_store(home).read(artifact, entry.file)
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
-            return embed_image(image.convert("RGB"), THUMBNAIL, _QUALITY)
+            return embed_image(image.convert("RGB"), _THUMBNAIL, _QUALITY)
     except (StoreError, OSError, Image.DecompressionBombError):
         return None
 

@@ -28,7 +28,7 @@ from registry.versions.versions import Versions
 from tasks.operations.promote import promote_version
 from tasks.operations.status import read_aliases
 
-Action = Literal["promote", "rollback", "endorse", "withdraw", "unalias"]
+ReleaseAction = Literal["promote", "rollback", "endorse", "withdraw", "unalias"]
 """Named like the verbs that do the same."""
 
 
@@ -49,7 +49,7 @@ class ReleaseReview:
         actor: The user who reviewed it.
     """
 
-    action: Action
+    action: ReleaseAction
     name: str
     version: int
     sha256: str
@@ -75,7 +75,7 @@ class ReleaseReview:
 
 
 def review_release(
-    home: Home, action: Action, name: str, ref: str, alias: str, *, actor: str | None = None
+    home: Home, action: ReleaseAction, name: str, ref: str, alias: str, *, actor: str | None = None
 ) -> ReleaseReview:
     """Reads the state that an action is about, and every reason against it that is known before.
 
@@ -133,6 +133,7 @@ def carry_out(home: Home, review: ReleaseReview, reason: str, *, actor: str | No
                 actor=user,
             )[1]
         if review.action == "rollback":
+            _require_unchanged(versions, review)
             return rollback(
                 versions,
                 review.name,
@@ -157,14 +158,14 @@ def read_releases(home: Home, name: str | None = None) -> list[AliasState]:
     return read_aliases(home, name)[0]
 
 
-def read_moves(home: Home, name: str, limit: int = 50) -> list[Event]:
+def read_release_events(home: Home, name: str, limit: int = 50) -> list[Event]:
     """Returns the latest events of an adapter that are about aliases and states, newest first; without votes."""
     with closing(Versions(home)) as versions, versions.lineage.database.read() as session:
         events = queries.read_events(session, name)
     return [event for event in reversed(events) if event.action not in {"vote", "compare", "export"}][:limit]
 
 
-def _target(session: Session, action: Action, name: str, ref: str, alias: str, current: int | None) -> str | int:
+def _target(session: Session, action: ReleaseAction, name: str, ref: str, alias: str, current: int | None) -> str | int:
     """Returns the number or the alias of the version that an action is about."""
     if action == "rollback":
         return _earlier(session, name, alias, current)
@@ -181,7 +182,7 @@ def _earlier(session: Session, name: str, alias: str, current: int | None) -> in
 
 
 def _judge(
-    versions: Versions, action: Action, version: AdapterVersion, alias: str, user: str
+    versions: Versions, action: ReleaseAction, version: AdapterVersion, alias: str, user: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns the reasons against an action, and warnings."""
     policies = read_policies(versions.home.path)

@@ -49,19 +49,11 @@ def list_trainings(home: Home, limit: int = 10) -> list[tuple[RunState, StepStat
     return [(state, step) for state in states for step in state.steps if step.uses == "train"]
 
 
-def read_training(home: Home, run_id: str, step: str) -> TrainingView | None:
-    """Returns a training; None if the home has no entry of it any more."""
-    found = [
-        (state, entry)
-        for state, entry in list_trainings(home, limit=200)
-        if state.run.id == run_id and entry.name == step
-    ]
-    if not found:
-        return None
-    state, entry = found[0]
-    points = read_points(home, run_id, step)
-    samples = dict(_running_samples(home, entry)) or dict(_stored_samples(home, run_id, step))
-    return TrainingView(state, entry, draw_curves(points), _facts(entry), _prompts(state, step), samples)
+def view_training(home: Home, state: RunState, step: StepStatus) -> TrainingView:
+    """Returns a training of `list_trainings` with its curves and samples."""
+    points = read_points(home, state.run.id, step.name)
+    samples = dict(_running_samples(home, step)) or dict(_stored_samples(home, state.run.id, step.name))
+    return TrainingView(state, step, draw_curves(points), _facts(step), _prompts(state, step.name), samples)
 
 
 def draw_curves(points: Sequence[dict[str, Any]]) -> dict[str, str]:

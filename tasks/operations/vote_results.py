@@ -10,7 +10,7 @@ from typing import Any
 from registry.entities import AdapterVersion
 from registry.home import Home
 from registry.policy.vote_statistics import VoteSummary
-from registry.policy.votes import BASE, Ballot, Comparison
+from registry.policy.votes import BASE, Ballot, BlindComparison
 from registry.versions.versions import Versions
 from registry.versions.voting import count_votes, find_unmet_votes, list_comparisons
 from tasks.operations.promote import find_version
@@ -29,7 +29,7 @@ class VoteResults:
 
     version: AdapterVersion
     against: Mapping[str, VoteSummary]
-    comparisons: tuple[tuple[Comparison, list[Ballot]], ...]
+    comparisons: tuple[tuple[BlindComparison, list[Ballot]], ...]
     unmet: Mapping[str, tuple[str, ...]]
 
     def to_json(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def _name_of(versions: Versions, version: AdapterVersion, against: str) -> str:
     return find_version(versions, against if "@" in against else f"{version.name}@{against}").ref
 
 
-def _describe(comparison: Comparison, ballots: list[Ballot]) -> dict[str, Any]:
+def _describe(comparison: BlindComparison, ballots: list[Ballot]) -> dict[str, Any]:
     return {
         "comparison": comparison.artifact.sha256,
         "against": comparison.against,

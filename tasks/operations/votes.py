@@ -26,8 +26,8 @@ from tasks.operations.images import DrawRequest
 from tasks.operations.promote import find_version
 from tasks.operations.verb_run import describe_verb, verb_run
 
-Side = Literal["candidate", "against"]
-SIDES: tuple[Side, Side] = ("candidate", "against")
+ComparedSide = Literal["candidate", "against"]
+SIDES: tuple[ComparedSide, ComparedSide] = ("candidate", "against")
 DrawEach = Callable[[Sequence[DrawRequest]], Iterable[Sequence[bytes]]]
 """Draws requests in their order; yields the images of each as PNG files."""
 _INDEX = "comparison.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -123,7 +122,7 @@ def test_a_dataset_finds_its_folder_below_the_configured_ones_only(trained: Trai
     (home.path / "loraline.yaml").write_text(f"datasets: [{json.dumps(str(project))}]\n")
     configured = Home.open(home.path)
     assert find_folders(configured, manifest) == [project / "images"]
-    os.rename(project / "images" / "0.png", project / "images" / "x.png")
+    (project / "images" / "0.png").rename(project / "images" / "x.png")
     draw_noise(project / "images" / manifest.pictures[0].source, 99)
     assert find_folders(configured, manifest) == []
     for folder in (project.parent, Path("/"), project / "none", project / ".." / ".."):

@@ -20,10 +20,11 @@ from lora_engine.errors import AdapterError, BaseModelError, DataError
 from lora_engine.families.layout import read_layout
 from lora_engine.formats.card import read_card
 from lora_engine.formats.safetensors_io import read_header
-from registry.errors import PolicyError
+from registry.errors import PolicyError, VoteError
 from registry.policy.licenses import read_licenses
 from registry.policy.policy_file import read_policies
 from tasks.operations.adapter_files import parse_settings
+from tasks.operations.ballots import read_answers
 from tests.flows.commands import loraline_here
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +91,16 @@ CSV: Mapping[str, bytes] = {
     "long cell": b"file,consent\n0.png," + b"x" * 200_000 + b"\n",
     "date": b"file,consent,expires\n0.png,1,2026-13-01\n",
     "row": b"file,consent\n0.png,1\n0.png,1\n",
+}
+BALLOT: Mapping[str, bytes] = {
+    "bytes": b"pair,vote\n\xff,left\n",
+    "surplus": b"pair,vote\n1,left,2\n",
+    "twice": b"pair,vote,vote\n1,left,left\n",
+    "misspelled": b"pair,votes\n1,left\n",
+    "quote": b'pair,vote\n"1,left\n',
+    "long cell": b"pair,vote\n1," + b"x" * 200_000 + b"\n",
+    "row": b"pair,vote\n1,left\n1,left\n",
+    "number": b"pair,vote\n" + LONG.encode() + b",left\n",
 }
 
 
@@ -164,6 +175,12 @@ def _read_consent(folder: Path) -> str:
     return str(caught.value)
 
 
+def _read_ballot(folder: Path) -> str:
+    with pytest.raises(VoteError) as caught:
+        read_answers(folder / "ballot.csv", 6)
+    return str(caught.value)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of file: its path, a key that it may have, and a function that reads it and returns the refusal."""
@@ -188,6 +205,7 @@ KINDS: Mapping[str, Kind] = {
     "card": Kind("card.json", "title", {name: text for name, text in JSON.items() if name != "bytes"}, _read_card),
     "index": Kind("model_index.json", "_class_name", JSON, _read_index),
     "consent": Kind("consent.csv", "", CSV, _read_consent),
+    "ballot": Kind("ballot.csv", "", BALLOT, _read_ballot),
 }
 WITHOUT_PLACE = {"text", "list", "number"}
 """Faults of the whole file."""
@@ -267,6 +285,8 @@ OWN = {
     "flows/up.py": "what the home's own process started",
     "flows/supervision.py": "answers of the Prefect server that our own process started",
     "flows/deployments.py": "data that the one parser has read, copied",
+    "tasks/operations/votes.py": "files of an artifact, after their digests were verified",
+    "tasks/operations/caption_edits.py": "what the home's own process wrote",
     "tasks/execution.py": "files of an artifact, after their digests were verified",
 }
 """Files with another parser -> what they read, which no user writes."""

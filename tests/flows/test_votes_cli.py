@@ -14,6 +14,9 @@ from PIL import Image
 
 from registry.home import Home
 from registry.lineage.record import Lineage
+from registry.policy.alias_policy import VotesPolicy
+from registry.policy.policy_file import read_policies
+from registry.settings import read_settings
 from registry.versions.versions import Versions
 from tasks.operations.ballots import order_pairs
 from tests.flows.commands import loraline_here, say
@@ -197,3 +200,22 @@ def test_each_voter_sees_the_pairs_in_an_order_of_their_own_with_half_of_the_sid
         1,
         2,
     }
+
+
+def test_the_policy_and_the_setting_of_the_pages_can_be_used(tmp_path):
+    def block(page: str, start: str) -> str:
+        text = (Path(__file__).resolve().parents[2] / "docs" / page).read_text()
+        return next(found for found in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if found.startswith(start))
+
+    (tmp_path / "policy.yaml").write_text(block("votes.md", "# policy.yaml"))
+    votes = read_policies(tmp_path).of("production").votes
+    assert votes is not None
+    assert (votes.against, votes.at_least, votes.voters, votes.missing) == ("production", 30, 2, "fail")
+    (tmp_path / "loraline.yaml").write_text(block("studio.md", "datasets:"))
+    assert read_settings(tmp_path).datasets == ("/data/photos", "projects")
+
+
+def test_the_table_of_the_page_has_every_key_of_a_gate_with_its_default():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "votes.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| `?([\w.]+)`? \|", text, re.MULTILINE))
+    assert rows == {name: str(value).lower() for name, value in VotesPolicy().model_dump().items()}

@@ -23,7 +23,7 @@ def vote(prompt: str, choice: str, voter: str = "ann", pair: str = "", left: str
 
 
 def miss_rates(trials: int, ties: float) -> NDArray[np.float64]:
-    """Returns the chances that the interval lies above and below the true rate, [rates, 2], summed over all results."""
+    """Returns the chances that the interval is above and below the true rate, [rates, 2], summed over all results."""
     wins, tied = (grid.ravel() for grid in np.meshgrid(np.arange(trials + 1), np.arange(trials + 1), indexing="ij"))
     possible = wins + tied <= trials
     wins, tied = wins[possible], tied[possible]

@@ -14,7 +14,7 @@ from registry.errors import IdentityError, Refused
 from registry.identity import Actor
 
 
-def actor_of(request: Any) -> Actor | None:
+def find_actor(request: Any) -> Actor | None:
     """Returns the user of a request; None is the user of this process, on a server without tokens.
 
     The application establishes the caller of every request, and puts it into the scope as `state["caller"]`.
@@ -39,7 +39,7 @@ def tenant_of(request: Any) -> str:
     return str(inner.scope["state"]["caller"].tenant)
 
 
-def explain(error: WordedError) -> str:
+def render_error(error: WordedError) -> str:
     """Returns an error as an alert, with every reason of a refusal on a line of its own."""
     if not isinstance(error, Refused):
         return f'<div class="reg-error" role="alert">{escape(str(error))}</div>'

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio
 
-from flows.web.studio.acting import actor_of, done, explain, note
+from flows.web.studio.acting import done, find_actor, note, render_error
 from lora_engine.errors import DataError, WordedError
 from registry.entities import ArtifactRef
 from tasks.operations.caption_edits import CaptionEdit, edit_caption, undo_caption
@@ -76,10 +76,10 @@ class _Datasets:
     def list_choices(self, chosen: str | None, request: gradio.Request) -> tuple[Any, Any, str, str]:
         """Returns the datasets, and shows the chosen one or the first."""
         try:
-            actor_of(request)
+            find_actor(request)
             entries = list_datasets(self._home)
         except WordedError as error:
-            return gradio.skip(), gradio.skip(), "", explain(error)
+            return gradio.skip(), gradio.skip(), "", render_error(error)
         if not entries:
             empty = note("No dataset yet. `loraline run` with an `ingest` step makes one.")
             return gradio.update(choices=[], value=None), gradio.update(choices=[], value=None), empty, ""
@@ -90,11 +90,11 @@ class _Datasets:
     def find_folder(self, chosen: str | None, request: gradio.Request) -> tuple[Any, str, str]:
         """Returns the folders that have the images of a dataset, and its sheet."""
         try:
-            actor_of(request)
+            find_actor(request)
             manifest = read_manifest(self._home, self._artifact(chosen))
             folders = [str(folder) for folder in find_folders(self._home, manifest)]
         except WordedError as error:
-            return gradio.skip(), "", explain(error)
+            return gradio.skip(), "", render_error(error)
         value = folders[0] if folders else None
         return gradio.update(choices=folders, value=value), *self.show(chosen, value, 1, request)
 
@@ -103,13 +103,13 @@ class _Datasets:
         try:
             sheet = self.sheet(chosen, folder, page, request)
         except WordedError as error:
-            return "", explain(error)
+            return "", render_error(error)
         found = "" if folder else "Read only: no folder with these images is below `datasets` of loraline.yaml."
         return sheet, note(found)
 
     def sheet(self, chosen: str | None, folder: str | None, page: float, request: gradio.Request) -> str:
         """Returns a page of the sheet."""
-        actor_of(request)
+        find_actor(request)
         artifact = self._artifact(chosen)
         images = read_sheet(self._home, artifact, require_folder(self._home, folder) if folder else None)
         start = max(0, int(page or 1) - 1) * _PAGE
@@ -124,10 +124,10 @@ class _Datasets:
         """Puts the caption of an image into the field."""
         source = str(getattr(event, "source", ""))
         try:
-            actor_of(request)
+            find_actor(request)
             found = self._find(chosen, folder, source)
         except WordedError as error:
-            return "", gradio.skip(), "", explain(error)
+            return "", gradio.skip(), "", render_error(error)
         why = note(f"Cannot be changed: {found.locked}") if found.locked else ""
         return source, gradio.update(value=found.caption, interactive=not found.locked), found.beside, why
 
@@ -142,7 +142,7 @@ class _Datasets:
     ) -> tuple[Any, str]:
         """Writes a caption beside its image."""
         try:
-            actor = actor_of(request)
+            actor = find_actor(request)
             if not source or not folder:
                 raise DataError("no image is chosen", remedy="choose an image of a dataset with a folder")
             path = require_folder(self._home, folder)
@@ -151,18 +151,18 @@ class _Datasets:
                 self._home, path, source, str(caption), expected=str(before), sha256=digest, actor=actor
             )
         except WordedError as error:
-            return gradio.skip(), explain(error)
+            return gradio.skip(), render_error(error)
         return edit.after or "", done(f"Wrote {edit.file}. The next run uses it.")
 
     def undo(self, folder: str | None, request: gradio.Request) -> tuple[str, Any, str, str]:
         """Takes the last change in the folder back."""
         try:
-            actor = actor_of(request)
+            actor = find_actor(request)
             if not folder:
                 raise DataError("there is no folder", remedy="choose a dataset with a folder")
             edit: CaptionEdit = undo_caption(self._home, require_folder(self._home, folder), actor=actor)
         except WordedError as error:
-            return "", gradio.skip(), "", explain(error)
+            return "", gradio.skip(), "", render_error(error)
         text = (
             f"Restored {edit.file}." if edit.after is not None else f"Removed {edit.file}, which did not exist before."
         )

@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 import gradio
 
-from flows.web.studio.acting import actor_of, done, explain, note, table
+from flows.web.studio.acting import done, find_actor, note, render_error, table
 from flows.web.studio.releases_waiting import add_waiting
 from lora_engine.errors import WordedError
 from registry.errors import PromotionError
 from registry.versions.versions import Versions
-from tasks.operations.releases import Action, ReleaseReview, carry_out, read_moves, read_releases, review_release
+from tasks.operations.releases import (
+    ReleaseAction,
+    ReleaseReview,
+    carry_out,
+    read_release_events,
+    read_releases,
+    review_release,
+)
 from tasks.operations.vote_results import describe_summary, results_of
 
 if TYPE_CHECKING:
@@ -41,7 +48,7 @@ def add_releases(studio: Studio) -> None:
     aliases = gradio.HTML(apply_default_css=False, padding=False)
     with gradio.Group():
         with gradio.Row():
-            action = gradio.Radio(_LABELS, value="promote", label="Action")
+            action = gradio.Radio(_LABELS, value="promote", label="ReleaseAction")
         with gradio.Row():
             version = gradio.Dropdown([], label="Version to change", interactive=True)
             alias = gradio.Dropdown(_ALIASES, value="production", label="Alias", allow_custom_value=True)
@@ -85,16 +92,16 @@ class _Releases:
     def show(self, name: str | None, request: gradio.Request) -> tuple[Any, str, Any, str, str]:
         """Returns the adapters, the aliases of all, and versions and history of one."""
         try:
-            actor_of(request)
+            find_actor(request)
             states = read_releases(self._home)
             with closing(Versions(self._home)) as versions:
                 names = list(dict.fromkeys(version.name for version in versions.list()))
                 chosen = name if name in names else (names[0] if names else None)
                 own = list(versions.list(chosen)) if chosen else []
                 votes = {version.ref: results_of(versions, version).against for version in own}
-            moves = read_moves(self._home, chosen) if chosen else []
+            moves = read_release_events(self._home, chosen) if chosen else []
         except WordedError as error:
-            return gradio.skip(), explain(error), gradio.skip(), "", ""
+            return gradio.skip(), render_error(error), gradio.skip(), "", ""
         active = [(_label(version), str(version.version)) for version in reversed(own) if version.state == "ACTIVE"]
         summaries = {
             ref: "<br>".join(
@@ -122,20 +129,20 @@ class _Releases:
         """Shows what would be done, with every reason against it; only without one it can be confirmed."""
         blocked = gradio.update(interactive=False)
         try:
-            actor = actor_of(request)
+            actor = find_actor(request)
             if not str(reason or "").strip():
                 raise PromotionError("there is no reason", remedy="write the reason, which the log stores")
             if (
-                action not in get_args(Action)
+                action not in get_args(ReleaseAction)
                 or not name
                 or (not version and action in {"promote", "endorse", "withdraw"})
             ):
                 raise PromotionError("nothing is chosen", remedy="choose an adapter, an action and a version")
             found = review_release(
-                self._home, cast("Action", action), name, str(version), str(alias or ""), actor=actor
+                self._home, cast("ReleaseAction", action), name, str(version), str(alias or ""), actor=actor
             )
         except WordedError as error:
-            return None, explain(error), blocked
+            return None, render_error(error), blocked
         if found.reasons:
             items = "".join(f"<li>{escape(reason)}</li>" for reason in found.reasons)
             text = f'<div class="reg-error" role="alert">Refused: {escape(found.summary)}<ul>{items}</ul></div>'
@@ -146,18 +153,18 @@ class _Releases:
 
     def forget(self, request: gradio.Request) -> tuple[None, str, Any]:
         """Forgets a review, because the form changed."""
-        actor_of(request)
+        find_actor(request)
         return None, "", gradio.update(interactive=False)
 
     def confirm(self, found: ReleaseReview | None, reason: str, request: gradio.Request) -> tuple[None, str, Any]:
         """Does what was reviewed, if the state is still that of the review."""
         try:
-            actor = actor_of(request)
+            actor = find_actor(request)
             if found is None:
                 raise PromotionError("nothing was reviewed", remedy="review the action first")
             event = carry_out(self._home, found, str(reason or ""), actor=actor)
         except WordedError as error:
-            return None, explain(error), gradio.update(interactive=False)
+            return None, render_error(error), gradio.update(interactive=False)
         return None, done(f"Done: {found.summary} (event {event.seq})."), gradio.update(interactive=False)
 
 
@@ -212,4 +219,4 @@ def _history(events: list[Event]) -> str:
         )
         for event in events
     ]
-    return table(("Event", "Time (UTC)", "Action", "Version", "User", "Reason"), rows, label="History")
+    return table(("Event", "Time (UTC)", "ReleaseAction", "Version", "User", "Reason"), rows, label="History")

@@ -6,9 +6,10 @@ from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 import gradio
+import httpx
 
 from flows.approving import decide_waiting, list_waiting
-from flows.web.studio.acting import actor_of, done, explain, note, table
+from flows.web.studio.acting import done, find_actor, note, render_error, table
 from lora_engine.errors import WordedError
 from registry.errors import PromotionError
 
@@ -49,11 +50,11 @@ class _Waiting:
     def show(self, request: gradio.Request) -> tuple[str, Any]:
         """Returns the waiting runs."""
         try:
-            actor_of(request)
+            find_actor(request)
             waiting = list_waiting(self._home)
         except WordedError as error:
-            return explain(error), gradio.skip()
-        except OSError as error:
+            return render_error(error), gradio.skip()
+        except (OSError, httpx.HTTPError) as error:
             return note(f"Prefect's server cannot be reached: {error}"), gradio.update(choices=[], value=None)
         if waiting is None:
             return note("No Prefect server is configured (PREFECT_API_URL)."), gradio.update(choices=[], value=None)
@@ -78,10 +79,10 @@ class _Waiting:
             if not digest:
                 raise PromotionError("no run is chosen", remedy="choose the run to decide about")
             version, run, _ = decide_waiting(
-                self._home, ref, decision, str(reason or ""), expect=digest, actor=actor_of(request)
+                self._home, ref, decision, str(reason or ""), expect=digest, actor=find_actor(request)
             )
         except WordedError as error:
-            return explain(error)
+            return render_error(error)
         word = "Approved" if decision == "approve" else "Rejected"
         return done(
             f"{word} {version.ref} for {run.request.alias}. The run {run.name} continues once a worker is free."

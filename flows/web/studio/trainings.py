@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import gradio
 
-from flows.web.studio.acting import actor_of, explain, note, table
+from flows.web.studio.acting import find_actor, note, render_error, table
 from lora_engine.errors import WordedError
-from tasks.operations.training_view import TrainingView, list_trainings, read_training
+from tasks.operations.training_view import TrainingView, list_trainings, view_training
 
 if TYPE_CHECKING:
     from flows.web.studio.page import Studio
@@ -49,17 +49,17 @@ class _Trainings:
     def show(self, chosen: str | None, request: gradio.Request) -> tuple[Any, str, str]:
         """Returns the trainings, the chosen one or the latest, and all runs."""
         try:
-            actor_of(request)
+            find_actor(request)
             found = list_trainings(self._home)
             if not found:
                 empty = "No training yet. `loraline run pipeline.yaml` starts one, and it appears here."
                 return gradio.update(choices=[], value=None), note(empty), ""
-            choices = [(_label(state, step), f"{state.run.id}/{step.name}") for state, step in found]
-            value = chosen if chosen in {key for _, key in choices} else choices[0][1]
-            view = read_training(self._home, *value.split("/", 1))
+            keyed = {f"{state.run.id}/{step.name}": (state, step) for state, step in found}
+            value = chosen if chosen in keyed else next(iter(keyed))
+            shown = show_training(view_training(self._home, *keyed[value]))
         except WordedError as error:
-            return gradio.skip(), explain(error), ""
-        shown = show_training(view) if view is not None else note("This training has no entry any more.")
+            return gradio.skip(), render_error(error), ""
+        choices = [(_label(*entry), key) for key, entry in keyed.items()]
         return gradio.update(choices=choices, value=value), shown, _runs([state for state, _ in found])
 
 

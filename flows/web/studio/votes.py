@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 import gradio
 
-from flows.web.studio.acting import actor_of, done, explain, note, table
+from flows.web.studio.acting import done, find_actor, note, render_error, table
 from flows.web.studio.votes_prepare import add_prepare
 from lora_engine.errors import WordedError
 from registry.errors import VoteError
@@ -88,7 +88,7 @@ class _Votes:
     def list_choices(self, chosen: str | None, request: gradio.Request) -> tuple[Any, str, str]:
         """Returns the comparisons, the latest first, and opens the chosen one or the first."""
         try:
-            actor_of(request)
+            find_actor(request)
             with closing(Versions(self._home)) as versions:
                 choices = [
                     (f"{entry.candidate} against {entry.against}, {len(entry.prompts)} pairs", entry.artifact.sha256)
@@ -96,7 +96,7 @@ class _Votes:
                     for entry, _ in reversed(list_comparisons(versions, version))
                 ]
         except WordedError as error:
-            return gradio.skip(), "", explain(error)
+            return gradio.skip(), "", render_error(error)
         if not choices:
             empty = "No comparison yet. Prepare one below, or with `loraline vote prepare NAME@REF --prompts FILE`."
             return gradio.update(choices=[], value=None), note(empty), ""
@@ -109,16 +109,16 @@ class _Votes:
             return "", ""
         try:
             with closing(Versions(self._home)) as versions:
-                opened = open_ballot(versions, chosen, actor=actor_of(request))
+                opened = open_ballot(versions, chosen, actor=find_actor(request))
                 return self._show(versions, opened, opened.next_position)
         except WordedError as error:
-            return "", explain(error)
+            return "", render_error(error)
 
     def vote(self, chosen: str | None, event: gradio.EventData, request: gradio.Request) -> tuple[Any, str]:
         """Records an answer to the pair that is shown, and shows the next one; `back` shows the one before."""
         answer, shown = str(getattr(event, "choice", "")), str(getattr(event, "position", ""))
         try:
-            actor = actor_of(request)
+            actor = find_actor(request)
             with closing(Versions(self._home)) as versions:
                 opened = open_ballot(versions, str(chosen or ""), actor=actor)
                 position = int(shown) if shown.isascii() and shown.isdecimal() and len(shown) < 7 else -1
@@ -131,7 +131,7 @@ class _Votes:
                 opened = open_ballot(versions, str(chosen), actor=actor)
                 return self._show(versions, opened, opened.next_position)
         except WordedError as error:
-            return gradio.skip(), explain(error)
+            return gradio.skip(), render_error(error)
 
     def show_results(self, chosen: str | None, request: gradio.Request) -> str:
         """Returns the votes that count, once the user's own ballot is finished: others would sway it."""
@@ -139,13 +139,13 @@ class _Votes:
             return note("Choose a comparison.")
         try:
             with closing(Versions(self._home)) as versions:
-                opened = open_ballot(versions, chosen, actor=actor_of(request))
+                opened = open_ballot(versions, chosen, actor=find_actor(request))
                 if not opened.ballot.is_finished:
                     return note("Results are shown once you have judged every pair of this comparison.")
                 (version,) = (v for v in list_compared(versions, chosen) if v.ref == opened.comparison.candidate)
                 return show_results(results_of(versions, version, opened.comparison.against))
         except WordedError as error:
-            return explain(error)
+            return render_error(error)
 
     def _show(self, versions: Versions, opened: OpenBallot, position: int | None) -> tuple[str, str]:
         total, voted = len(opened.positions), len(opened.ballot.choices)

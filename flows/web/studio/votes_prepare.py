@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio
 
-from flows.web.studio.acting import actor_of, done, explain, tenant_of
+from flows.web.studio.acting import done, find_actor, render_error, tenant_of
 from lora_engine.errors import SettingsError, WordedError
 from registry.errors import VoteError
 from registry.versions.versions import Versions
@@ -66,7 +66,7 @@ class _Prepare:
 
     def list_versions(self, request: gradio.Request) -> tuple[Any, Any]:
         """Returns the active versions, the latest first, and what the first can be compared with."""
-        actor_of(request)
+        find_actor(request)
         with closing(Versions(self._home)) as versions:
             active = [version for version in versions.list() if version.state == "ACTIVE"]
         refs = [version.ref for version in sorted(active, key=lambda version: version.created_at, reverse=True)]
@@ -75,7 +75,7 @@ class _Prepare:
 
     def list_others(self, ref: str | None, request: gradio.Request) -> Any:
         """Returns what a version can be compared with: aliases first, then versions, then the base alone."""
-        actor_of(request)
+        find_actor(request)
         name = (ref or "").partition("@")[0]
         with closing(Versions(self._home)) as versions:
             own = [version for version in versions.list(name) if version.state == "ACTIVE" and version.ref != ref]
@@ -109,9 +109,9 @@ class _Prepare:
                     progress((number, total), desc="Drawing")
                     yield images
 
-            artifact, index = prepare_comparison(self._home, ref, against, wanted, draw_each, actor=actor_of(request))
+            artifact, index = prepare_comparison(self._home, ref, against, wanted, draw_each, actor=find_actor(request))
         except WordedError as error:
-            return gradio.skip(), explain(error)
+            return gradio.skip(), render_error(error)
         equal = len(lines) * int(count) - len(index.pairs)
         left_out = f", {equal} left out because both images are equal" if equal else ""
         text = f"{index.candidate} against {index.against}: {len(index.pairs)} pairs{left_out}."
