@@ -93,8 +93,7 @@ class CompiledEngine(DynamicEngine):
             return False
         if not is_compiled:
             return super().shares_batch(first, other)
-        is_alike = self._options_of(first) == self._options_of(other)
-        return is_alike and has_one_pass(first, other, self.options.max_images)
+        return has_one_pass(first, other, self.options.max_images) and self._have_same_options(first, other)
 
     def close(self) -> None:
         """Puts the layers of the base back."""

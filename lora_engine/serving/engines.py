@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 _Side = Annotated[int, Field(ge=8, le=16384)]
+_Images = Annotated[int, Field(ge=1, le=64)]
 
 
 class EngineOptions(BaseModel):
