@@ -26,7 +26,7 @@ class ArrangementError(AdapterError):
     """A layer gets its rows in another arrangement than one per row of the batch, as networks of packed tokens do."""
 
 
-Rows = Sequence[tuple[int, Sequence[RowAdapter]]]
+BatchRows = Sequence[tuple[int, Sequence[RowAdapter]]]
 """Number of rows and their adapters, in the order of the batch."""
 
 
@@ -50,7 +50,7 @@ class RowAdapters:
             self._wrap(name)
 
     @torch.no_grad()
-    def set_rows(self, rows: Rows) -> None:
+    def set_rows(self, rows: BatchRows) -> None:
         """Sets the adapters of the next batches; equal ones as before copy nothing.
 
         Args:

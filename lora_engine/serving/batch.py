@@ -23,7 +23,7 @@ from lora_engine.inference.image_metadata import UsedAdapter
 from lora_engine.inference.prompts.tags import AdapterTag
 from lora_engine.serving.adapter_cache import AdapterCache, text_part
 from lora_engine.serving.engine import DrawnImages, ImageJob
-from lora_engine.serving.lockstep import Lockstep, Prediction, WaitingBase
+from lora_engine.serving.lockstep import Lockstep, PredictionInput, WaitingBase
 
 Tagged = Sequence[tuple[AdapterTag, Bundle]]
 Compose = Callable[[Tagged, ComposedEngine], AbstractContextManager[Composition]]
@@ -84,7 +84,7 @@ class BatchMode(Protocol):
         """Called by a job whenever it needs a prediction: its texts are encoded by then."""
         ...
 
-    def predict(self, waiting: Mapping[int, Prediction]) -> Mapping[int, Tensor | EngineError]:
+    def predict(self, waiting: Mapping[int, PredictionInput]) -> Mapping[int, Tensor | EngineError]:
         """Predicts for all jobs that wait."""
         ...
 
@@ -96,7 +96,7 @@ def draw_together(
     lockstep: Lockstep[DrawnImages] = Lockstep(mode.predict)
 
     def draw(number: int, job: ImageJob) -> DrawnImages:
-        def predict(prediction: Prediction) -> Tensor:
+        def predict(prediction: PredictionInput) -> Tensor:
             mode.end_encoding(number)
             return lockstep.predict(number, prediction)
 
@@ -127,11 +127,11 @@ class SharedComposition:
         """See `BatchMode`; the text encoders keep the adapters, which all jobs have."""
         del number
 
-    def predict(self, waiting: Mapping[int, Prediction]) -> Mapping[int, Tensor | EngineError]:
+    def predict(self, waiting: Mapping[int, PredictionInput]) -> Mapping[int, Tensor | EngineError]:
         """See `BatchMode`."""
         answers: dict[int, Tensor | EngineError] = {}
         for together in _by_shape(waiting):
-            answers |= split_rows(together, predict_rows(self._base, Prediction.cat(list(together.values()))))
+            answers |= split_by_job(together, predict_rows(self._base, PredictionInput.cat(list(together.values()))))
         return answers
 
 
@@ -166,7 +166,7 @@ class OwnRows:
         """See `BatchMode`; takes the adapters of the job off the text encoders, which the next job needs."""
         self._texts[number].close()
 
-    def predict(self, waiting: Mapping[int, Prediction]) -> Mapping[int, Tensor | EngineError]:
+    def predict(self, waiting: Mapping[int, PredictionInput]) -> Mapping[int, Tensor | EngineError]:
         """See `BatchMode`."""
         answers: dict[int, Tensor | EngineError] = {}
         for together in _by_shape(waiting):
@@ -178,10 +178,10 @@ class OwnRows:
                     answers |= self.predict_alike({number: prediction})
         return answers
 
-    def predict_alike(self, together: Mapping[int, Prediction]) -> Mapping[int, Tensor]:
+    def predict_alike(self, together: Mapping[int, PredictionInput]) -> Mapping[int, Tensor]:
         """Predicts for jobs of equal shapes."""
         self._rows.set_rows([(len(prediction), self._own[number]) for number, prediction in together.items()])
-        return split_rows(together, predict_rows(self._base, Prediction.cat(list(together.values()))))
+        return split_by_job(together, predict_rows(self._base, PredictionInput.cat(list(together.values()))))
 
     def own_rows(self, number: int) -> Sequence[RowAdapter]:
         """Returns the adapters of a job."""
@@ -221,20 +221,20 @@ def attempt(drawer: CachedDrawer, job: ImageJob) -> DrawnImages | EngineError:
         return error
 
 
-def _by_shape(waiting: Mapping[int, Prediction]) -> list[dict[int, Prediction]]:
-    groups: dict[tuple[Any, ...], dict[int, Prediction]] = {}
+def _by_shape(waiting: Mapping[int, PredictionInput]) -> list[dict[int, PredictionInput]]:
+    groups: dict[tuple[Any, ...], dict[int, PredictionInput]] = {}
     for number, prediction in waiting.items():
         groups.setdefault(prediction.shapes, {})[number] = prediction
     return list(groups.values())
 
 
 @torch.no_grad()
-def predict_rows(base: BaseModel, prediction: Prediction) -> Tensor:
+def predict_rows(base: BaseModel, prediction: PredictionInput) -> Tensor:
     """Returns the prediction of a base for rows."""
     return base.predict(prediction.noisy, prediction.timesteps, prediction.conditioning)
 
 
-def split_rows(together: Mapping[int, Prediction], predicted: Tensor) -> dict[int, Tensor]:
+def split_by_job(together: Mapping[int, PredictionInput], predicted: Tensor) -> dict[int, Tensor]:
     """Returns the rows of each job."""
     parts = torch.split(predicted, [len(prediction) for prediction in together.values()])
     return dict(zip(together, parts, strict=True))

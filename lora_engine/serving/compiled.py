@@ -18,12 +18,12 @@ from lora_engine.errors import EngineError, SettingsError
 from lora_engine.inference.draw import DrawSettings
 from lora_engine.inference.prompts.prompt import parse_prompt
 from lora_engine.serving.adapter_cache import AdapterCache
-from lora_engine.serving.batch import OwnRows, draw_together, predict_rows, split_rows
+from lora_engine.serving.batch import OwnRows, draw_together, predict_rows, split_by_job
 from lora_engine.serving.dynamic import DynamicEngine
 from lora_engine.serving.engine import DrawnImages, ImageJob
 from lora_engine.serving.engines import CompiledOptions
 from lora_engine.serving.grouping import has_one_pass, is_simple
-from lora_engine.serving.lockstep import Prediction
+from lora_engine.serving.lockstep import PredictionInput
 
 _log = logging.getLogger(__name__)
 _MAX_SHAPES = 8
@@ -93,8 +93,7 @@ class CompiledEngine(DynamicEngine):
             return False
         if not is_compiled:
             return super().shares_batch(first, other)
-        is_alike = self._options_of(first) == self._options_of(other)
-        return is_alike and has_one_pass(first, other, self.options.max_images)
+        return has_one_pass(first, other, self.options.max_images) and self._have_same_options(first, other)
 
     def close(self) -> None:
         """Puts the layers of the base back."""
@@ -154,7 +153,7 @@ class _CompiledShapes:
         self._known: set[tuple[Any, ...]] = set()
         self._is_compiling = False
 
-    def __contains__(self, prediction: Prediction) -> bool:
+    def __contains__(self, prediction: PredictionInput) -> bool:
         if self._is_compiling:
             self._known.add((len(prediction), prediction.shapes))
         return (len(prediction), prediction.shapes) in self._known
@@ -178,9 +177,9 @@ class _CompiledRows(OwnRows):
         super().__init__(base, rows, adapters)
         self._shapes = shapes
 
-    def predict_alike(self, together: Mapping[int, Prediction]) -> Mapping[int, Tensor]:
+    def predict_alike(self, together: Mapping[int, PredictionInput]) -> Mapping[int, Tensor]:
         """Predicts for jobs of equal shapes, in padded batches."""
-        every = Prediction.cat(list(together.values()))
+        every = PredictionInput.cat(list(together.values()))
         owners = [self.own_rows(number) for number, prediction in together.items() for _ in range(len(prediction))]
         parts, first = list[Tensor](), 0
         while first < len(every):
@@ -190,11 +189,11 @@ class _CompiledRows(OwnRows):
             self._rows.set_rows([(1, owners[row]) for row in chosen])
             parts.append(self._predict(every.index(chosen))[: last - first])
             first = last
-        return split_rows(together, torch.cat(parts))
+        return split_by_job(together, torch.cat(parts))
 
-    def _predict(self, padded: Prediction) -> Tensor:
+    def _predict(self, padded: PredictionInput) -> Tensor:
         # Some samplers have whole timesteps and others do not; the network computes with floats in any case.
-        padded = Prediction(padded.noisy, padded.timesteps.to(torch.float32), padded.conditioning)
+        padded = PredictionInput(padded.noisy, padded.timesteps.to(torch.float32), padded.conditioning)
         if padded in self._shapes:
             return predict_rows(self._base, padded)
         with torch.compiler.set_stance("force_eager"):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_engine.adapters.rows import RowAdapters
 from lora_engine.bases.base import BaseModel, load_base
-from lora_engine.bases.options import BaseOptions, options_of_cards
+from lora_engine.bases.options import options_of_cards
 from lora_engine.errors import EngineError
 from lora_engine.inference.composition import compose
 from lora_engine.serving.adapter_cache import AdapterCache
@@ -51,13 +51,8 @@ class DynamicEngine:
         Scales of guidance, prompts, seeds and images to start from may differ. False if one needs a pass of its own:
         enlarged images, options of other bases, adapters of kinds without products by row.
         """
-        if not has_one_pass(first, other, self.options.max_images):
+        if not (has_one_pass(first, other, self.options.max_images) and self._have_same_options(first, other)):
             return False
-        try:
-            if self._options_of(first) != self._options_of(other):
-                return False
-        except EngineError:
-            return False  # drawn alone, the job gives this error
         return have_same_adapters(first, other) or (self._has_rows(first) and self._has_rows(other))
 
     def draw(self, jobs: Sequence[ImageJob]) -> list[DrawnImages | EngineError]:
@@ -94,8 +89,15 @@ class DynamicEngine:
         except EngineError as error:
             return [error] * len(jobs)
 
-    def _options_of(self, job: ImageJob) -> BaseOptions:
-        return options_of_cards([self._adapters.bundle(file).card for file, _ in job.files])
+    def _have_same_options(self, *jobs: ImageJob) -> bool:
+        """Returns True if the adapters of two jobs were trained with the same options of the base."""
+        try:
+            first, other = (
+                options_of_cards([self._adapters.bundle(file).card for file, _ in job.files]) for job in jobs
+            )
+        except EngineError:
+            return False  # drawn alone, the job gives this error
+        return first == other
 
     def _has_rows(self, job: ImageJob) -> bool:
         return not self._packs_rows and all(self._adapters.row_obstacle(file) is None for file, _ in job.files)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,6 +14,10 @@ from lora_engine.registries import Registry, import_target
 
 if TYPE_CHECKING:
     from lora_engine.serving.engine import ImageEngine
+
+
+_Side = Annotated[int, Field(ge=8, le=16384)]
+_Images = Annotated[int, Field(ge=1, le=64)]
 
 
 class EngineOptions(BaseModel):
@@ -35,17 +39,19 @@ class StaticOptions(EngineOptions):
 class DynamicOptions(EngineOptions):
     """The dynamic engine: adapters by request."""
 
-    cache_bytes: int = Field(default=1 << 30, ge=0, description="Bytes of adapters that stay in memory.")
+    cache_bytes: int = Field(default=1 << 30, ge=0, le=1 << 44, description="Bytes of adapters that stay in memory.")
 
 
 class CompiledOptions(DynamicOptions):
     """The compiled engine: adapters by request, in a network that is compiled once for each size."""
 
     max_images: int = Field(default=4, ge=1, le=64, description="Images of the largest compiled batch.")
-    batches: tuple[int, ...] = Field(default=(1,), description="Other compiled batches, in images.")
+    batches: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field(
+        default=(1,), description="Other compiled batches, in images."
+    )
     rank: int = Field(default=16, ge=1, le=1024, description="Largest rank of all adapters of an image together.")
     targets: str = Field(default="attention", description="Layers with products; see `select_modules`.")
-    sizes: tuple[tuple[int, int], ...] = Field(
+    sizes: tuple[tuple[_Side, _Side], ...] = Field(
         default=(), description="(height, width) of compiled images in pixels; empty is the base's default."
     )
     backend: str = Field(default="inductor", description="Backend of torch.compile.")

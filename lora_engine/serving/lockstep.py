@@ -20,11 +20,11 @@ from lora_engine.bases.base import BaseModel
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.errors import EngineError
 
-T = TypeVar("T")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Prediction:
+class PredictionInput:
     """The arguments of a call of `BaseModel.predict`."""
 
     noisy: Tensor
@@ -40,28 +40,28 @@ class Prediction:
         tensors = {"": self.noisy, **self.conditioning.tensors}
         return tuple((name, tuple(value.shape[1:]), value.dtype) for name, value in sorted(tensors.items()))
 
-    def index(self, rows: Sequence[int]) -> Prediction:
+    def index(self, rows: Sequence[int]) -> PredictionInput:
         """Returns the given rows; a row may occur more than once."""
         chosen = torch.as_tensor(rows, device=self.noisy.device)
-        return Prediction(self.noisy[chosen], self.timesteps[chosen], self.conditioning.index(rows))
+        return PredictionInput(self.noisy[chosen], self.timesteps[chosen], self.conditioning.index(rows))
 
     @staticmethod
-    def cat(parts: Sequence[Prediction]) -> Prediction:
+    def cat(parts: Sequence[PredictionInput]) -> PredictionInput:
         """Concatenates the rows of all parts."""
         if len(parts) == 1:
             return parts[0]
-        return Prediction(
+        return PredictionInput(
             torch.cat([part.noisy for part in parts]),
             torch.cat([part.timesteps for part in parts]),
             Conditioning.cat([part.conditioning for part in parts]),
         )
 
 
-Answer = Callable[[Mapping[int, Prediction]], Mapping[int, Tensor | EngineError]]
+Answer = Callable[[Mapping[int, PredictionInput]], Mapping[int, Tensor | EngineError]]
 """Takes the predictions that jobs wait for by the number of the job; returns all of them, or their errors."""
 
 
-class Lockstep(Generic[T]):
+class Lockstep(Generic[Result]):
     """Runs jobs until they end.
 
     Args:
@@ -71,11 +71,11 @@ class Lockstep(Generic[T]):
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
         self._changed = threading.Condition()
-        self._waiting: dict[int, Prediction] = {}
+        self._waiting: dict[int, PredictionInput] = {}
         self._answers: dict[int, Tensor | EngineError] = {}
         self._ended, self._is_over = 0, False
 
-    def run(self, jobs: Sequence[Callable[[], T]]) -> list[T | EngineError]:
+    def run(self, jobs: Sequence[Callable[[], Result]]) -> list[Result | EngineError]:
         """Returns the result of each job, or its `EngineError`.
 
         Raises:
@@ -90,7 +90,7 @@ class Lockstep(Generic[T]):
                 with self._changed:
                     self._is_over = True
                     self._changed.notify_all()
-        results: list[T | EngineError] = []
+        results: list[Result | EngineError] = []
         for future in futures:
             try:
                 results.append(future.result())
@@ -98,7 +98,7 @@ class Lockstep(Generic[T]):
                 results.append(error)
         return results
 
-    def predict(self, number: int, prediction: Prediction) -> Tensor:
+    def predict(self, number: int, prediction: PredictionInput) -> Tensor:
         """Returns a prediction of a job, which calls this in its thread.
 
         Raises:
@@ -114,7 +114,7 @@ class Lockstep(Generic[T]):
             raise answer
         return answer
 
-    def _run(self, job: Callable[[], T], device: int | None) -> T:
+    def _run(self, job: Callable[[], Result], device: int | None) -> Result:
         if device is not None:
             torch.cuda.set_device(device)  # each thread has its own
         with self._changed:
@@ -143,12 +143,12 @@ class WaitingBase:
         predict: Returns a prediction.
     """
 
-    def __init__(self, base: BaseModel, predict: Callable[[Prediction], Tensor]) -> None:
+    def __init__(self, base: BaseModel, predict: Callable[[PredictionInput], Tensor]) -> None:
         self._base, self._predict = base, predict
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """See `BaseModel`."""
-        return self._predict(Prediction(noisy, timesteps, conditioning))
+        return self._predict(PredictionInput(noisy, timesteps, conditioning))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._base, name)

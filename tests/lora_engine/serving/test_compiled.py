@@ -16,7 +16,7 @@ from lora_engine.errors import EngineError, SettingsError
 from lora_engine.inference.draw import Drawer
 from lora_engine.serving.compiled import CompiledEngine
 from lora_engine.serving.engine import ImageJob
-from lora_engine.serving.engines import CompiledOptions
+from lora_engine.serving.engines import CompiledOptions, make_engine
 from tests.lora_engine.serving.conftest import job_of, pixels_of
 
 BOUND = 2e-5
@@ -28,9 +28,10 @@ Write = Callable[..., Path]
 def compiled(untrained_base: Callable[[str], Path]) -> Iterator[tuple[BaseModel, CompiledEngine]]:
     """Returns a base of its own and its engine, with the backend `eager`: it traces and guards as inductor does."""
     torch._dynamo.reset()
-    base = load_base(str(untrained_base("small-sd")), device="cpu")
     options = CompiledOptions(max_images=2, batches=(2,), rank=4, sizes=((16, 16),), backend="eager")
-    yield base, CompiledEngine(base, options)
+    engine = make_engine("compiled", str(untrained_base("small-sd")), options)
+    assert isinstance(engine, CompiledEngine)
+    yield engine._base, engine
     torch._dynamo.reset()
 
 
@@ -70,8 +71,8 @@ def test_20_switches_compile_nothing_and_images_are_those_without_compiling(
 def test_20_switches_compile_nothing_with_inductor(untrained_base: Callable[[str], Path], write_file: Write) -> None:
     torch._dynamo.reset()
     base = load_base(str(untrained_base("small-sd")), device="cpu")
-    engine = CompiledEngine(base, CompiledOptions(max_images=2, rank=4, sizes=((16, 16),)))
-    assert graphs() == 2
+    engine = CompiledEngine(base, CompiledOptions(max_images=1, rank=4, sizes=((16, 16),)))
+    assert graphs() == 1
     check_switches(base, engine, write_file)
     torch._dynamo.reset()
 

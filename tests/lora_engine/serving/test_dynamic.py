@@ -16,6 +16,7 @@ from lora_engine.bases.base import BaseModel
 from lora_engine.errors import AdapterError, EngineError
 from lora_engine.formats import Embedding
 from lora_engine.inference.draw import Drawer
+from lora_engine.serving.adapter_cache import AdapterCache
 from lora_engine.serving.dynamic import DynamicEngine
 from lora_engine.serving.engine import ImageJob, JobStopped
 from lora_engine.serving.engines import DynamicOptions
@@ -239,7 +240,9 @@ def test_options_of_one_job_do_not_reach_the_next(base: BaseModel, engine: Dynam
 
 def test_adapters_stay_in_memory_up_to_a_number_of_bytes(base: BaseModel, write_file: Write) -> None:
     files = [write_file(name) for name in "abc"]
-    size = files[0].stat().st_size
+    unlimited = AdapterCache(base, 1 << 40)
+    unlimited.bundle(files[0])
+    size = unlimited.nbytes
     engine = DynamicEngine(base, DynamicOptions(cache_bytes=int(2.5 * size)))
     for file in files:
         engine.draw([job_of(f"a ring <lora:{file.stem}:0.8>", file)])
