@@ -46,6 +46,7 @@ def test_a_given_number_of_steps_and_an_initial_adapter_stay(tmp_path: Path) -> 
         load_spec(path)
 
 
+@pytest.mark.usefixtures("prefect_server", "trained_here")
 def test_a_run_chooses_the_settings_and_records_the_evidence(tmp_path: Path, home: Path) -> None:
     training = {
         "uses": "train",
