@@ -2,7 +2,9 @@
 PYTHON ?= python3
 # Processes of one thread each. The tests of a file stay together, since they share servers and models; tests/measured.py
 # sets the number of processes and the order. A crashed worker is not restarted: the same test would crash the next.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart=0
+# A test that passes leaves no folder: tests/measured.py places folders in memory.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart=0 \
+  -o tmp_path_retention_policy=failed -o tmp_path_retention_count=1
 # Tests start a hundred processes; each would compile the packages again if this were set.
 export PYTHONDONTWRITEBYTECODE :=
 VENV := .venv

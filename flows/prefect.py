@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -92,7 +92,7 @@ def run_as_flow(
         results.clear()
         token, relay = _current.set(lambda: run(*args)), relay_of_flow.set(runner.relay if runner is not None else None)
         try:
-            with tags(*filter(None, [tag])):
+            with tags(*filter(None, [tag])), _heartbeats_if_configured():
                 state = wrapped(return_state=True)
         finally:
             _current.reset(token)
@@ -102,6 +102,20 @@ def run_as_flow(
         return results[0]
 
     return call
+
+
+@contextmanager
+def _heartbeats_if_configured() -> Iterator[None]:
+    """Turns heartbeats of flow runs off unless `PREFECT_FLOWS_HEARTBEAT_FREQUENCY` is set.
+
+    At the end of a flow run, Prefect waits up to a second for the thread that sends them. Only the automation in
+    `deploy/requeue.yaml`, which needs that variable, reads them; `flows.crashed` finds dead processes without them.
+    """
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, get_current_settings, temporary_settings
+
+    configured = "heartbeat_frequency" in get_current_settings().flows.model_fields_set
+    with nullcontext() if configured else temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield
 
 
 _current: ContextVar[Callable[[], Any]] = ContextVar("current")

@@ -1,5 +1,7 @@
 """Defines a pytest plug-in that marks slow tests, orders files by measured durations and sets the number of workers.
 
+It also places the folders of tests in memory if it can: a third of the registry tests' time was waiting for `fsync`.
+
 `make durations` updates `tests/durations.json`. Files without a measurement run first.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,9 @@ from xdist.scheduler import LoadScopeScheduling
 DURATIONS = Path(__file__).parent / "durations.json"
 SLOW = 0.1
 """Minimum seconds, fixtures included, of a test that `make check` skips."""
+MEMORY = Path("/dev/shm")
+ROOM = 6 << 30
+"""Bytes that must be free in memory to place the folders of tests there; all workers together use a sixth."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,7 +38,16 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_DEBUG_TEMPROOT" not in os.environ and _holds_folders(MEMORY):
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = str(MEMORY)
     config.pluginmanager.register(_Measured(config), "loraline-durations")
+
+
+def _holds_folders(path: Path) -> bool:
+    """Returns True if tests can write, and start programs, in a folder, and enough of it is free."""
+    if not os.access(path, os.W_OK) or shutil.disk_usage(path).free < ROOM:
+        return False
+    return not os.statvfs(path).f_flag & os.ST_NOEXEC
 
 
 class _Measured:

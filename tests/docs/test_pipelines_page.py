@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from contextlib import closing
 from pathlib import Path
 
@@ -66,8 +67,12 @@ def test_the_overlays_of_the_studio_differ_where_they_say() -> None:
 
 
 @pytest.mark.usefixtures("prefect_server", "trained_here")
-def test_the_studio_trains_and_stages_six_adapters(tmp_path: Path) -> None:
-    home = tmp_path / "home"
+def test_the_studio_trains_and_stages_six_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, images = tmp_path / "home", tmp_path / "images"
+    images.mkdir()
+    for image in sorted((ROOT / "examples" / "zorb" / "images").glob("*.png"))[:6]:
+        shutil.copy(image, images)
+    monkeypatch.setenv("STUDIO_IMAGES", str(images))
     printed = say("run", STUDIO / "staging.yaml", "--param", "length=2", home=home)
     for number, name in enumerate(NAMES, start=1):
         assert f"{name} ({number} of 6: style={name}" in printed

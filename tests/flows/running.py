@@ -126,7 +126,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not after {seconds} s"
-        time.sleep(0.5)
+        time.sleep(0.2)
 
 
 def descendants(pid: int) -> list[psutil.Process]:

@@ -13,6 +13,8 @@ from registry.home import Home
 from registry.lineage.record import Lineage
 from tests.flows.commands import loraline_here, say
 
+pytestmark = pytest.mark.usefixtures("prefect_server", "trained_here")
+
 TRAIN = """\
 name: try
 base: tiny
@@ -52,7 +54,6 @@ def warnings_of_steps(home: Path) -> dict[str, list[str]]:
     return {step: texts for step, texts in warned.items() if texts}
 
 
-@pytest.mark.usefixtures("prefect_server")
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
@@ -70,7 +71,6 @@ def test_strict_refuses_before_training(write: Write, home: Path, columns: dict[
     lineage.close()
 
 
-@pytest.mark.usefixtures("prefect_server")
 def test_the_home_refuses_what_was_ingested_before_and_promotes_nothing_of_it(write: Write, home: Path) -> None:
     path = write(_1=EXPIRED)
     say("run", path, home=home)
@@ -97,7 +97,6 @@ def test_the_home_refuses_what_was_ingested_before_and_promotes_nothing_of_it(wr
     assert "warning" not in say("promote", "stars@1", "--to", "beta", "--reason", "r", home=home)
 
 
-@pytest.mark.usefixtures("prefect_server")
 def test_an_owner_who_opts_out_later_takes_the_versions_back(write: Write, home: Path, tmp_path: Path) -> None:
     path = write("strict")
     say("run", path, home=home)
@@ -121,7 +120,6 @@ def test_an_owner_who_opts_out_later_takes_the_versions_back(write: Write, home:
     assert next(step["reason"] for step in manifest if step["name"] == "photos") == "revocations changed"
 
 
-@pytest.mark.usefixtures("prefect_server")
 def test_a_revoked_base_is_refused_before_training_with_the_reason(write: Write, home: Path) -> None:
     path = write()
     say("run", path, home=home)
@@ -134,7 +132,6 @@ def test_a_revoked_base_is_refused_before_training_with_the_reason(write: Write,
     assert "scraped without consent" in run.stderr
 
 
-@pytest.mark.usefixtures("prefect_server")
 def test_a_renewed_consent_recalls_nothing(write: Write, home: Path, tmp_path: Path) -> None:
     path = write("off", _1=EXPIRED)
     say("run", path, home=home)

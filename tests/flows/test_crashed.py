@@ -17,7 +17,7 @@ import yaml
 from flows.approval import AWAITING, RETRAIN
 from flows.crashed import MOST_STARTS, REQUEUE, mark_crashed, requeue_crashed, tag_of
 from flows.decisions import mark_lost_answers
-from flows.prefect import FLOW
+from flows.prefect import FLOW, run_as_flow
 from registry.home import Home
 from registry.lineage.record import Lineage
 from tests.flows.commands import say
@@ -162,3 +162,14 @@ def test_a_run_whose_process_died_while_it_applied_an_answer_is_marked(prefect_s
         mark_lost_answers(opened)
     names = [httpx.get(f"{prefect_server}/flow_runs/{run}", timeout=60).json()["state"]["name"] for run in runs]
     assert names == ["Crashed", "Running"]
+
+
+def test_the_flow_run_of_a_pipeline_sends_heartbeats_only_if_they_are_configured(prefect_server: str) -> None:
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, get_current_settings, temporary_settings
+
+    def read() -> int | None:
+        return get_current_settings().flows.heartbeat_frequency
+
+    assert run_as_flow("beats", read)() is None
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: 30}):
+        assert run_as_flow("beats", read)() == 30

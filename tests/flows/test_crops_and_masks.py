@@ -88,7 +88,7 @@ def manifest_of(home: Path, outcome: dict[str, Any]) -> Manifest:
     return Manifest.model_validate_json(store.read(ArtifactRef(**outcome["ref"]), "manifest.json"))
 
 
-@pytest.mark.usefixtures("prefect_server")
+@pytest.mark.usefixtures("prefect_server", "trained_here")
 def test_faces_are_cropped_masked_and_trained_on(portraits: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     said = say("run", portraits, home=home)

@@ -50,6 +50,7 @@ def test_versions_aliases_and_the_log_are_read_and_every_byte_agrees(home: Path)
     assert "old@1" in say("lineage", "old@1", home=home)
 
 
+@pytest.mark.usefixtures("prefect_server")
 def test_only_evaluations_run_again_and_preparations_that_have_a_bound_now(home: Path, tmp_path: Path) -> None:
     for name in ("line.yaml", "images"):
         (shutil.copytree if (HOMES / name).is_dir() else shutil.copy)(HOMES / name, tmp_path / name)

@@ -56,7 +56,7 @@ def test_the_marker_is_in_what_pillow_reads(folder: Path) -> None:
     assert places > 40
 
 
-@pytest.mark.usefixtures("prefect_server")
+@pytest.mark.usefixtures("prefect_server", "trained_here")
 def test_no_metadata_of_an_image_reaches_anything_that_is_written(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -141,6 +141,7 @@ def test_inspect_names_the_quantization_of_each_component(bases: dict[str, Path]
     assert json.loads(say("inspect", bases["plain"], "--json", home=tmp_path))["quantization"] == ""
 
 
+@pytest.mark.usefixtures("prefect_server")
 def test_a_base_with_packed_weights_is_refused_by_name(bases: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "packed"
     (tmp_path / "images").mkdir()

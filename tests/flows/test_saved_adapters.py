@@ -31,14 +31,14 @@ SAVING = (
 )
 
 
+@pytest.mark.usefixtures("trained_here")
 def test_a_saved_adapter_is_evaluated_merged_and_registered(pipeline: Write, home: Path, tmp_path: Path) -> None:
     path = pipeline(SAVING)
     spec = load_spec(path)
     assert isinstance(spec.steps["adapter@step-2"], Saved)
     names = list(spec.steps)
     assert names.index("adapter") < names.index("adapter@step-2") < names.index("early")
-    with training_here():
-        version = run_line(path, Home.open(home))
+    version = run_line(path, Home.open(home))
     say("export", "try@1", "--to", "loraline", "-o", tmp_path / "early.safetensors", home=home)
     assert read_bundle(tmp_path / "early.safetensors").card.recipe["saved"]["step"] == 2
     planned = json.loads(say("plan", path, "--json", home=home))

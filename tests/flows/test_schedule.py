@@ -115,7 +115,7 @@ def wait_for(condition: Any, seconds: float, description: str) -> Any:
     while time.monotonic() < deadline:
         if result := condition():
             return result
-        time.sleep(1)
+        time.sleep(0.2)
     raise AssertionError(f"not after {seconds} s: {description}")
 
 

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,13 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "law
 from stored_models import cast_model  # noqa: E402 (the path is set above)
 
 DTYPES = ("float32", "float16", "bfloat16")
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Yields a folder on disk; file systems in memory have no direct I/O before Linux 6.6."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")
