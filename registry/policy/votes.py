@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry import queries
+from registry import event_log, queries
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.identity import Actor
 from registry.policy.alias_policy import VotesPolicy
@@ -145,7 +145,7 @@ def find_opponent(session: Session, version: AdapterVersion, alias: str) -> str 
     """
     number = queries.alias_target(session, version.name, alias)
     if number == version.version:
-        moves = queries.read_events(session, version.name, alias, after=version.version)
+        moves = event_log.read_events(session, version.name, alias, after=version.version)
         number = next((event.before for event in reversed(moves) if event.action != "refuse"), None)
     return None if number is None else f"{version.name}@{number}"
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from sqlalchemy.orm import Session
 
-from registry import queries
+from registry import changes, event_log, queries
 from registry.entities import AdapterVersion, ArtifactRef, Event
 from registry.errors import Refused, VoteError
 from registry.identity import Actor
@@ -71,7 +71,7 @@ def log_comparison(
         details = {"set": artifact.sha256, "size": artifact.size, "against": against, "prompts": list(prompts)}
         details |= compared_digests(version, other)
         reason = f"{len(prompts)} pairs against {against}"
-        return queries.log_event(session, "compare", actor=user, reason=reason, version=version, details=details)
+        return event_log.log_event(session, "compare", actor=user, reason=reason, version=version, details=details)
 
 
 @guarded("vote")
@@ -118,7 +118,7 @@ def vote(
             )
         details = {"set": found.artifact.sha256, "pair": pair, "choice": choice, "left": left}
         reason = f"pair {pair + 1} of {len(found.prompts)}"
-        return queries.log_event(session, "vote", actor=user, reason=reason, version=version, details=details)
+        return event_log.log_event(session, "vote", actor=user, reason=reason, version=version, details=details)
 
 
 def ballot_of(ballots: Sequence[Ballot], user: Actor) -> Ballot:
@@ -172,7 +172,7 @@ def _require_usable(session: Session, *versions: AdapterVersion | None) -> None:
     for version in versions:
         if version is None:
             continue
-        queries.require_active(session, version.name, version.version)
+        changes.require_active(session, version.name, version.version)
         revoked = revoked_upstream(session, version)
         if revoked:
             reasons = tuple(f"{subject} was revoked" for subject in revoked)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_engine.documents import parse_json
-from registry import queries
+from registry import changes, queries
 from registry.context import RegistryContext
 from registry.entities import AdapterVersion
 from registry.errors import RegistryError, StoreError
@@ -166,7 +166,7 @@ def _read_usable(context: RegistryContext, name: str | None) -> list[AdapterVers
 def _find_usable(context: RegistryContext, reference: str) -> AdapterVersion:
     with context.lineage.database.read() as session:
         version = queries.read_version(session, *split_ref(reference))
-        queries.require_active(session, version.name, version.version)
+        changes.require_active(session, version.name, version.version)
     return version
 
 

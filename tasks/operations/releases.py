@@ -12,7 +12,7 @@ from typing import Literal
 
 from sqlalchemy.orm import Session
 
-from registry import queries
+from registry import event_log, queries
 from registry.entities import AdapterVersion, Event, check_alias
 from registry.errors import Conflict, PromotionError
 from registry.home import Home
@@ -161,7 +161,7 @@ def read_releases(home: Home, name: str | None = None) -> list[AliasState]:
 def read_release_events(home: Home, name: str, limit: int = 50) -> list[Event]:
     """Returns the latest events of an adapter that are about aliases and states, newest first; without votes."""
     with closing(Versions(home)) as versions, versions.lineage.database.read() as session:
-        events = queries.read_events(session, name)
+        events = event_log.read_events(session, name)
     return [event for event in reversed(events) if event.action not in {"vote", "compare", "export"}][:limit]
 
 
@@ -173,7 +173,7 @@ def _target(session: Session, action: ReleaseAction, name: str, ref: str, alias:
 
 
 def _earlier(session: Session, name: str, alias: str, current: int | None) -> int:
-    numbers = [number for number in stack(queries.read_events(session, name, alias)) if number != current]
+    numbers = [number for number in stack(event_log.read_events(session, name, alias)) if number != current]
     if not numbers:
         raise PromotionError(
             f"{alias!r} cannot be rolled back", where=name, allowed="none; it has had one version only"
@@ -191,7 +191,7 @@ def _judge(
         decision = evaluate_policy(versions, version, alias, actor=user, approvals=not again)
         if again:
             with versions.lineage.database.read() as session:
-                events = queries.read_events(session, version.name, alias, after=version.version)
+                events = event_log.read_events(session, version.name, alias, after=version.version)
             decision = without_overridden(decision, find_overridden(events, version.version))
         return decision.reasons, decision.warnings
     permission: Literal["endorse", "revoke"] = "endorse" if action == "endorse" else "revoke"

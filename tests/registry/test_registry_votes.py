@@ -6,7 +6,7 @@ import sqlite3
 
 import pytest
 
-from registry import queries
+from registry import event_log
 from registry.entities import AdapterVersion, Execution, now
 from registry.errors import GoneVersion, PolicyError, Refused, VoteError
 from registry.identity import Actor
@@ -202,7 +202,9 @@ def test_a_comparison_of_other_digests_does_not_count(released, key):
     (event,) = (event for event in read_log(released) if event.action == "compare")
     with released.lineage.database.write() as session:
         details = {**event.details, "set": "0" * 64, key: "1" * 64}
-        queries.log_event(session, "compare", actor=Actor("eve"), reason="r", version=second(released), details=details)
+        event_log.log_event(
+            session, "compare", actor=Actor("eve"), reason="r", version=second(released), details=details
+        )
     assert [entry.artifact.sha256 for entry, _ in list_comparisons(released, second(released))] == [digest]
     with pytest.raises(VoteError, match="no comparison"):
         cast(released, "0" * 64, "w")
