@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from lora_engine.errors import SettingsError
 from lora_engine.inference.prompts.blocks import BLOCK_PRESETS, parse_block_weights, parse_layer_weights
@@ -65,7 +66,7 @@ class AdapterTag:
         start: First step with the adapter, from 1.
         stop: Last step with the adapter, from 1; None is the last one.
         layers: Weight by name of a layer; see `weight_of_layer`. It multiplies the other weights.
-        guidance: Scale between the predictions without and with the adapter; 1 is the prediction with it.
+        guidance: Scale between the predictions without and with the adapter; None is 1, the prediction with it.
         enlarged: Weights of the denoiser and the text encoders while enlarged images are drawn again; None are the
             weights of the first pass.
         is_bare: True if the tag has a name alone, so that the weights of the adapter's card count.
@@ -78,7 +79,7 @@ class AdapterTag:
     start: int = 1
     stop: int | None = None
     layers: tuple[tuple[str, float], ...] = ()
-    guidance: float = 1.0
+    guidance: float | None = None
     enlarged: tuple[StepWeights, StepWeights] | None = None
     is_bare: bool = field(default=False, compare=False)
 
@@ -87,10 +88,36 @@ class AdapterTag:
         """True if the adapter has the same weight in each step."""
         return self.denoiser.is_constant and self.start == 1 and self.stop is None
 
-    def denoiser_weight(self, step: int, steps: int) -> float:
-        """Returns the denoiser's weight in a step (from 0)."""
+    def denoiser_weight(self, step: int, steps: int, *, is_enlarged: bool = False) -> float:
+        """Returns the denoiser's weight in a step (from 0) of the first pass, or of that over enlarged images."""
         is_on = self.start <= step + 1 <= (self.stop or steps)
-        return self.denoiser.at(step, steps) if is_on else 0.0
+        weights = self.enlarged[0] if is_enlarged and self.enlarged else self.denoiser
+        return weights.at(step, steps) if is_on else 0.0
+
+    def text_weight(self, steps: int, *, is_enlarged: bool = False) -> float:
+        """Returns the text encoders' weight in the first step."""
+        weights = self.enlarged[1] if is_enlarged and self.enlarged else self.text_encoder
+        return weights.at(0, steps)
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the weights as JSON values, without those that have no effect."""
+        facts: dict[str, Any] = {"denoiser": str(self.denoiser), "text_encoder": str(self.text_encoder)}
+        curves = {weights.curve for weights in (self.denoiser, self.text_encoder) if not weights.is_constant}
+        if curves - {"linear"}:
+            facts["curve"] = self.denoiser.curve
+        if self.enlarged is not None:
+            facts["enlarged"] = dict(zip(("denoiser", "text_encoder"), map(str, self.enlarged), strict=True))
+        if self.blocks is not None:
+            facts["blocks"] = dict(self.blocks)
+        if self.layers:
+            facts["layers"] = dict(self.layers)
+        if self.start != 1:
+            facts["start"] = self.start
+        if self.stop is not None:
+            facts["stop"] = self.stop
+        if self.guidance is not None and self.guidance != 1.0:
+            facts["guidance"] = self.guidance
+        return facts
 
 
 def parse_tags(prompt: str) -> tuple[str, list[AdapterTag]]:
@@ -187,7 +214,7 @@ def _read_arguments(name: str, parts: list[str]) -> AdapterTag:
         _step(named.get("start", "1"), "start"),
         _step(named["stop"], "stop") if "stop" in named else None,
         parse_layer_weights(named["layers"]) if "layers" in named else (),
-        parse_number(named.get("ag", "1"), "ag"),
+        parse_number(named["ag"], "ag") if "ag" in named else None,
         enlarged,
         is_bare=not parts,
     )
@@ -195,7 +222,7 @@ def _read_arguments(name: str, parts: list[str]) -> AdapterTag:
 
 def _check_arguments(positional: list[str], named: Mapping[str, str]) -> None:
     for part in positional:
-        if part.strip() in BLOCK_PRESETS or "," in part and "@" not in part and len(part.split(",")) > 4:
+        if part.strip() in BLOCK_PRESETS or ("," in part and "@" not in part and part.count(",") > 3):
             raise SettingsError(f"{part[:40]!r} are block weights", allowed=_ALLOWED, remedy=f"write lbw={part[:40]}")
         if part.startswith("LBW"):
             raise SettingsError(f"{part[:40]!r} is {_OF_OTHERS['LBW']}", allowed=_ALLOWED)

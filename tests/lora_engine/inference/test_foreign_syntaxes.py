@@ -84,7 +84,7 @@ def test_names_of_files_are_no_prompt() -> None:
         ("{|", ""),
         ("1::[", "open brackets"),
         ("__", ""),
-        ("a ( ", ""),
+        ("a ( ", "open brackets"),
         ("embedding: ", ""),
         ("<a", ""),
         ("[<lora:a>", "open brackets"),
