@@ -145,6 +145,16 @@ class Drawer:
                 pixels = self._enlarged(drawn, pixels, settings, larger, progress)
         return pixels, self._describe(prompt, negative, settings, files)
 
+    def forget(self, file: Path) -> None:
+        """Drops what was read of an adapter's file."""
+        self._bundles.pop(file, None)
+        self._used = {key: used for key, used in self._used.items() if key[0] != file}
+
+    @torch.no_grad()
+    def preview(self, latents: Tensor) -> Tensor:
+        """Returns images [n, 3, height, width] in [-1, 1] of latents between two steps, on the CPU."""
+        return self._model.decode_latents(latents).clamp(-1.0, 1.0).float().cpu()
+
     def _enlarged(
         self,
         drawn: Callable[..., Tensor],

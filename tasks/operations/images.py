@@ -152,6 +152,25 @@ def draw_grid(request: DrawRequest, axes: Sequence[Axis], folder: Path, home: Pa
     return [folder / GRID, *([folder / ANIMATION] if animated else []), *paths]
 
 
+def settings_of(request: DrawRequest) -> DrawSettings:
+    """Returns the engine's settings of a request."""
+    from lora_engine.inference.draw import DrawSettings
+
+    return DrawSettings(
+        range(request.seed, request.seed + request.count),
+        steps=request.steps,
+        guidance=request.guidance,
+        size=request.size,
+        sampler=request.sampler,
+        image=request.image,
+        mask=request.mask,
+        strength=request.strength,
+        enlarge=request.enlarge,
+        enlarged_strength=request.enlarged_strength,
+        engine=request.engine,
+    )
+
+
 def _publish(done: int, total: int, values: Mapping[str, float]) -> None:
     publish(StepEvent("generate", "progress", done, total, values))
 
@@ -194,21 +213,7 @@ class _DrawOne:
     def __call__(
         self, prompt: ParsedPrompt, request: DrawRequest, progress: Progress = no_progress
     ) -> tuple[Tensor, Drawing, DrawSettings]:
-        from lora_engine.inference.draw import DrawSettings
-
-        settings = DrawSettings(
-            range(request.seed, request.seed + request.count),
-            steps=request.steps,
-            guidance=request.guidance,
-            size=request.size,
-            sampler=request.sampler,
-            image=request.image,
-            mask=request.mask,
-            strength=request.strength,
-            enlarge=request.enlarge,
-            enlarged_strength=request.enlarged_strength,
-            engine=request.engine,
-        )
+        settings = settings_of(request)
         pixels, drawing = self.drawer.draw(
             prompt,
             settings,
