@@ -26,7 +26,7 @@ from lora_engine.inference.passes import Passes
 from lora_engine.inference.prompts.blocks import fits_family, fits_layer, weight_of_layer, weight_of_module
 from lora_engine.inference.prompts.prompt import ParsedPrompt
 from lora_engine.inference.prompts.tags import AdapterTag
-from lora_engine.inference.regions import Area
+from lora_engine.inference.regions import Regions
 from lora_engine.inference.source_image import SourceImage
 from lora_engine.inference.textual_inversion import attach_embeddings
 from lora_engine.progress import Progress, no_progress
@@ -180,8 +180,7 @@ def generate_composed(
     source: SourceImage | None = None,
     progress: Progress = no_progress,
     on_step: OnStep = ignore_step,
-    areas: Sequence[Area] = (),
-    is_enlarged: bool = False,
+    regions: Regions | None = None,
 ) -> Tensor:
     """Generates one image per seed; see `generate`.
 
@@ -200,8 +199,7 @@ def generate_composed(
         source: An image of that size to start from; None starts from noise.
         progress: Called after each batch.
         on_step: Called after each step of each batch.
-        areas: Regions with prompts and adapters of their own, which are among those of the composition.
-        is_enlarged: True for the pass over enlarged images, where tags and edits may have values of their own.
+        regions: Regions with prompts and adapters of their own, which are among those of the composition.
 
     Returns:
         float32 [n, 3, height, width] in [-1, 1], on the CPU.
@@ -216,12 +214,12 @@ def generate_composed(
         composition,
         prompt,
         negative,
-        areas=areas,
+        areas=regions.areas(size) if regions is not None else [],
         size=size,
         steps=steps,
         guidance=guidance,
         mask=None if source is None else source.conditioning(base),
-        is_enlarged=is_enlarged,
+        is_enlarged=source is not None and source.is_enlarged,
     )
     images: list[Tensor] = []
     for first in range(0, len(seeds), batch):

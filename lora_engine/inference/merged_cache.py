@@ -42,6 +42,11 @@ class MergedCache:
         """Bytes of all entries."""
         return sum(entry.merged.held_bytes for entry in self._entries.values())
 
+    def forget(self, adapter: Adapter) -> None:
+        """Drops all entries with an adapter."""
+        for key in [key for key, entry in self._entries.items() if any(one is adapter for one in entry.adapters)]:
+            del self._entries[key]
+
     @contextmanager
     def merged(self, adapters: Sequence[Adapter], names: Sequence[Collection[str]]) -> Iterator[MergedWeights]:
         """Yields adapters that are merged into the base, and removes them at the end.

@@ -20,7 +20,7 @@ from torch import Tensor
 from lora_engine.data.images import open_image
 from lora_engine.errors import SettingsError
 from lora_engine.files import sha256_file
-from lora_engine.inference.prompts.prompt import ParsedPrompt
+from lora_engine.inference.prompts.prompt import ParsedPrompt, parse_prompt
 from lora_engine.inference.source_image import fit_mask
 
 MAX_REGIONS, MAX_FEATHER = 20, 256
@@ -42,18 +42,14 @@ class Region:
     box: tuple[float, float, float, float] | None = None
     mask: Path | None = None
 
-    def cover(self, size: tuple[int, int], image_size: tuple[int, int] | None = None) -> Tensor:
-        """Returns the weight of the region at each pixel.
+    def cover(self, size: tuple[int, int]) -> Tensor:
+        """Returns the weight of the region at each pixel, float32 [1, height, width] in [0, 1].
 
         Args:
-            size: (height, width) of the images that are drawn.
-            image_size: (width, height) of the file of the image to start from, which a mask must have; None without.
-
-        Returns:
-            float32 [1, height, width] in [0, 1].
+            size: (height, width) of the images that are drawn; a mask is scaled and cropped to it.
 
         Raises:
-            SettingsError: The region is empty, or its mask has another size than the image.
+            SettingsError: The region is empty.
             DataError: The mask cannot be read.
         """
         if self.box is not None:
@@ -65,14 +61,7 @@ class Region:
             where = ",".join(f"{share:g}" for share in self.box)
         else:
             assert self.mask is not None
-            image, where = open_image(self.mask), str(self.mask)
-            if image_size is not None and image.size != image_size:
-                raise SettingsError(
-                    f"the mask has {image.width} x {image.height} pixels, the image {image_size[0]} x {image_size[1]}",
-                    where=where,
-                    remedy="use a mask of the image's size",
-                )
-            cover = fit_mask(image, size)
+            cover, where = fit_mask(open_image(self.mask), size), str(self.mask)
         if not bool(cover.any()):
             raise SettingsError("the region is empty", where=where, allowed="a mask with light parts, or a larger box")
         return cover
@@ -81,6 +70,55 @@ class Region:
         """Returns the region as JSON values; of a mask, the SHA-256 of its file."""
         where = {"box": list(self.box)} if self.box is not None else {"mask_sha256": sha256_file(self.mask or Path())}
         return {"prompt": self.prompt.text, **where}
+
+
+@dataclass(frozen=True)
+class Regions:
+    """All regions of an image.
+
+    Attributes:
+        items: The regions; where several overlap, they share the place.
+        feather: Standard deviation of the blur of their borders, in pixels of the image.
+        is_mask: True draws only what they cover of the image to start from.
+    """
+
+    items: tuple[Region, ...] = ()
+    feather: float = 0.0
+    is_mask: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.items) > MAX_REGIONS:
+            raise SettingsError(f"{len(self.items)} regions", allowed=f"at most {MAX_REGIONS}")
+        if not 0.0 <= self.feather <= MAX_FEATHER:
+            raise SettingsError(f"feather is {self.feather:g}", allowed=f"pixels from 0 to {MAX_FEATHER}")
+        if not self.items and (self.feather or self.is_mask):
+            raise SettingsError("there are no regions to feather or to draw alone", remedy="name a region, too")
+
+    def areas(self, size: tuple[int, int]) -> list[Area]:
+        """Returns the regions of images of a size (height, width); see `Region.cover` for the errors."""
+        return [Area(region.prompt, feathered(region.cover(size), self.feather)) for region in self.items]
+
+    def mask(self, size: tuple[int, int]) -> Tensor:
+        """Returns what the regions cover together, [1, height, width] in [0, 1], without feather."""
+        return torch.stack([region.cover(size) for region in self.items]).amax(dim=0)
+
+    def check_image(self, size: tuple[int, int]) -> None:
+        """Raises an error for a mask that has not the size (width, height) of the image to start from.
+
+        Raises:
+            SettingsError: There is one.
+            DataError: A mask cannot be read.
+        """
+        for region in self.items:
+            if region.mask is not None and (image := open_image(region.mask)).size != size:
+                raise SettingsError(
+                    f"the mask has {image.width} x {image.height} pixels, the image {size[0]} x {size[1]}",
+                    where=str(region.mask),
+                    remedy="use a mask of the image's size",
+                )
+
+
+NO_REGIONS = Regions()
 
 
 @dataclass(frozen=True)
@@ -132,22 +170,36 @@ def blend_weights(covers: Sequence[Tensor], latent_size: tuple[int, int]) -> lis
 _SHARE = re.compile(r"[01](?:\.[0-9]{0,9})?|\.[0-9]{1,9}")
 
 
-def parse_place(text: str) -> tuple[tuple[float, float, float, float] | None, Path | None]:
-    """Reads the place of a region: `LEFT,TOP,RIGHT,BOTTOM` in shares from 0 to 1, or the file of a mask.
+def parse_region(text: str) -> Region:
+    """Reads `WHERE=PROMPT`; WHERE is `LEFT,TOP,RIGHT,BOTTOM` in shares from 0 to 1, or the file of a mask.
 
     Raises:
-        SettingsError: It is neither.
+        SettingsError: It has no prompt or no place, the box is empty, or the prompt cannot be read.
     """
-    parts = [part.strip() for part in text.split(",")]
-    if not text.strip():
-        raise SettingsError("a region has no place", allowed="LEFT,TOP,RIGHT,BOTTOM in shares, or the file of a mask")
+    where, equals, prompt = text.partition("=")
+    parts = [part.strip() for part in where.split(",")]
+    if not where.strip() or not equals or not prompt.strip():
+        raise SettingsError(
+            f"region {text[:80]!r}",
+            allowed='WHERE=PROMPT, such as 0,0,0.5,1="a red zorb"; WHERE is a box in shares, or the file of a mask',
+        )
+    try:
+        parsed = parse_prompt(prompt)
+    except SettingsError as error:
+        place = f"region {where.strip()[:80]!r}"
+        raise SettingsError(
+            error.problem,
+            where=f"{place}, {error.where}" if error.where else place,
+            allowed=error.allowed,
+            remedy=error.remedy,
+        ) from None
     if not all(_SHARE.fullmatch(part) for part in parts):
-        return None, Path(text.strip())
+        return Region(parsed, mask=Path(where.strip()))
     shares = [float(part) for part in parts]
     if len(shares) != 4 or not (0 <= shares[0] < shares[2] <= 1 and 0 <= shares[1] < shares[3] <= 1):
         raise SettingsError(
-            f"region {text[:80]!r}",
+            f"region {where[:80]!r}",
             allowed="LEFT,TOP,RIGHT,BOTTOM in shares of the image, such as 0,0,0.5,1 for its left half",
         )
     left, top, right, bottom = shares
-    return (left, top, right, bottom), None
+    return Region(parsed, (left, top, right, bottom))

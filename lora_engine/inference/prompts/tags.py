@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -81,7 +81,7 @@ class AdapterTag:
     layers: tuple[tuple[str, float], ...] = ()
     guidance: float | None = None
     enlarged: tuple[StepWeights, StepWeights] | None = None
-    is_bare: bool = field(default=False, compare=False)
+    is_bare: bool = False
 
     @property
     def is_constant(self) -> bool:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from lora_engine.errors import SettingsError
-from lora_engine.inference.grid import Axis, cells_of, compose_sheet, parse_axis
+from lora_engine.inference.grid import Axis, compose_sheet, parse_axis, sheets_of
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_an_axis_that_cannot_be_read_is_refused(text: str) -> None:
 
 def test_a_word_of_the_prompt_is_replaced_and_so_is_its_complement() -> None:
     axes = [parse_axis("W=0..1/3"), parse_axis("steps=4,8")]
-    rows = cells_of("a W2 zorb <lora:a:W> <lora:b:1-W>", axes)
+    (rows,) = sheets_of("a W2 zorb <lora:a:W> <lora:b:1-W>", axes)
     assert [cell.prompt for cell in rows[1]] == [
         "a W2 zorb <lora:a:0> <lora:b:1>",
         "a W2 zorb <lora:a:0.5> <lora:b:0.5>",
@@ -50,7 +50,7 @@ def test_a_word_of_the_prompt_is_replaced_and_so_is_its_complement() -> None:
 )
 def test_axes_that_do_not_fit_are_refused(axes: list[str], problem: str) -> None:
     with pytest.raises(SettingsError, match=problem):
-        cells_of("a red zorb", [parse_axis(axis) for axis in axes])
+        sheets_of("a red zorb", [parse_axis(axis) for axis in axes])
 
 
 def test_a_sheet_has_each_image_whole_and_in_its_place() -> None:

@@ -84,7 +84,7 @@ def _tag(name: str = "z", te: str = "1", unet: str = "", **more: object) -> Adap
 @pytest.mark.parametrize(
     ("text", "tag"),
     [
-        ("<lora:z>", _tag()),
+        ("<lora:z>", _tag(is_bare=True)),
         ("<lora:z:0.7>", _tag(te="0.7")),
         ("<lora:z:.5>", _tag(te="0.5")),
         ("<lora:z:0.7:0.5>", _tag(te="0.7", unet="0.5")),
