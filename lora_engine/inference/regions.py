@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from lora_engine.data.images import open_image
 from lora_engine.errors import SettingsError
 from lora_engine.files import sha256_file
 from lora_engine.inference.prompts.prompt import ParsedPrompt, parse_prompt
-from lora_engine.inference.source_image import fit_mask
 
 MAX_REGIONS, MAX_FEATHER = 20, 256
-# Rounding of blurred masks that cover a place together.
-_COVERED = 1e-3
+# Rounding of masks of 8 bits, or blurred ones, that cover a place together.
+_COVERED = 1e-2
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,10 @@ class Region:
             where = ",".join(f"{share:g}" for share in self.box)
         else:
             assert self.mask is not None
-            cover, where = fit_mask(open_image(self.mask), size), str(self.mask)
+            # Averaged, because Lanczos' waves would be weights beside a border.
+            image = ImageOps.fit(open_image(self.mask).convert("L"), (size[1], size[0]), Image.Resampling.BOX)
+            cover = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, *size) / 255.0
+            where = str(self.mask)
         if not bool(cover.any()):
             raise SettingsError("the region is empty", where=where, allowed="a mask with light parts, or a larger box")
         return cover
