@@ -57,6 +57,23 @@ def test_scale_1_is_the_plain_image_and_0_the_base(
     assert min((doubled - plain).abs().max(), (doubled - bare).abs().max()) > 1e-3
 
 
+def test_only_other_scales_than_0_and_1_cost_a_prediction(
+    base: BaseModel, adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict, calls = type(base).predict, []
+
+    def counted(self: BaseModel, *inputs: Tensor) -> Tensor:
+        calls.append(len(inputs[0]))
+        return predict(self, *inputs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(base), "predict", counted)
+    for scales, count in (((0, 1), 1), ((0, 0), 1), ((2, 2), 2), ((2, 3), 3)):
+        calls.clear()
+        first, second = scales
+        draw_composed(base, f"a ring <lora:a:1:ag={first}> <lora:b:1:ag={second}>", adapters[:2])
+        assert len(calls) == count * STEPS
+
+
 @pytest.mark.parametrize("engine", ["merged", "attached"])
 def test_the_scale_multiplies_what_the_guided_adapters_change(
     base: BaseModel, adapters: list[Adapter], engine: ComposedEngine

@@ -230,6 +230,6 @@ def test_settings_of_regions_are_bounded() -> None:
     item = parse_region(f"{LEFT}=a")
     for wrong in ({"items": (item,) * 21}, {"items": (item,), "feather": 300.0}, {"feather": 2.0}, {"is_mask": True}):
         with pytest.raises(SettingsError):
-            Regions(**wrong)  # type: ignore[arg-type]
+            Regions(**wrong)
     assert Regions() == NO_REGIONS
     assert isinstance(item, Region)
