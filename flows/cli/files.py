@@ -119,17 +119,24 @@ def convert(
         Path | None, typer.Option(help="Diffusers folder with the model's configuration (whole models).")
     ] = None,
     without_tokenizer: Annotated[bool, typer.Option(help="Omit the tokenizer (whole models).")] = False,
+    recommended: Annotated[
+        str | None,
+        typer.Option("--recommend", metavar="W", help="Weights for prompts that give none, such as 0.8 or 0@0,1@1."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Convert an adapter or a whole model to another format."""
     from flows.cli.output import print_json
     from lora_engine.checkpoints import is_checkpoint
+    from lora_engine.errors import SettingsError
     from lora_engine.files import is_present
     from tasks.operations.adapter_files import checkout_adapter, convert_adapter, convert_model
     from tasks.operations.inspect_files import module_shapes_of
     from tasks.operations.results import recorder_of
 
     if is_present(file) and is_checkpoint(Path(file)):
+        if recommended is not None:
+            raise SettingsError("a whole model has no weight to recommend", remedy="leave out --recommend")
         result = convert_model(
             Path(file),
             output,
@@ -143,8 +150,11 @@ def convert(
         approximation = {"rank": rank, "energy": energy} if approximate else None
         recorder = recorder_of(home_path(), "convert", output)
         with checkout_adapter(file, home_path(), recorder) as path:
-            result = convert_adapter(path, output, to, base=base, dtype=dtype, approximation=approximation)
-            recorder.record({"to": to, "dtype": dtype}, module_shapes_of(base))
+            result = convert_adapter(
+                path, output, to, base=base, dtype=dtype, approximation=approximation, recommended=recommended
+            )
+            stated = {"recommended": recommended} if recommended else {}
+            recorder.record({"to": to, "dtype": dtype, **stated}, module_shapes_of(base))
     if as_json:
         print_json(result)
         return

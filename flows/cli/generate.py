@@ -60,13 +60,33 @@ def generate(
             help="Merge adapters into the base's weights or attach them; auto merges into weights of 32 bits."
         ),
     ] = "auto",
+    region: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WHERE=PROMPT",
+            help="Prompt and adapters of a part of the image; repeatable. WHERE is LEFT,TOP,RIGHT,BOTTOM in shares of "
+            "the image, or the file of a mask.",
+        ),
+    ] = None,
+    feather: Annotated[
+        float, typer.Option(metavar="PIXELS", help="Blur of the regions' borders, as a standard deviation.")
+    ] = 0.0,
+    only_regions: Annotated[
+        bool, typer.Option("--only-regions", help="Draw only the regions of --image and keep its other pixels.")
+    ] = False,
+    adapter_guidance: Annotated[
+        float, typer.Option(metavar="SCALE", help="Scale between the predictions without and with the adapters.")
+    ] = 1.0,
     columns: Annotated[
         str | None,
         typer.Option(
-            "-x", metavar="AXIS", help="Grid: seed, steps, guidance, sampler, strength or a word of the prompt, =A,B,C."
+            "-x",
+            metavar="AXIS",
+            help="Grid: seed, steps, guidance, sampler, strength, adapter, weight or a word of the prompt, =A,B,C.",
         ),
     ] = None,
     rows: Annotated[str | None, typer.Option("-y", metavar="NAME=A,B", help="Second axis of the grid.")] = None,
+    sheets: Annotated[str | None, typer.Option("-z", metavar="NAME=A,B", help="Third axis: one sheet each.")] = None,
     animated: Annotated[bool, typer.Option("--gif", help="Write the first row of the grid as a GIF, too.")] = False,
 ) -> None:
     """Generate images with the adapters that the prompt names, or a grid of images."""
@@ -97,16 +117,21 @@ def generate(
         enlarge=enlarge,
         enlarged_strength=enlarged_strength,
         engine=engine,
+        regions=tuple(region or ()),
+        feather=feather,
+        only_regions=only_regions,
+        adapter_guidance=adapter_guidance,
     )
-    axes = [parse_axis(text) for text in (columns, rows) if text is not None]
-    if columns is None and (rows is not None or animated):
-        raise SettingsError("a grid needs its first axis", remedy="set -x")
+    axes = [parse_axis(text) for text in (columns, rows, sheets) if text is not None]
+    if (columns is None and (rows is not None or animated)) or (rows is None and sheets is not None):
+        raise SettingsError("a grid needs its first axes", remedy="set -x, and -y for -z")
+    notes: list[str] = []
     with show_run(["generate"], Console()):
         publish(StepEvent("generate", "started"))
         if axes:
-            images = draw_grid(request, axes, output, home_path(), animated=animated)
+            images = draw_grid(request, axes, output, home_path(), animated=animated, note=notes.append)
         else:
-            images = draw(request, output, home_path())
+            images = draw(request, output, home_path(), notes.append)
         publish(StepEvent("generate", "completed"))
-    for path in images:
-        print(path)
+    for line in (*notes, *images):
+        print(line)

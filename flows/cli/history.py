@@ -122,6 +122,10 @@ def import_file(
     ] = None,
     trigger: Annotated[str | None, typer.Option(help="Trigger word. Default: from the file.")] = None,
     alias: Annotated[str | None, typer.Option(help="Alias to request.")] = None,
+    recommended: Annotated[
+        str | None,
+        typer.Option("--recommend", metavar="W", help="Weights for prompts that give none. Default: from the file."),
+    ] = None,
     override: Annotated[
         bool, typer.Option("--override", help="Import with a looser license than its parents allow; logged.")
     ] = False,
@@ -135,7 +139,9 @@ def import_file(
 
     home = open_home()
     stated = license_id or _ask_license(file, inspect_file(file))
-    result = import_adapter(home, file, ImportRequest(name, base, stated, trigger, alias, override, reason))
+    result = import_adapter(
+        home, file, ImportRequest(name, base, stated, trigger, alias, override, reason, recommended)
+    )
     if as_json:
         shown = ("format", "original", "is_new", "refused", "similar", "warnings")
         extra = {name: getattr(result, name) for name in shown}

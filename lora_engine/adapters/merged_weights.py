@@ -6,6 +6,7 @@ would drift. Removal puts the original parameters back, bit for bit.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
@@ -22,6 +23,8 @@ from lora_engine.adapters.lora import LoraDelta
 from lora_engine.adapters.tree import Base, ModuleTree, as_tree
 from lora_engine.errors import AdapterError
 
+_MAX_SETS = 16
+
 
 class MergedWeights:
     """Adapters in the weights of a base, until `remove`. A context manager.
@@ -29,13 +32,15 @@ class MergedWeights:
     Args:
         base: See `attach`. Without attached adapters on the layers that the adapters change.
         adapters: The adapters; their multipliers are 0 until `set_multipliers`. One without modules changes nothing.
+        kept_bytes: Bytes for the weights of earlier multipliers, beside the current ones, so that returning to these
+            computes nothing.
 
     Raises:
         AdapterError: An adapter does not fit, a layer has an attached adapter, or a layer is quantized. The base is
             unchanged.
     """
 
-    def __init__(self, base: Base, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, base: Base, adapters: Sequence[Adapter], *, kept_bytes: int = 0) -> None:
         for adapter in adapters:
             if adapter.modules:
                 check_fit(as_tree(base, adapter.components), adapter)
@@ -44,7 +49,10 @@ class MergedWeights:
         for index, adapter in enumerate(adapters):
             for name, delta in adapter.modules.items():
                 deltas.setdefault(name, {})[index] = delta
-        self._layers = {name: _MergedLayer(_plain_layer(tree, name), own) for name, own in deltas.items()}
+        layers = {name: _plain_layer(tree, name) for name in deltas}
+        size = sum(_bytes(_parameter(layer.weight)) for layer in layers.values())
+        sets = 1 + min(kept_bytes // max(size, 1), _MAX_SETS)
+        self._layers = {name: _MergedLayer(layers[name], own, sets) for name, own in deltas.items()}
 
     @torch.no_grad()
     def set_multipliers(self, multiplier_of: Callable[[int, str], float]) -> None:
@@ -56,8 +64,17 @@ class MergedWeights:
         for name, layer in self._layers.items():
             layer.set({index: multiplier_of(index, name) for index in layer.adapters})
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of merged weights and of what they are computed from, without the base's own."""
+        return sum(layer.held_bytes for layer in self._layers.values())
+
+    def is_removed(self) -> bool:
+        """Returns True if the base has its own parameters, unchanged, so that it can be merged into again."""
+        return all(layer.has_originals() for layer in self._layers.values())
+
     def remove(self) -> None:
-        """Puts the original parameters back. A second call does nothing."""
+        """Puts the original parameters back; `set_multipliers` merges again. A second call does nothing."""
         for layer in self._layers.values():
             layer.restore()
 
@@ -92,12 +109,13 @@ def _plain_layer(tree: ModuleTree, name: str) -> nn.Module:
 class _MergedLayer:
     """One layer, its original parameters, and what each adapter adds to them."""
 
-    def __init__(self, layer: nn.Module, deltas: Mapping[int, Delta]) -> None:
+    def __init__(self, layer: nn.Module, deltas: Mapping[int, Delta], sets: int) -> None:
         self._layer, self._weight = layer, _parameter(layer.weight)
         bias = bias_of(layer)
         self._bias = None if bias is None else _parameter(bias)
-        self._merged: nn.Parameter | None = None
-        self._last: dict[int, float] = {}
+        self._version = self._weight._version
+        self._merged: OrderedDict[tuple[float, ...], nn.Parameter] = OrderedDict()  # the current one is the last
+        self._sets, self._last = sets, {}  # type: int, dict[int, float]
         self.adapters = tuple(deltas)
         low = {index: delta for index, delta in deltas.items() if _is_low_rank(delta, self._weight)}
         self._factors = _concatenate(low, self._weight) if low else None
@@ -114,17 +132,39 @@ class _MergedLayer:
         if not any(multipliers.values()):
             self._put_originals()
             return
-        if self._merged is None:
-            self._merged = nn.Parameter(torch.empty_like(self._weight), requires_grad=False)
-        wide = torch.promote_types(self._weight.dtype, torch.float32)
-        same_dtype = self._weight.dtype == wide
-        target = self._merged.detach() if same_dtype else torch.empty_like(self._weight, dtype=wide)
-        self._add_changes(self._weight.detach().to(wide), target, multipliers)
-        if not same_dtype:
-            self._merged.copy_(target)
-        self._layer.weight = self._merged
+        key = tuple(multipliers.values())
+        if key in self._merged:
+            self._merged.move_to_end(key)
+        else:
+            self._merged[key] = self._merge(multipliers)
+        self._layer.weight = self._merged[key]
         if self._bias_changes:
             self._layer.bias = self._merged_bias(multipliers)
+
+    def _merge(self, multipliers: Mapping[int, float]) -> nn.Parameter:
+        """Returns the weight for these multipliers, in the memory of the oldest one if there are too many."""
+        if len(self._merged) >= self._sets:
+            _, merged = self._merged.popitem(last=False)
+        else:
+            merged = nn.Parameter(torch.empty_like(self._weight), requires_grad=False)
+        wide = torch.promote_types(self._weight.dtype, torch.float32)
+        same_dtype = self._weight.dtype == wide
+        target = merged.detach() if same_dtype else torch.empty_like(self._weight, dtype=wide)
+        self._add_changes(self._weight.detach().to(wide), target, multipliers)
+        if not same_dtype:
+            merged.copy_(target)
+        return merged
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of merged weights and changes."""
+        tensors = [*self._merged.values(), *self._changes.values(), *self._bias_changes.values()]
+        return sum(map(_bytes, [*tensors, *(self._factors[:2] if self._factors else ())]))
+
+    def has_originals(self) -> bool:
+        """Returns True if the layer has its original parameters, whose values did not change."""
+        is_same = self._layer.weight is self._weight and bias_of(self._layer) is self._bias
+        return is_same and self._weight._version == self._version
 
     def restore(self) -> None:
         """Puts the original parameters back."""
@@ -151,6 +191,10 @@ class _MergedLayer:
         assert isinstance(total, Tensor)
         old = torch.zeros_like(total) if self._bias is None else self._bias.detach().to(total.dtype)
         return nn.Parameter((old + total).to(self._weight.dtype), requires_grad=False)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _parameter(value: object) -> nn.Parameter:

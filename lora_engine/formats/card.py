@@ -43,6 +43,8 @@ class Card(BaseModel):
         license: SPDX identifier, or text.
         resolution: `width`x`height` in pixels for which the base was made.
         prediction: Prediction type of the base: `eps`, `v_prediction` or `flow`.
+        recommended: Weights that a prompt's tag has if it gives none, as the tag would have them after the name, such
+            as `0.8` or `0@0,1@1:curve=cosine`.
         extra: All other header entries, carried over unchanged.
     """
 
@@ -59,6 +61,7 @@ class Card(BaseModel):
     license: str | None = None
     resolution: str | None = None
     prediction: str | None = None
+    recommended: Annotated[str, Field(min_length=1, max_length=2_000)] | None = None
     extra: dict[str, str] = Field(default={}, repr=False)
 
 

@@ -47,11 +47,16 @@ def model_spec(adapter: Adapter, card: Card, *, kohya_names: bool) -> dict[str, 
         "prediction_type": _PREDICTIONS.get(card.prediction or ""),
         "license": card.license,
         "trigger_phrase": card.trigger,
-        "usage_hint": f"Trigger: {card.trigger}" if card.trigger else None,
+        "usage_hint": _usage_hint(card),
         "merged_from": ", ".join(str(parent).partition(" sha256:")[0] for parent in parents),
         "tags": ", ".join(dict.fromkeys([*kinds, *_methods(card), *filter(None, [card.class_word])])),
     }
     return {f"{_PREFIX}{name}": text for name, text in entries.items() if text}
+
+
+def _usage_hint(card: Card) -> str:
+    hints = {"Trigger": card.trigger, "Weight": card.recommended}
+    return ". ".join(f"{name}: {text}" for name, text in hints.items() if text)
 
 
 def _version_of(adapter: Adapter, card: Card) -> HeaderVersion:

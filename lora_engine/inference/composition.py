@@ -7,26 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from lora_engine.adapters import Adapter
 from lora_engine.adapters.attachment import Attachment, attach, check_fit
 from lora_engine.adapters.layer import meta_weight
 from lora_engine.adapters.merged_weights import MergedWeights, can_merge
-from lora_engine.bases.base import BaseModel, full_mask_conditioning
-from lora_engine.bases.conditioning import Conditioning
-from lora_engine.bases.long_text import count_chunks, encode_divided
+from lora_engine.adapters.module_names import near_names
+from lora_engine.bases.base import BaseModel
 from lora_engine.errors import SettingsError
 from lora_engine.formats import Bundle
 from lora_engine.inference import ComposedEngine
-from lora_engine.inference.generate import Guidance, OnStep, draw_noise, ignore_step, sample
-from lora_engine.inference.prompts.blocks import fits_family, weight_of_module
-from lora_engine.inference.prompts.prompt import ParsedPrompt, chunks_of, is_unweighted, plain_text
+from lora_engine.inference.generate import OnStep, draw_noise, ignore_step, sample
+from lora_engine.inference.merged_cache import MergedCache, part_of
+from lora_engine.inference.passes import Passes
+from lora_engine.inference.prompts.blocks import fits_family, fits_layer, weight_of_layer, weight_of_module
+from lora_engine.inference.prompts.prompt import ParsedPrompt
 from lora_engine.inference.prompts.tags import AdapterTag
+from lora_engine.inference.regions import Regions
 from lora_engine.inference.source_image import SourceImage
 from lora_engine.inference.textual_inversion import attach_embeddings
 from lora_engine.progress import Progress, no_progress
@@ -45,12 +45,38 @@ class Composition:
     def __init__(
         self, family: str, tags: Sequence[AdapterTag], merged: MergedWeights | None, attached: Mapping[int, Attachment]
     ) -> None:
-        self._family, self._tags, self._merged, self._attached = family, tags, merged, attached
+        self.tags = tuple(tags)
+        self._family, self._merged, self._attached = family, merged, attached
         self._weights: list[tuple[float, float]] = []
+        self._factors: dict[tuple[int, str], float] = {}
 
-    def set_step(self, step: int, steps: int) -> None:
-        """Sets the weights of all adapters for a step, from 0."""
-        weights = [(tag.text_encoder.at(0, steps), tag.denoiser_weight(step, steps)) for tag in self._tags]
+    @property
+    def numbers(self) -> frozenset[int]:
+        """The numbers of all adapters."""
+        return frozenset(range(len(self.tags)))
+
+    def numbers_of(self, tags: Sequence[AdapterTag]) -> frozenset[int]:
+        """Returns the numbers of the adapters with these tags."""
+        return frozenset(number for number, tag in enumerate(self.tags) if tag in tags)
+
+    def set_step(
+        self, step: int, steps: int, *, active: Collection[int] | None = None, is_enlarged: bool = False
+    ) -> None:
+        """Sets the weights of the adapters for a step.
+
+        Args:
+            step: From 0.
+            steps: Number of all steps.
+            active: Numbers of the adapters that act; the others have weight 0. None is all.
+            is_enlarged: True for the pass over enlarged images.
+        """
+        acting = self.numbers if active is None else active
+        weights = [
+            (tag.text_weight(steps, is_enlarged=is_enlarged), tag.denoiser_weight(step, steps, is_enlarged=is_enlarged))
+            if number in acting
+            else (0.0, 0.0)
+            for number, tag in enumerate(self.tags)
+        ]
         if weights == self._weights:
             return
         self._weights = weights
@@ -60,14 +86,21 @@ class Composition:
             attachment.set_multipliers(partial(self._weight_of, index))
 
     def _weight_of(self, index: int, module: str) -> float:
-        tag, (texts, images) = self._tags[index], self._weights[index]
-        block = 1.0 if tag.blocks is None else weight_of_module(module, tag.blocks, self._family)
-        return block * (texts if module.startswith("text_encoder") else images)
+        texts, images = self._weights[index]
+        if (index, module) not in self._factors:
+            tag = self.tags[index]
+            block = 1.0 if tag.blocks is None else weight_of_module(module, tag.blocks, self._family)
+            self._factors[index, module] = block * weight_of_layer(module, tag.layers)
+        return self._factors[index, module] * (texts if module.startswith("text_encoder") else images)
 
 
 @contextmanager
 def compose(
-    base: BaseModel, adapters: Sequence[tuple[AdapterTag, Bundle]], *, engine: ComposedEngine = "auto"
+    base: BaseModel,
+    adapters: Sequence[tuple[AdapterTag, Bundle]],
+    *,
+    engine: ComposedEngine = "auto",
+    cache: MergedCache | None = None,
 ) -> Iterator[Composition]:
     """Puts adapters and their learned tokens on a base while the context is open; then the base is as it was.
 
@@ -79,17 +112,14 @@ def compose(
             which costs less if the weights change with every step and images are small, and keeps differences that are
             finer than 16-bit weights. `auto` merges into weights of 32 bits and attaches to others. Quantized weights
             are never merged.
+        cache: Keeps merged weights for later compositions of this base; None keeps them until the end of this one.
 
     Raises:
-        SettingsError: Block weights are of another family.
+        SettingsError: Block weights are of another family, or a layer weight names no layer of its adapter.
         AdapterError: An adapter does not fit the base, or two have the same learned token; the base is unchanged.
     """
-    for tag, _ in adapters:
-        if tag.blocks is not None and not fits_family(tag.blocks, base.family):
-            raise SettingsError(
-                f"the block weights of {tag.name!r} are not for a base of the family {base.family!r}",
-                allowed="12, 17, 20 or 26 values for U-Nets (sd, sdxl), 61 for flux",
-            )
+    for tag, bundle in adapters:
+        _check_names(base, tag, bundle)
     bundles = [bundle for _, bundle in adapters]
     for bundle in bundles:
         if bundle.adapter.modules:
@@ -98,10 +128,10 @@ def compose(
     with ExitStack() as stack:
         merged = None
         if any(merges):
-            parts = [_part(bundle, names) for bundle, names in zip(bundles, merges, strict=True)]
-            merged = stack.enter_context(MergedWeights(base, parts))
+            adapters_only = [bundle.adapter for bundle in bundles]
+            merged = stack.enter_context((cache or MergedCache(base)).merged(adapters_only, merges))
         rest = {
-            index: _part(bundle, set(bundle.adapter.modules) - set(merges[index]))
+            index: part_of(bundle.adapter, set(bundle.adapter.modules) - set(merges[index]))
             for index, bundle in enumerate(bundles)
         }
         attached = {index: stack.enter_context(attach(base, part)) for index, part in rest.items() if part.modules}
@@ -118,9 +148,19 @@ def _merges(base: BaseModel, module: str, engine: ComposedEngine) -> bool:
     return engine == "merged" or meta_weight(layer).element_size() >= 4
 
 
-def _part(bundle: Bundle, names: Collection[str]) -> Adapter:
-    adapter = bundle.adapter
-    return replace(adapter, modules={name: delta for name, delta in adapter.modules.items() if name in names})
+def _check_names(base: BaseModel, tag: AdapterTag, bundle: Bundle) -> None:
+    if tag.blocks is not None and not fits_family(tag.blocks, base.family):
+        raise SettingsError(
+            f"the block weights of {tag.name!r} are not for a base of the family {base.family!r}",
+            allowed="12, 17, 20 or 26 values for U-Nets (sd, sdxl), 61 for flux",
+        )
+    modules = bundle.adapter.modules
+    for name, _ in tag.layers:
+        if not any(fits_layer(name, module) for module in modules):
+            raise SettingsError(
+                f"the layer weight {name!r} fits no layer of {tag.name!r}",
+                allowed=f"such as {near_names(name, modules)}, the beginning of a name, or a glob such as *.attn2.*",
+            )
 
 
 @torch.no_grad()
@@ -140,6 +180,7 @@ def generate_composed(
     source: SourceImage | None = None,
     progress: Progress = no_progress,
     on_step: OnStep = ignore_step,
+    regions: Regions | None = None,
 ) -> Tensor:
     """Generates one image per seed; see `generate`.
 
@@ -158,6 +199,7 @@ def generate_composed(
         source: An image of that size to start from; None starts from noise.
         progress: Called after each batch.
         on_step: Called after each step of each batch.
+        regions: Regions with prompts and adapters of their own, which are among those of the composition.
 
     Returns:
         float32 [n, 3, height, width] in [-1, 1], on the CPU.
@@ -167,23 +209,27 @@ def generate_composed(
     """
     size = (height or base.default_size[0], width or base.default_size[1])
     shape = base.latent_shape(size)
-    composition.set_step(0, steps)
-    mask = None if source is None else source.conditioning(base)
-    texts = _Texts(base, prompt, negative, size=size, steps=steps, guidance=guidance, mask=mask)
+    passes = Passes(
+        base,
+        composition,
+        prompt,
+        negative,
+        areas=regions.areas(size) if regions is not None else [],
+        size=size,
+        steps=steps,
+        guidance=guidance,
+        mask=None if source is None else source.conditioning(base),
+        is_enlarged=source is not None and source.is_enlarged,
+    )
     images: list[Tensor] = []
     for first in range(0, len(seeds), batch):
         chosen = seeds[first : first + batch]
         noise = torch.stack([draw_noise(shape, seed) for seed in chosen]).to(base.device)
-
-        def guide(step: int, rows: int = len(chosen)) -> Guidance:
-            composition.set_step(step, steps)
-            return texts.guidance(step, rows)
-
         start = None if source is None else source.start(base, len(chosen))
         latents = sample(
             base,
             noise,
-            guide,
+            partial(passes.at, rows=len(chosen)),
             seeds=chosen,
             steps=steps,
             scale=guidance,
@@ -196,71 +242,3 @@ def generate_composed(
         images.append(pixels if source is None else source.keep_unmasked(pixels))
         progress(min(first + batch, len(seeds)), len(seeds), {})
     return torch.cat(images) if images else torch.empty(0, 3, *size)
-
-
-class _Texts:
-    """The encoded texts of a prompt over the steps."""
-
-    def __init__(
-        self,
-        base: BaseModel,
-        prompt: ParsedPrompt,
-        negative: ParsedPrompt,
-        *,
-        size: tuple[int, int],
-        steps: int,
-        guidance: float,
-        mask: Conditioning | None,
-    ) -> None:
-        self._base, self._size, self._scale, self._mask = base, size, guidance, mask
-        self._weights = tuple(part.weight for part in prompt.parts)
-        is_guided = not base.distilled and (guidance > 1.0 or self._weights != (1.0,))
-        if base.distilled and self._weights != (1.0,):
-            raise SettingsError(
-                f"AND needs a negative prediction, and {base.name!r} has distilled guidance",
-                remedy="write the prompt without AND",
-            )
-        self._parts = [part.by_step(steps) for part in (*(negative.parts if is_guided else ()), *prompt.parts)]
-        self._is_guided = is_guided
-        every = {text for part in self._parts for _, text in part}
-        chunks = max(count_chunks(base, chunks_of(text)) for text in every)
-        is_simple = chunks == 1 and all(is_unweighted(text) for text in every)
-        self._encoded: dict[tuple[bool, str], Conditioning] = {}
-        for index, part in enumerate(self._parts):
-            is_negative = is_guided and index == 0
-            for _, text in part:
-                if (is_negative, text) not in self._encoded:
-                    encode = self._encode_simple if is_simple else self._encode_chunks
-                    self._encoded[is_negative, text] = encode(text, is_negative=is_negative, chunks=chunks)
-
-    def guidance(self, step: int, rows: int) -> Guidance:
-        """Returns the rows of a step (from 0) for a number of images."""
-        conditions = [
-            self._encoded[self._is_guided and index == 0, _text_at(part, step + 1)].index([0] * rows)
-            for index, part in enumerate(self._parts)
-        ]
-        condition = Conditioning.cat(conditions)
-        if self._mask is None:
-            condition = full_mask_conditioning(self._base, condition, self._size)
-        else:
-            condition = condition.with_tensors(self._mask.index([0] * len(condition)))
-        if self._base.distilled:
-            scales = torch.full((rows,), self._scale, dtype=torch.float32, device=self._base.device)
-            condition = condition.with_tensors(Conditioning({"guidance": scales}))
-        return Guidance(condition, self._weights)
-
-    def _encode_simple(self, text: str, *, is_negative: bool, chunks: int) -> Conditioning:
-        del chunks
-        encode = self._base.encode_negative if is_negative else self._base.encode_text
-        return encode([plain_text(text)], self._size)
-
-    def _encode_chunks(self, text: str, *, is_negative: bool, chunks: int) -> Conditioning:
-        if is_negative and not text:
-            # Some families have zeros for an empty negative prompt.
-            empty = self._base.encode_negative([""], self._size)
-            return empty.with_tensors(Conditioning({"states": empty["states"].repeat(1, chunks, 1)}))
-        return encode_divided(self._base, [chunks_of(text)], self._size, chunks=chunks)
-
-
-def _text_at(part: Sequence[tuple[int, str]], step: int) -> str:
-    return next(text for last, text in part if step <= last)

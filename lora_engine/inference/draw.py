@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,8 +25,11 @@ from lora_engine.inference import ComposedEngine
 from lora_engine.inference.composition import Composition, compose, generate_composed
 from lora_engine.inference.generate import OnStep, ignore_step
 from lora_engine.inference.image_metadata import Drawing, UsedAdapter, UsedImage
+from lora_engine.inference.merged_cache import MergedCache
 from lora_engine.inference.prompts.prompt import ParsedPrompt
 from lora_engine.inference.prompts.tags import AdapterTag
+from lora_engine.inference.regions import NO_REGIONS, Regions
+from lora_engine.inference.settled_tags import settle_tags
 from lora_engine.inference.source_image import SourceImage, fit_image, fit_mask
 from lora_engine.progress import Progress, no_progress
 
@@ -48,6 +51,9 @@ class DrawSettings:
         enlarge: Factor by which each image is enlarged and then drawn again, above 1 to 4; 1 does not.
         enlarged_strength: Share of the steps that run on the enlarged image, above 0 to 1.
         engine: How adapters act on the base; see `compose`.
+        regions: Regions with prompts and adapters of their own.
+        adapter_guidance: Scale between the predictions without and with the adapters whose tags have none; 1 is the
+            prediction with them.
     """
 
     seeds: Sequence[int]
@@ -61,10 +67,14 @@ class DrawSettings:
     enlarge: float = 1.0
     enlarged_strength: float = 0.5
     engine: ComposedEngine = "auto"
+    regions: Regions = NO_REGIONS
+    adapter_guidance: float = 1.0
 
     def __post_init__(self) -> None:
         if self.mask is not None and self.image is None:
             raise SettingsError("a mask needs an image", remedy="name the image to start from, too")
+        if self.regions.is_mask and (self.mask is not None or self.image is None):
+            raise SettingsError("only regions are to be drawn", remedy="name the image to start from, and no mask")
         if not 1.0 <= self.enlarge <= 4.0:
             raise SettingsError(f"images are to be enlarged by {self.enlarge:g}", allowed="a factor from 1 to 4")
 
@@ -87,6 +97,7 @@ class Drawer:
         self._names = self._model.module_names()
         self._bundles: dict[Path, Bundle] = {}
         self._used: dict[tuple[Path, str], UsedAdapter] = {}
+        self._merged = MergedCache(self._model)
 
     def draw(
         self,
@@ -103,7 +114,7 @@ class Drawer:
         Args:
             prompt: The prompt; see `parse_prompt`.
             settings: The settings.
-            files: File and `name@version` (or file name) of the prompt's adapters, in their order.
+            files: File and `name@version` (or file name) of the adapters, in the order of `all_tags`.
             negative: The negative prompt.
             progress: Called after each batch.
             on_step: Called after each step of each batch, but not while images are drawn again after enlarging.
@@ -123,7 +134,9 @@ class Drawer:
         source = self._source(settings)
         size = source.size if source is not None else settings.size or self._model.default_size
         larger = self._rounded(tuple(settings.enlarge * side for side in size)) if settings.enlarge > 1.0 else None
-        pairs = list(zip(prompt.adapters, bundles, strict=True))
+        settled = settle_tags(prompt, settings.regions, cards, adapter_guidance=settings.adapter_guidance)
+        prompt, files = settled.prompt, [files[index] for index in settled.used]
+        pairs = [(tag, bundles[index]) for tag, index in zip(settled.tags, settled.used, strict=True)]
         with self._composed(pairs, settings.engine) as composition:
             drawn = partial(
                 generate_composed,
@@ -134,6 +147,7 @@ class Drawer:
                 steps=settings.steps,
                 guidance=settings.guidance,
                 sampler=settings.sampler,
+                regions=settled.regions,
             )
             pixels = drawn(
                 seeds=list(settings.seeds),
@@ -145,11 +159,12 @@ class Drawer:
             )
             if larger is not None:
                 pixels = self._enlarged(drawn, pixels, settings, larger, progress)
-        return pixels, self._describe(prompt, negative, settings, files)
+        return pixels, self._describe(replace(prompt, adapters=settled.tags), negative, settings, files)
 
     def forget(self, file: Path) -> None:
         """Drops what was read of an adapter's file."""
-        self._bundles.pop(file, None)
+        if (bundle := self._bundles.pop(file, None)) is not None:
+            self._merged.forget(bundle.adapter)
         self._used = {key: used for key, used in self._used.items() if key[0] != file}
 
     @torch.no_grad()
@@ -160,7 +175,7 @@ class Drawer:
     def _composed(
         self, adapters: Sequence[tuple[AdapterTag, Bundle]], engine: ComposedEngine
     ) -> AbstractContextManager[Composition]:
-        return compose(self._model, adapters, engine=engine)
+        return compose(self._model, adapters, engine=engine, cache=self._merged)
 
     def _enlarged(
         self,
@@ -172,7 +187,7 @@ class Drawer:
     ) -> Tensor:
         images = []
         for seed, image in zip(settings.seeds, pixels, strict=True):
-            source = SourceImage(fit_image(to_image(image), size), settings.enlarged_strength)
+            source = SourceImage(fit_image(to_image(image), size), settings.enlarged_strength, is_enlarged=True)
             images.append(drawn(seeds=[seed], height=size[0], width=size[1], source=source))
             progress(len(images), len(pixels), {})
         return torch.cat(images)
@@ -190,7 +205,9 @@ class Drawer:
                 where=str(settings.mask),
                 remedy="use a mask of the image's size",
             )
-        return SourceImage(fit_image(image, size), settings.strength, None if mask is None else fit_mask(mask, size))
+        settings.regions.check_image(image.size)
+        drawn = settings.regions.mask(size) if settings.regions.is_mask else None
+        return SourceImage(fit_image(image, size), settings.strength, drawn if mask is None else fit_mask(mask, size))
 
     def _rounded(self, size: tuple[float, ...]) -> tuple[int, int]:
         """Returns (height, width) cut to multiples of 64 pixels, or of an eighth of a small base's default size."""
@@ -226,6 +243,7 @@ class Drawer:
             version=version("loraline"),
             source=None if settings.image is None else _used_image(settings),
             enlarged=(settings.enlarge, settings.enlarged_strength) if settings.enlarge > 1.0 else None,
+            regions=[region.facts() for region in settings.regions.items],
         )
 
 

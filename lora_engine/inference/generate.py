@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -123,6 +124,31 @@ class Guidance:
     condition: Conditioning
     weights: tuple[float, ...] = (1.0,)
 
+    def predict(self, base: BaseModel, latents: Tensor, timestep: Tensor, scale: float) -> Tensor:
+        """Returns the guided prediction for scaled latents [n, channels, height, width]; see `Guide.predict`."""
+        copies = len(self.condition) // len(latents)
+        inputs = torch.cat([latents] * copies)
+        prediction = base.predict(inputs, timestep.to(base.device).expand(len(inputs)), self.condition)
+        if copies == 1:
+            return prediction
+        negative, *parts = prediction.chunk(copies)
+        return negative + scale * sum_weighted([part - negative for part in parts], self.weights)
+
+
+class Guide(Protocol):
+    """What predicts one denoising step."""
+
+    def predict(self, base: BaseModel, latents: Tensor, timestep: Tensor, scale: float) -> Tensor:
+        """Returns the prediction.
+
+        Args:
+            base: The model.
+            latents: As the sampler scales them for the network, [n, channels, height, width].
+            timestep: The timestep, a scalar.
+            scale: Scale of classifier-free guidance.
+        """
+        ...
+
 
 OnStep = Callable[[int, int, Tensor], None]
 """Takes the number of finished steps, that of all, and the latents; may raise to stop."""
@@ -136,7 +162,7 @@ def ignore_step(done: int, total: int, latents: Tensor) -> None:
 def sample(
     base: BaseModel,
     noise: Tensor,
-    guidance: Callable[[int], Guidance],
+    guidance: Callable[[int], Guide],
     *,
     seeds: Sequence[int],
     steps: int,
@@ -177,16 +203,8 @@ def sample(
     else:
         latents = noise * float(scheduler.init_noise_sigma) if scaled else noise
     for number, step in enumerate(timesteps[first:], first):
-        guide = guidance(step_of[number])
-        copies = len(guide.condition) // len(noise)
-        inputs = torch.cat([latents] * copies)
-        if scaled:
-            inputs = scheduler.scale_model_input(inputs, step)
-        prediction = base.predict(inputs, step.to(base.device).expand(len(inputs)), guide.condition)
-        if copies > 1:
-            negative, *parts = prediction.chunk(copies)
-            change = sum_weighted([part - negative for part in parts], guide.weights)
-            prediction = negative + scale * change
+        inputs = scheduler.scale_model_input(latents, step) if scaled else latents
+        prediction = guidance(step_of[number]).predict(base, inputs, step, scale)
         latents = scheduler.step(prediction, step, latents, return_dict=False, **options)[0]
         if start is not None:
             latents = start.blend(latents, scheduler, noise, timesteps[number + 1 :])

@@ -103,6 +103,7 @@ class Drawing:
         version: Version of Loraline.
         source: The image that they started from; None for noise.
         enlarged: Factor, and share of the steps that ran on the enlarged images; None if they were not enlarged.
+        regions: What `Region.facts` says of each region.
     """
 
     prompt: ParsedPrompt
@@ -117,6 +118,7 @@ class Drawing:
     version: str
     source: UsedImage | None = None
     enlarged: tuple[float, float] | None = None
+    regions: Sequence[Mapping[str, Any]] = ()
 
     def texts(self, seed: int, size: tuple[int, int]) -> dict[str, str]:
         """Returns the texts of an image file by keyword.
@@ -176,11 +178,7 @@ class Drawing:
                     "reference": adapter.reference,
                     "sha256": adapter.sha256,
                     "autov3": adapter.body_sha256[:12],
-                    "denoiser": str(tag.denoiser),
-                    "text_encoder": str(tag.text_encoder),
-                    **({} if tag.blocks is None else {"blocks": dict(tag.blocks)}),
-                    **({} if tag.start == 1 else {"start": tag.start}),
-                    **({} if tag.stop is None else {"stop": tag.stop}),
+                    **tag.facts(),
                 }
                 for tag, adapter in zip(self.prompt.adapters, self.adapters, strict=True)
             ],
@@ -196,6 +194,7 @@ class Drawing:
             "version": self.version,
             **({} if self.source is None else {"source": vars(self.source)}),
             **({} if self.enlarged is None else {"enlarged": list(self.enlarged)}),
+            **({} if not self.regions else {"regions": list(self.regions)}),
         }
 
 

@@ -24,11 +24,13 @@ class SourceImage:
         pixels: float32 [3, height, width] in [-1, 1].
         strength: Share of the denoising steps that run, above 0 to 1; 1 starts from noise alone.
         mask: float32 [1, height, width] in [0, 1]; what is 0.5 or more is drawn, the rest is kept. None draws all.
+        is_enlarged: True if it was drawn and enlarged; tags and edits have values of their own for this second pass.
     """
 
     pixels: Tensor
     strength: float
     mask: Tensor | None = None
+    is_enlarged: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 < self.strength <= 1.0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -203,11 +203,13 @@ class _RowComposition(Composition):
         self._encoding: Composition | None = encoding
         texts.callback(self._end_encoding)
 
-    def set_step(self, step: int, steps: int) -> None:
-        """Sets the weights of all adapters for a step, from 0."""
+    def set_step(
+        self, step: int, steps: int, *, active: Collection[int] | None = None, is_enlarged: bool = False
+    ) -> None:
+        """See `Composition`."""
         if self._encoding is not None:
-            self._encoding.set_step(step, steps)
-        super().set_step(step, steps)
+            self._encoding.set_step(step, steps, active=active, is_enlarged=is_enlarged)
+        super().set_step(step, steps, active=active, is_enlarged=is_enlarged)
 
     def _end_encoding(self) -> None:
         self._encoding = None

@@ -63,6 +63,7 @@ def card_of(
         license=initial.card.license if initial else None,
         resolution="{1}x{0}".format(*base.default_size),
         prediction=base.noise.parameterization,
+        recommended=settings.recommended,
     )
 
 

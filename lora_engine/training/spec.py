@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from lora_engine.catalog.kinds import KINDS, KindSpec, Lora
+from lora_engine.errors import SettingsError
+from lora_engine.inference.prompts.tags import parse_arguments
 from lora_engine.registries import NameOrOptions, spec_union
 from lora_engine.settings import AddedLater, NoEffect, PredictionTarget
 from lora_engine.training.methods import methods
@@ -48,6 +50,15 @@ class Override(BaseModel):
     kind: Kind | None = None
     rank: int | None = Field(default=None, ge=1, le=4096)
     alpha: _Finite | None = Field(default=None, gt=0.0)
+
+
+def _check_recommended(text: str | None) -> str | None:
+    if text is not None:
+        try:
+            parse_arguments("NAME", text)
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+    return text
 
 
 class TrainSettings(BaseModel):
@@ -102,6 +113,8 @@ class TrainSettings(BaseModel):
         optimizer_state: True starts with the state of the optimizer that trained `init`.
         best_checkpoint: Keeps the best of several steps, and stops early; None keeps the last step. With
             `steps: auto` it has its defaults.
+        recommended: Weights that prompts give the adapter if their tag has a name alone: what a tag has after the name,
+            such as `0.8` or `0@0,1@1:curve=cosine`. The card has it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -142,6 +155,9 @@ class TrainSettings(BaseModel):
     prediction: Annotated[PredictionTarget | None, AddedLater()] = None
     zero_terminal_snr: Annotated[bool, AddedLater()] = False
     best_checkpoint: Annotated[BestCheckpoint | None, AddedLater()] = None
+    recommended: Annotated[str | None, AddedLater(), AfterValidator(_check_recommended)] = Field(
+        default=None, min_length=1, max_length=2_000
+    )
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """Yields the settings that were set; the others have their defaults."""

@@ -58,6 +58,9 @@ def render_html(facts: Facts) -> str:
     return _environment().get_template("card.html").render(_values(facts, str) | {"samples": samples})
 
 
+_NUMBER = re.compile(r"-?[0-9]{1,3}(?:\.[0-9]{1,6})?")
+
+
 def render_short(facts: Facts, links: Mapping[str, str]) -> str:
     """Returns a few lines of Markdown for a list of versions.
 
@@ -106,7 +109,11 @@ def _values(facts: Facts, text: Any) -> dict[str, Any]:
     """Returns the values of the templates; `text` prepares text from files for the output format."""
     version = facts.version
     file = f"{version.name}-{version.version}"
+    recommended = str(version.card.get("recommended") or "1")
     return {
+        "recommended": recommended,
+        # Other programs read a number, and not all read schedules.
+        "weight": recommended if _NUMBER.fullmatch(recommended) else "1",
         "ref": version.ref,
         "title": text(facts.title),
         "file": file,

@@ -31,6 +31,7 @@ def convert_adapter(
     approximation: Mapping[str, Any] | None,
     output_name: str | None = None,
     license_expression: str | None = None,
+    recommended: str | None = None,
 ) -> dict[str, Any]:
     """Writes an adapter in another format.
 
@@ -43,6 +44,7 @@ def convert_adapter(
         approximation: `rank` and `energy` for kinds that the format cannot hold; None refuses to approximate.
         output_name: See `write_adapter`.
         license_expression: License in the header; None keeps that of the file.
+        recommended: Weights that the card recommends, as in a tag after the name; None keeps those of the file.
 
     Returns:
         `format`, `files` with their digests, `approximation` with the shares kept, and `assumed` assumptions.
@@ -52,14 +54,17 @@ def convert_adapter(
     from lora_engine.files import sha256_file
     from lora_engine.formats import write_adapter
     from lora_engine.formats.dtypes import dtype_of
+    from lora_engine.inference.prompts.tags import parse_arguments
     from lora_engine.merging.approximate import approximate
 
+    if recommended is not None:
+        parse_arguments("NAME", recommended)
     try:
         bundle, names = open_bundle(file, base), module_shapes_of(base)
     except UnknownBaseError as error:
         if base is not None or approximation is not None:
             raise
-        return _cast_adapter(file, output, to, dtype, license_expression, error)
+        return _cast_adapter(file, output, to, dtype, error, license_expression, recommended)
     adapter, retained = bundle.adapter, None
     if approximation is not None:
         model = load_base(base, device="cpu") if base is not None and base not in published else None
@@ -70,7 +75,7 @@ def convert_adapter(
         output,
         adapter,
         format=to,
-        card=_licensed(bundle.card, license_expression),
+        card=_restated(bundle.card, license_expression, recommended),
         dtype=dtype_of(dtype),
         embeddings=bundle.embeddings,
         module_names=names,
@@ -80,16 +85,27 @@ def convert_adapter(
     return {"format": to, "files": files, "approximation": retained, "assumed": bundle.assumptions or None}
 
 
-def _licensed(card: Card, license_expression: str | None) -> Card:
-    """Returns the card with the license; another program's header entry would replace it."""
-    if license_expression is None:
-        return card
-    extra = {key: text for key, text in card.extra.items() if key != "modelspec.license"}
-    return card.model_copy(update={"license": license_expression, "extra": extra})
+def _restated(card: Card, license_expression: str | None, recommended: str | None) -> Card:
+    """Returns the card with what the user states; other programs' header entries would replace it."""
+    stated = {
+        "license": ("modelspec.license", license_expression),
+        "recommended": ("modelspec.usage_hint", recommended),
+    }
+    for name, (entry, value) in stated.items():
+        if value is not None:
+            extra = {key: text for key, text in card.extra.items() if key != entry}
+            card = card.model_copy(update={name: value, "extra": extra})
+    return card
 
 
 def _cast_adapter(
-    file: Path, output: Path, to: str, dtype: str | None, license_expression: str | None, unknown: UnknownBaseError
+    file: Path,
+    output: Path,
+    to: str,
+    dtype: str | None,
+    unknown: UnknownBaseError,
+    license_expression: str | None,
+    recommended: str | None,
 ) -> dict[str, Any]:
     """Writes an adapter of an unknown base in another dtype; raises `unknown` for any other format than the file's."""
     from lora_engine.files import sha256_file
@@ -99,7 +115,7 @@ def _cast_adapter(
     original = read_verbatim(file)
     if original.codec.name != to:
         raise unknown
-    card = _licensed(original.card, license_expression)
+    card = _restated(original.card, license_expression, recommended)
     stated = {"modelspec.license": license_expression} if license_expression else {}
     original = replace(original, metadata={**original.metadata, **stated})
     written = write_verbatim(output, original, original.adapter, card, dtype=dtype_of(dtype))

@@ -89,12 +89,22 @@ def _user_metadata(facts: Facts) -> dict[str, Any]:
     metadata = {
         "description": f"{facts.title} ({facts.version.ref})",
         "activation text": ", ".join(facts.triggers),
-        # Files are exported at the strength that was evaluated.
-        "preferred weight": 1.0,
+        "preferred weight": _preferred_weight(facts),
         "notes": f"sha256 {facts.version.sha256}; license: {facts.license or 'not stated'}",
     }
     known = generation.get(facts.family)
     return metadata | ({"sd version": known} if known else {})
+
+
+def _preferred_weight(facts: Facts) -> float:
+    """Returns the denoiser's recommended weight, of a schedule the largest; 1, which was evaluated, without one."""
+    from lora_engine.inference.prompts.tags import parse_arguments
+
+    recommended = facts.version.card.get("recommended")
+    if not recommended:
+        return 1.0
+    points = parse_arguments(facts.version.name, str(recommended)).denoiser.points
+    return max((weight for _, weight in points), key=abs)
 
 
 def _write_repository(folder: Path, facts: Facts) -> None:

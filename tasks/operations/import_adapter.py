@@ -49,6 +49,7 @@ class ImportRequest:
         override: True imports although the license is looser than what the file was made from allows, or although the
             content resembles a registered one; the inherited terms still hold.
         reason: Why; required by `override`, and stored in the log.
+        recommended: Weights that the card recommends, as in a tag after the name; None keeps those of the file.
     """
 
     name: str
@@ -58,11 +59,13 @@ class ImportRequest:
     alias: str | None = None
     override: bool = False
     reason: str = ""
+    recommended: str | None = None
 
     @property
     def statements(self) -> dict[str, Any]:
         """The statements about the file, without how they were accepted."""
-        return {name: getattr(self, name) for name in ("name", "base", "license", "trigger", "alias")}
+        stated = {name: getattr(self, name) for name in ("name", "base", "license", "trigger", "alias")}
+        return stated | ({"recommended": self.recommended} if self.recommended else {})
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,10 @@ def import_adapter(home: Home, file: Path, request: ImportRequest) -> ImportResu
         check_alias(request.alias)
     request = replace(request, license=check_license(home, request.license))
     from lora_engine.formats.content import content_of
+    from lora_engine.inference.prompts.tags import parse_arguments
+
+    if request.recommended is not None:
+        parse_arguments(request.name, request.recommended)
 
     facts = inspect_file(file)
     versions = Versions(home)
@@ -227,8 +234,10 @@ def _describe_base(base: str) -> tuple[str, str, str | None]:
 
 def _card(card: Card, request: ImportRequest, label: str, fingerprint: str | None, imported: Mapping[str, Any]) -> Card:
     stated = {"license": request.license} | ({"trigger": request.trigger} if request.trigger else {})
+    stated |= {"recommended": request.recommended} if request.recommended else {}
     # The user's statements replace those of the header.
     replaced = {"modelspec.license", *(["modelspec.trigger_phrase"] if request.trigger else [])}
+    replaced |= {"modelspec.usage_hint"} if request.recommended else set()
     original_recipe = {"made": card.recipe} if card.recipe else {}
     return card.model_copy(
         update={

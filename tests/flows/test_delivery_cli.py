@@ -40,15 +40,15 @@ def promote(trained: Trained, number: int, alias: str = "production") -> None:
     say("promote", f"small@{number}", "--to", alias, "--reason", "test", home=trained.home.path)
 
 
-def add_version(trained: Trained) -> int:
-    """Registers the adapter of `small@1` with other bytes as the next version."""
+def add_version(trained: Trained, **stated: object) -> int:
+    """Registers the adapter of `small@1` with other bytes, and statements in its card, as the next version."""
     versions = Versions(trained.home)
     first = versions.show("small", 1)
     files = {name: versions.store.read(first.artifact, name) for name in versions.store.files(first.artifact)}
     number = len(versions.list("small")) + 1
     artifact = versions.store.put_files("adapter", {**files, "more.json": str(number).encode()})
     gates = {"gates": first.gates, "passed": True, "metrics": first.metrics, "report": first.report}
-    version = versions.register("small", artifact, first.adapter_path, card=first.card, **gates)
+    version = versions.register("small", artifact, first.adapter_path, card={**first.card, **stated}, **gates)
     versions.close()
     return version.version
 
@@ -190,6 +190,10 @@ def test_a1111_gets_a_preview_and_the_metadata_of_its_card(trained: Trained, tar
     assert (metadata["activation text"], metadata["preferred weight"]) == ("zorb", 1.0)
     assert "sd version" not in metadata, "the base is neither SD 1 nor SDXL"
     assert (target / "small.preview.png").read_bytes().startswith(b"\x89PNG")
+    promote(trained, add_version(trained, recommended="0.2@0,0.7@1:curve=cosine"))
+    deliver(trained)
+    metadata = json.loads((target / "small.json").read_bytes())
+    assert metadata["preferred weight"] == 0.7, "the largest of a schedule, which A1111 cannot hold"
 
 
 def test_the_hub_layout_is_a_repository_that_diffusers_loads(trained: Trained, target: Path) -> None:

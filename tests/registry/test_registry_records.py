@@ -314,6 +314,15 @@ def test_a_command_of_the_card_runs_no_code_from_a_caption(documents):
     assert "<lora:zorb@1:1>" in prompt
 
 
+def test_a_card_uses_the_weight_that_the_adapter_recommends(documents):
+    """Only a number is for all programs; a schedule is for Loraline's command alone, and is quoted."""
+    for name, recommended, shown in (("a", "0.8", "0.8"), ("b", "0@0,1@1", "1"), ("c", "$(touch evil)", "1")):
+        text = documents(name=name, card={"trigger": "zorb", "recommended": recommended})["model-card.md"].decode()
+        assert f"zorb <lora:{name}-1:{shown}>" in text
+        (line,) = [line for line in text.splitlines() if line.startswith("loraline generate")]
+        assert shlex.split(line)[2].endswith(f"<lora:{name}@1:{recommended}>")
+
+
 def test_page_embeds_its_images_and_loads_nothing(documents):
     page = documents()["model-card.html"].decode()
     tags = Tags()

@@ -1,17 +1,20 @@
-"""Weights per block of a denoiser, in the lists of A1111's block-weight extension: `lbw=1,0,0,...`.
+"""Weights per block of a denoiser, in the lists of A1111's block-weight extension, and per layer by name.
 
-The first value is that of the text encoders. A block that a short list leaves out has weight 0; a module in no block
-has weight 1.
+`lbw=1,0,0,...`: the first value is that of the text encoders. A block that a short list leaves out has weight 0; a
+module in no block has weight 1. `layers=unet.mid_block=0.5,*.attn2.*=0`: the first name that fits counts.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
 from lora_engine.errors import SettingsError
 
 _UNETS = ("sd", "sdxl")
+_WEIGHT = re.compile(r"[+-]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})")
+_MAX_LAYERS, _MAX_PATTERN = 100, 200
 _UNET = ("BASE", *(f"IN{n:02d}" for n in range(12)), "MID", *(f"OUT{n:02d}" for n in range(12)))
 
 
@@ -63,13 +66,44 @@ def parse_block_weights(text: str) -> dict[str, float]:
             allowed=f"{', '.join(BLOCK_PRESETS)}, or {', '.join(map(str, LISTS))} numbers",
         )
     for index, part in enumerate(parts):
-        if not re.fullmatch(r"[+-]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})", part):
+        if not _WEIGHT.fullmatch(part):
             raise SettingsError(
                 f"block weight {part[:80]!r} (value {index + 1})",
                 allowed="numbers",
                 remedy="write the number that `R`, `U` or `X` means" if part[:1] in {"R", "U", "X"} else "",
             )
     return _by_block([float(part) for part in parts])
+
+
+def parse_layer_weights(text: str) -> tuple[tuple[str, float], ...]:
+    """Reads `NAME=WEIGHT,NAME=WEIGHT`; returns the pairs.
+
+    A name is that of a module in diffusers, such as `unet.mid_block`, which means all modules within it; or a glob
+    over whole names, such as `*.attn2.*`.
+
+    Raises:
+        SettingsError: A pair cannot be read, or there are more than 100.
+    """
+    pairs = []
+    for part in text.split(","):
+        name, _, weight = part.rpartition("=")
+        if not name.strip() or len(name) > _MAX_PATTERN or not _WEIGHT.fullmatch(weight.strip()):
+            raise SettingsError(f"layer weight {part[:80]!r}", allowed="NAME=WEIGHT, such as unet.mid_block=0.5")
+        pairs.append((name.strip(), float(weight)))
+    if len(pairs) > _MAX_LAYERS:
+        raise SettingsError(f"{len(pairs)} layer weights", allowed=f"at most {_MAX_LAYERS}")
+    return tuple(pairs)
+
+
+def fits_layer(name: str, module: str) -> bool:
+    """Returns True if a name or glob of `parse_layer_weights` fits a module."""
+    is_glob = any(character in name for character in "*?[")
+    return fnmatchcase(module, name) if is_glob else f"{module}.".startswith(f"{name.removesuffix('.')}.")
+
+
+def weight_of_layer(module: str, weights: Sequence[tuple[str, float]]) -> float:
+    """Returns the weight of the first name that fits a module; 1 if none does."""
+    return next((weight for name, weight in weights if fits_layer(name, module)), 1.0)
 
 
 def fits_family(weights: Mapping[str, float], family: str) -> bool:

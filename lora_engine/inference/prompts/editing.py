@@ -14,6 +14,7 @@ from lora_engine.errors import SettingsError
 
 _TOKEN = re.compile(r"\\.|[\[\]():|]|[^\\\[\]():|]+|\\", re.DOTALL)
 _WHEN = re.compile(r"\s*([+-]?(?:[0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9}))\s*")
+_RANGE = re.compile(rf"{_WHEN.pattern}(?:[,-]{_WHEN.pattern})+")
 _CLOSING = {"[": "]", "(": ")"}
 _MAX_DEPTH = 100
 
@@ -34,15 +35,32 @@ class _Alternating:
     options: tuple[tuple[_Node, ...], ...]
 
 
+@dataclass(frozen=True)
+class _When:
+    """The steps of a pass, to which positions in brackets refer."""
+
+    steps: int
+    is_enlarged: bool
+
+    def step_of(self, position: str) -> int:
+        """Returns the last step of the first text; a number with a point is a share of the steps."""
+        value = float(position)
+        if "." in position:
+            return min(self.steps, int((value - 1.0 if self.is_enlarged else value) * self.steps))
+        return min(self.steps, int(value - self.steps if self.is_enlarged else value))
+
+
 _Node = str | _Edited | _Alternating
 
 
-def texts_by_step(prompt: str, steps: int) -> list[tuple[int, str]]:
+def texts_by_step(prompt: str, steps: int, *, is_enlarged: bool = False) -> list[tuple[int, str]]:
     """Returns the texts of a prompt over the steps.
 
     Args:
         prompt: The prompt, without adapter tags.
         steps: Number of denoising steps.
+        is_enlarged: True for the second pass over enlarged images, in which positions count on from the end of the
+            first: `[a:b:1.5]` changes at half of it, and `[a:b:0.5]` is b.
 
     Returns:
         Pairs (last step with the text, text), steps from 1; neighbors differ. The last one ends with the last step.
@@ -51,7 +69,7 @@ def texts_by_step(prompt: str, steps: int) -> list[tuple[int, str]]:
         SettingsError: A bracket has both bars and colons, which other programs read in another way, or more than 100
             brackets are open at once; names the position.
     """
-    nodes = _parse(prompt, steps)
+    nodes = _parse(prompt, steps, is_enlarged=is_enlarged)
     texts: list[tuple[int, str]] = []
     for step in range(1, steps + 1) if any(not isinstance(node, str) for node in nodes) else (steps,):
         text = _text_at(nodes, step)
@@ -59,6 +77,31 @@ def texts_by_step(prompt: str, steps: int) -> list[tuple[int, str]]:
             texts.pop()
         texts.append((step, text))
     return texts
+
+
+def edits_over(prompt: str, mark: str) -> int | None:
+    """Returns the number, from 0, of the first `mark` in a bracket that edits or alternates; None if none is in one.
+
+    Args:
+        prompt: A prompt.
+        mark: A character.
+    """
+    number = 0
+    for node in _parse(prompt, 1):
+        if not isinstance(node, str):
+            # Edits are read inside out, so the marks of one bracket are in order.
+            if mark in _all_text(node):
+                return number
+            continue
+        number += node.count(mark)
+    return None
+
+
+def _all_text(node: _Node) -> str:
+    if isinstance(node, str):
+        return node
+    branches = (node.before, node.after) if isinstance(node, _Edited) else node.options
+    return "".join(_all_text(inner) for branch in branches for inner in branch)
 
 
 def _text_at(nodes: Sequence[_Node], step: int) -> str:
@@ -73,7 +116,7 @@ def _text_at(nodes: Sequence[_Node], step: int) -> str:
     return "".join(parts)
 
 
-def _parse(prompt: str, steps: int) -> tuple[_Node, ...]:
+def _parse(prompt: str, steps: int, *, is_enlarged: bool = False) -> tuple[_Node, ...]:
     tokens = [(match[0], match.start()) for match in _TOKEN.finditer(prompt)]
     # Parts of the open brackets, split at colons and bars; the first entry is the whole prompt.
     open_at: list[tuple[str, int, list[list[_Node]], list[str]]] = [("", 0, [[]], [])]
@@ -92,7 +135,8 @@ def _parse(prompt: str, steps: int) -> tuple[_Node, ...]:
             separators.append(token)
         elif len(open_at) > 1 and token == _CLOSING[open_at[-1][0]]:
             bracket, start, parts, separators = open_at.pop()
-            open_at[-1][2][-1] += _closed(bracket, parts, separators, steps, f"character {start + 1}")
+            place = f"character {start + 1}"
+            open_at[-1][2][-1] += _closed(bracket, parts, separators, _When(steps, is_enlarged), place)
         else:
             parts[-1].append(token)
     # Unclosed brackets are text.
@@ -102,7 +146,7 @@ def _parse(prompt: str, steps: int) -> tuple[_Node, ...]:
     return _joined(open_at[0][2][0])
 
 
-def _closed(bracket: str, parts: list[list[_Node]], separators: list[str], steps: int, place: str) -> list[_Node]:
+def _closed(bracket: str, parts: list[list[_Node]], separators: list[str], when: _When, place: str) -> list[_Node]:
     if bracket == "[" and "|" in separators:
         if ":" in separators:
             raise SettingsError(
@@ -112,13 +156,18 @@ def _closed(bracket: str, parts: list[list[_Node]], separators: list[str], steps
                 remedy="nest one bracket in the other",
             )
         return [_Alternating(tuple(map(_joined, parts)))]
-    if bracket == "[" and 1 <= len(separators) <= 2 and all(isinstance(node, str) for node in parts[-1]):
+    if bracket == "[" and separators and all(isinstance(node, str) for node in parts[-1]):
         last = "".join(node for node in parts[-1] if isinstance(node, str))
-        if match := _WHEN.fullmatch(last):
-            value = float(match[1])
-            when = min(steps, int(value * steps if "." in match[1] else value))
+        if _RANGE.fullmatch(last) or parts[0] == ["SEQ"]:
+            raise SettingsError(
+                "a bracket has several positions, as in ComfyUI's prompt-control",
+                where=place,
+                allowed="[a:b:0.5], which changes once",
+                remedy="nest brackets, such as [a:[b:c:0.7]:0.3]",
+            )
+        if len(separators) <= 2 and (match := _WHEN.fullmatch(last)):
             before = parts[0] if len(parts) == 3 else []
-            return [_Edited(_joined(before), _joined(parts[-2]), when)]
+            return [_Edited(_joined(before), _joined(parts[-2]), when.step_of(match[1]))]
     return [*_as_text(bracket, parts, separators), _CLOSING[bracket]]
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from lora_engine.errors import SettingsError
 from lora_engine.inference.prompts.editing import texts_by_step
 from lora_engine.inference.prompts.emphasis import parse_weights
-from lora_engine.inference.prompts.tags import AdapterTag, parse_tags
+from lora_engine.inference.prompts.foreign import check_foreign, unescape_braces
+from lora_engine.inference.prompts.tags import AdapterTag, blank_tags, parse_tags
 
 MAX_LENGTH = 500_000
 """Characters of a prompt."""
@@ -32,9 +33,9 @@ class PromptPart:
     text: str
     weight: float = 1.0
 
-    def by_step(self, steps: int) -> list[tuple[int, str]]:
+    def by_step(self, steps: int, *, is_enlarged: bool = False) -> list[tuple[int, str]]:
         """Returns pairs (last step, text), steps from 1; see `texts_by_step`."""
-        return texts_by_step(self.text, steps)
+        return texts_by_step(self.text, steps, is_enlarged=is_enlarged)
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,14 @@ def parse_prompt(text: str, *, is_negative: bool = False) -> ParsedPrompt:
         is_negative: True for a negative prompt, which names no adapters and has one part.
 
     Raises:
-        SettingsError: The prompt is too long, or a tag or bracket cannot be read; names its position.
+        SettingsError: The prompt is too long, a tag or bracket cannot be read, or it has the syntax of another program
+            that Loraline would draw as words; names its position.
     """
     if len(text) > MAX_LENGTH:
         raise SettingsError(f"the prompt has {len(text)} characters", allowed=f"at most {MAX_LENGTH}")
     plain, adapters = parse_tags(text)
+    check_foreign(blank_tags(text))
+    plain = unescape_braces(plain)
     if is_negative and adapters:
         raise SettingsError(
             f"the negative prompt names the adapter {adapters[0].name!r}",

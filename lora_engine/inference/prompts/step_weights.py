@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from lora_engine.errors import SettingsError
 
+Curve = Literal["linear", "cosine", "hold"]
 _MAX_POINTS = 1000
 _ALLOWED = "a weight such as 0.7, or points WEIGHT@POSITION such as 0@0,1@0.5"
 
 
 @dataclass(frozen=True)
 class StepWeights:
-    """A weight over the denoising steps: linear between points, constant before the first and after the last.
+    """A weight over the denoising steps: a curve between points, constant before the first and after the last.
 
     Attributes:
         points: Pairs (position, weight), sorted by position.
         in_steps: True if positions are step numbers from 0; False if they are shares of the run, from 0 to 1.
+        curve: Between two points, `linear` is loractl's line, `cosine` half a cosine wave, and `hold` the weight of the
+            point before, as ComfyUI's keyframes.
     """
 
     points: tuple[tuple[float, float], ...]
     in_steps: bool = False
+    curve: Curve = "linear"
 
     @property
     def is_constant(self) -> bool:
@@ -46,7 +52,7 @@ class StepWeights:
         if not after:
             return weight
         right, next_weight = after[0]
-        return weight + (next_weight - weight) * (position - left) / (right - left)
+        return weight + (next_weight - weight) * _shape(self.curve, (position - left) / (right - left))
 
     def __str__(self) -> str:
         if self.is_constant:
@@ -58,7 +64,26 @@ ALWAYS = StepWeights(((0.0, 1.0),))
 """The weight 1 in each step."""
 
 
-def parse_step_weights(text: str) -> StepWeights:
+def _shape(curve: Curve, share: float) -> float:
+    """Returns the share of the way from one weight to the next, from 0 to 1."""
+    if curve == "hold":
+        return 0.0
+    return share if curve == "linear" else (1.0 - math.cos(math.pi * share)) / 2.0
+
+
+def parse_curve(text: str) -> Curve:
+    """Reads the name of a curve.
+
+    Raises:
+        SettingsError: There is no such curve.
+    """
+    curves: Mapping[str, Curve] = {name: name for name in get_args(Curve)}
+    if text.strip() not in curves:
+        raise SettingsError(f"curve {text[:80]!r}", allowed=", ".join(curves))
+    return curves[text.strip()]
+
+
+def parse_step_weights(text: str, curve: Curve = "linear") -> StepWeights:
     """Reads a weight, or points `WEIGHT@POSITION` (also `~`), separated by commas or semicolons.
 
     If the largest position is at most 1, positions are shares of the run, otherwise step numbers from 0. A point
@@ -80,7 +105,7 @@ def parse_step_weights(text: str) -> StepWeights:
             break
         points.append((1.0 if position is None else position, weight))
     points.sort(key=lambda point: point[0])
-    return StepWeights(tuple(points), in_steps=points[-1][0] > 1.0)
+    return StepWeights(tuple(points), points[-1][0] > 1.0, curve)
 
 
 def _parse_point(part: str, text: str) -> tuple[float, float | None]:
@@ -90,6 +115,18 @@ def _parse_point(part: str, text: str) -> tuple[float, float | None]:
     if (value := _number(position, text)) < 0:
         raise SettingsError(f"position {value:g} of the weight {text[:80]!r}", allowed="0 or more")
     return _number(weight, text), value
+
+
+def parse_number(text: str, name: str) -> float:
+    """Reads a finite number; `name` is what the error calls it.
+
+    Raises:
+        SettingsError: It is none.
+    """
+    try:
+        return _number(text, text)
+    except SettingsError:
+        raise SettingsError(f"{name} is {text[:80]!r}", allowed="a number") from None
 
 
 def _number(part: str, text: str) -> float:

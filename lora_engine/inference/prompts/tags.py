@@ -4,8 +4,12 @@
 <lora:NAME:0.7>                 text encoders and denoiser
 <lora:NAME:0.5:0.7>             text encoders, then denoiser, as in A1111 and Forge; `te=0.5:unet=0.7` says it
 <lora:NAME:0@0,1@0.5>           over the steps (loractl): see `parse_step_weights`
+<lora:NAME:0@0,1@1:curve=hold>  how the weight goes from point to point: see `StepWeights`
+<lora:NAME:1:hr=0.5>            while enlarged images are drawn again (loractl); `hrte=` and `hrunet=` by component
 <lora:NAME:1:lbw=OUTALL>        by block: see `parse_block_weights`
+<lora:NAME:1:layers=NAME=0.5>   by name of a layer: see `parse_layer_weights`
 <lora:NAME:1:start=3:stop=10>   from step 3 to step 10, counted from 1
+<lora:NAME:1:ag=2>              scale between the predictions without and with the adapter
 """
 
 from __future__ import annotations
@@ -13,24 +17,36 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from lora_engine.errors import SettingsError
-from lora_engine.inference.prompts.blocks import parse_block_weights
-from lora_engine.inference.prompts.step_weights import ALWAYS, StepWeights, parse_step_weights
+from lora_engine.inference.prompts.blocks import BLOCK_PRESETS, parse_block_weights, parse_layer_weights
+from lora_engine.inference.prompts.editing import edits_over
+from lora_engine.inference.prompts.foreign import check_tag_kind
+from lora_engine.inference.prompts.step_weights import (
+    ALWAYS,
+    StepWeights,
+    parse_curve,
+    parse_number,
+    parse_step_weights,
+)
 
-_TAG = re.compile(r"<([A-Za-z0-9_]+):([^<>]*)>")
+TAG = re.compile(r"<([A-Za-z0-9_]+)(?:\[[^\[\]<>]*\])?:([^<>]*)>")
+"""A tag of any program: its kind, and what follows."""
 _UNCLOSED = re.compile(r"<(?:lora|lyco):")
-_KINDS = {"lora", "lyco"}
-_ALLOWED = "<lora:NAME@REF:WEIGHT>, such as <lora:zorb@production:0.7>, with te=, unet=, lbw=, start=, stop="
+_NAMED = ("te", "unet", "hr", "hrte", "hrunet", "curve", "lbw", "w", "layers", "start", "stop", "ag")
+_ALLOWED = (
+    "<lora:NAME@REF:WEIGHT>, such as <lora:zorb@production:0.7>, "
+    f"with {', '.join(f'{name}=' for name in _NAMED if name != 'w')}"
+)
 _OF_OTHERS = {
     "dyn": "the dynamic rank of LyCORIS; resize the adapter instead (loraline resize)",
-    "hr": "a second pass, which Loraline does not draw",
-    "hrte": "a second pass, which Loraline does not draw",
-    "hrunet": "a second pass, which Loraline does not draw",
-    "in": "SD.Next's weight of the first blocks; use lbw=",
-    "mid": "SD.Next's weight of the middle block; use lbw=",
-    "out": "SD.Next's weight of the last blocks; use lbw=",
-    "lbwe": "weights of single layers; use lbw=",
+    "in": "SD.Next's weight of the first blocks; use layers=unet.down_blocks=",
+    "mid": "SD.Next's weight of the middle block; use layers=unet.mid_block=",
+    "out": "SD.Next's weight of the last blocks; use layers=unet.up_blocks=",
+    "lbwe": "weights of single layers; use layers=",
+    "LBW": "the block weights of ComfyUI's Inspire nodes; use lbw= or layers=",
     "x": "a value for X in lbw=; write the number there",
     "step": "a range of steps; use start= and stop=",
 }
@@ -49,6 +65,11 @@ class AdapterTag:
         blocks: Weight by block; None is 1 for all. It multiplies the other weights.
         start: First step with the adapter, from 1.
         stop: Last step with the adapter, from 1; None is the last one.
+        layers: Weight by name of a layer; see `weight_of_layer`. It multiplies the other weights.
+        guidance: Scale between the predictions without and with the adapter; None is 1, the prediction with it.
+        enlarged: Weights of the denoiser and the text encoders while enlarged images are drawn again; None are the
+            weights of the first pass.
+        is_bare: True if the tag has a name alone, so that the weights of the adapter's card count.
     """
 
     name: str
@@ -57,16 +78,46 @@ class AdapterTag:
     blocks: Mapping[str, float] | None = None
     start: int = 1
     stop: int | None = None
+    layers: tuple[tuple[str, float], ...] = ()
+    guidance: float | None = None
+    enlarged: tuple[StepWeights, StepWeights] | None = None
+    is_bare: bool = False
 
     @property
     def is_constant(self) -> bool:
         """True if the adapter has the same weight in each step."""
         return self.denoiser.is_constant and self.start == 1 and self.stop is None
 
-    def denoiser_weight(self, step: int, steps: int) -> float:
-        """Returns the denoiser's weight in a step (from 0)."""
+    def denoiser_weight(self, step: int, steps: int, *, is_enlarged: bool = False) -> float:
+        """Returns the denoiser's weight in a step (from 0) of the first pass, or of that over enlarged images."""
         is_on = self.start <= step + 1 <= (self.stop or steps)
-        return self.denoiser.at(step, steps) if is_on else 0.0
+        weights = self.enlarged[0] if is_enlarged and self.enlarged else self.denoiser
+        return weights.at(step, steps) if is_on else 0.0
+
+    def text_weight(self, steps: int, *, is_enlarged: bool = False) -> float:
+        """Returns the text encoders' weight in the first step."""
+        weights = self.enlarged[1] if is_enlarged and self.enlarged else self.text_encoder
+        return weights.at(0, steps)
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the weights as JSON values, without those that have no effect."""
+        facts: dict[str, Any] = {"denoiser": str(self.denoiser), "text_encoder": str(self.text_encoder)}
+        curves = {weights.curve for weights in (self.denoiser, self.text_encoder) if not weights.is_constant}
+        if curves - {"linear"}:
+            facts["curve"] = self.denoiser.curve
+        if self.enlarged is not None:
+            facts["enlarged"] = dict(zip(("denoiser", "text_encoder"), map(str, self.enlarged), strict=True))
+        if self.blocks is not None:
+            facts["blocks"] = dict(self.blocks)
+        if self.layers:
+            facts["layers"] = dict(self.layers)
+        if self.start != 1:
+            facts["start"] = self.start
+        if self.stop is not None:
+            facts["stop"] = self.stop
+        if self.guidance is not None and self.guidance != 1.0:
+            facts["guidance"] = self.guidance
+        return facts
 
 
 def parse_tags(prompt: str) -> tuple[str, list[AdapterTag]]:
@@ -80,12 +131,9 @@ def parse_tags(prompt: str) -> tuple[str, list[AdapterTag]]:
         SettingsError: A tag cannot be read, or is of a kind that is not supported; names its position.
     """
     tags: list[AdapterTag] = []
-    for match in _TAG.finditer(prompt):
+    for match in TAG.finditer(prompt):
         place = f"character {match.start() + 1}"
-        if match[1] not in _KINDS:
-            raise SettingsError(
-                f"tag {match[0][:80]!r}", where=place, allowed=_ALLOWED, remedy="remove it, or escape it as a text"
-            )
+        check_tag_kind(match[0], match[1], place, _ALLOWED)
         try:
             tag = _parse_tag(match[2])
         except SettingsError as error:
@@ -95,7 +143,9 @@ def parse_tags(prompt: str) -> tuple[str, list[AdapterTag]]:
         tags += [] if tag in tags else [tag]
         if len(tags) > _MAX_TAGS:
             raise SettingsError(f"the prompt names more than {_MAX_TAGS} adapters", where=place)
-    text = " ".join(_TAG.sub(" ", prompt).split())
+    if tags:
+        _check_edits(prompt)
+    text = " ".join(TAG.sub(" ", prompt).split())
     if unclosed := _UNCLOSED.search(text):
         raise SettingsError(
             f"unclosed tag {text[unclosed.start() :][:80]!r}", allowed=_ALLOWED, remedy="close it with '>'"
@@ -103,35 +153,86 @@ def parse_tags(prompt: str) -> tuple[str, list[AdapterTag]]:
     return text, tags
 
 
+def blank_tags(prompt: str) -> str:
+    """Returns a prompt with a blank for each character of its tags, so that positions stay."""
+    return TAG.sub(lambda match: " " * len(match[0]), prompt)
+
+
+def parse_arguments(name: str, text: str) -> AdapterTag:
+    """Reads the arguments of a tag, such as `0.8` or `0@0,1@1:curve=cosine`, for an adapter.
+
+    Raises:
+        SettingsError: They cannot be read.
+    """
+    return _read_arguments(name, text.split(":"))
+
+
+def _check_edits(prompt: str) -> None:
+    """Raises an error for a tag in a bracket that edits the prompt, which A1111 loads for all steps."""
+    marked = TAG.sub("\0", prompt.replace("\0", " "))
+    number = edits_over(marked, "\0")
+    if number is not None:
+        match = list(TAG.finditer(prompt))[number]
+        raise SettingsError(
+            f"tag {match[0][:80]!r} is in a bracket that edits the prompt over the steps, which edits no adapters",
+            where=f"character {match.start() + 1}",
+            remedy="write the weight over the steps in the tag, such as 1@0,0@1 or start= and stop=",
+        )
+
+
 def _parse_tag(text: str) -> AdapterTag:
     name, *parts = text.split(":")
     # A path of Windows has a colon of its own.
     if len(name) == 1 and name.isalpha() and parts and parts[0][:1] in {"\\", "/"}:
         name = f"{name}:{parts.pop(0)}"
-    positional = [part for part in parts if "=" not in part]
-    named = dict(part.split("=", 1) for part in parts if "=" in part)
     if not name.strip():
         raise SettingsError("it names no adapter", allowed=_ALLOWED)
-    if len(positional) > 2:
-        raise SettingsError(f"{len(positional)} weights", allowed="one, or the text encoder's and the denoiser's")
-    for key in named:
-        if key not in {"te", "unet", "lbw", "w", "start", "stop"}:
-            raise SettingsError(
-                f"{key!r} is {_OF_OTHERS[key]}" if key in _OF_OTHERS else f"argument {key!r}", allowed=_ALLOWED
-            )
-    weights = [parse_step_weights(part) for part in positional]
-    text_encoder = parse_step_weights(named["te"]) if "te" in named else (weights[0] if weights else None)
-    denoiser = parse_step_weights(named["unet"]) if "unet" in named else (weights[1] if len(weights) == 2 else None)
-    text_encoder = text_encoder or ALWAYS
+    return _read_arguments(name.strip(), parts)
+
+
+def _read_arguments(name: str, parts: list[str]) -> AdapterTag:
+    positional = [part for part in parts if "=" not in part]
+    named = dict(part.split("=", 1) for part in parts if "=" in part)
+    _check_arguments(positional, named)
+    read = partial(parse_step_weights, curve=parse_curve(named.get("curve", "linear")))
+    weights = [read(part) for part in positional]
+    text_encoder = read(named["te"]) if "te" in named else (weights[0] if weights else ALWAYS)
+    denoiser = read(named["unet"]) if "unet" in named else (weights[1] if len(weights) == 2 else text_encoder)
+    enlarged = None
+    if {"hr", "hrte", "hrunet"} & named.keys():
+        both = read(named["hr"]) if "hr" in named else None
+        enlarged = (
+            read(named["hrunet"]) if "hrunet" in named else both or denoiser,
+            read(named["hrte"]) if "hrte" in named else both or text_encoder,
+        )
     blocks = named.get("lbw", named.get("w"))
     return AdapterTag(
-        name.strip(),
-        denoiser or text_encoder,
+        name,
+        denoiser,
         text_encoder,
         None if blocks is None else parse_block_weights(blocks),
         _step(named.get("start", "1"), "start"),
         _step(named["stop"], "stop") if "stop" in named else None,
+        parse_layer_weights(named["layers"]) if "layers" in named else (),
+        parse_number(named["ag"], "ag") if "ag" in named else None,
+        enlarged,
+        is_bare=not parts,
     )
+
+
+def _check_arguments(positional: list[str], named: Mapping[str, str]) -> None:
+    for part in positional:
+        if part.strip() in BLOCK_PRESETS or ("," in part and "@" not in part and part.count(",") > 3):
+            raise SettingsError(f"{part[:40]!r} are block weights", allowed=_ALLOWED, remedy=f"write lbw={part[:40]}")
+        if part.startswith("LBW"):
+            raise SettingsError(f"{part[:40]!r} is {_OF_OTHERS['LBW']}", allowed=_ALLOWED)
+    if len(positional) > 2:
+        raise SettingsError(f"{len(positional)} weights", allowed="one, or the text encoder's and the denoiser's")
+    for key in named:
+        if key not in _NAMED:
+            raise SettingsError(
+                f"{key!r} is {_OF_OTHERS[key]}" if key in _OF_OTHERS else f"argument {key!r}", allowed=_ALLOWED
+            )
 
 
 def _step(text: str, name: str) -> int:

@@ -3,76 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
-from lora_engine.adapters import Adapter, collapse, create_adapter
+from lora_engine.adapters import Adapter, collapse
 from lora_engine.adapters.adapted import AdaptedLayer
 from lora_engine.bases.base import BaseModel
 from lora_engine.bases.long_text import count_chunks
 from lora_engine.errors import SettingsError
 from lora_engine.formats import Bundle, Card
-from lora_engine.inference import ComposedEngine
-from lora_engine.inference.composition import compose, generate_composed
+from lora_engine.inference.composition import compose
 from lora_engine.inference.generate import Guidance, draw_noise, generate, sample
 from lora_engine.inference.prompts.blocks import LISTS, weight_of_module
 from lora_engine.inference.prompts.prompt import parse_prompt
-
-STEPS = 4
-
-
-def _adapter(
-    base: BaseModel, kind: str, seed: int, targets: Sequence[str] = ("attention", "text_encoder*.q_proj")
-) -> Adapter:
-    draw = torch.Generator().manual_seed(seed)
-    adapter = create_adapter(base, list(targets), kind, rank=2, generator=draw)
-    modules = {
-        name: delta.with_factors(
-            {key: 0.3 * torch.randn(factor.shape, generator=draw) for key, factor in delta.factors().items()}
-        )
-        for name, delta in adapter.modules.items()
-    }
-    return Adapter(modules, adapter.base, adapter.fingerprint)
-
-
-def _draw(
-    base: BaseModel,
-    prompt: str,
-    adapters: Sequence[Adapter] = (),
-    *,
-    negative: str = "",
-    guidance: float = 3.0,
-    engine: ComposedEngine = "auto",
-) -> Tensor:
-    read = parse_prompt(prompt)
-    bundles = [(tag, Bundle(adapter, Card())) for tag, adapter in zip(read.adapters, adapters, strict=True)]
-    with compose(base, bundles, engine=engine) as made:
-        return generate_composed(
-            base,
-            read,
-            made,
-            negative=parse_prompt(negative, is_negative=True),
-            seeds=[1, 2],
-            steps=STEPS,
-            guidance=guidance,
-            height=16,
-            width=16,
-        )
-
-
-@contextmanager
-def _fused(base: BaseModel, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[None]:
-    """Fuses adapters into the weights of a base, from a copy that is restored."""
-    before = {name: copy.deepcopy(module.state_dict()) for name, module in base.modules.items()}
-    for adapter, weight in adapters:
-        collapse(base, adapter, weight)
-    yield
-    for name, state in before.items():
-        base.modules[name].load_state_dict(state)
+from tests.lora_engine.inference.composed import STEPS, draw_composed, fused, random_adapter
 
 
 def _plain(base: BaseModel, prompt: str, negative: str = "", guidance: float = 3.0) -> Tensor:
@@ -94,20 +40,20 @@ def _close(first: Tensor, second: Tensor) -> None:
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_plain_prompt_gives_the_images_of_generate(base: BaseModel, guidance: float) -> None:
-    drawn = _draw(base, "a red zorb", negative="blue", guidance=guidance)
+    drawn = draw_composed(base, "a red zorb", negative="blue", guidance=guidance)
     # The text is encoded once, not once per image, which rounds differently.
     _close(drawn, _plain(base, "a red zorb", "blue", guidance))
 
 
 @pytest.mark.parametrize("kinds", [["lora"], ["lora", "loha", "lokr"]])
 def test_constant_weights_equal_fused_adapters_and_leave_the_base_as_it_was(base: BaseModel, kinds: list[str]) -> None:
-    adapters = [_adapter(base, kind, seed) for seed, kind in enumerate(kinds)]
+    adapters = [random_adapter(base, kind, seed) for seed, kind in enumerate(kinds)]
     weights = [0.7, -0.4, 1.2][: len(kinds)]
     tags = " ".join(f"<lora:a{index}:{weight}>" for index, weight in enumerate(weights))
     before = _plain(base, "a ring")
-    drawn = _draw(base, f"a ring {tags}", adapters)
+    drawn = draw_composed(base, f"a ring {tags}", adapters)
     assert torch.equal(_plain(base, "a ring"), before)
-    with _fused(base, list(zip(adapters, weights, strict=True))):
+    with fused(base, list(zip(adapters, weights, strict=True))):
         _close(drawn, _plain(base, "a ring"))
     assert (drawn - before).abs().max() > 0.01
 
@@ -116,15 +62,15 @@ def test_constant_weights_equal_fused_adapters_and_leave_the_base_as_it_was(base
 def test_merged_and_attached_adapters_draw_the_same(base: BaseModel, weights: str) -> None:
     if "lbw" in weights and base.family != "sd":
         weights = "0.3"
-    adapters = [_adapter(base, kind, seed) for seed, kind in enumerate(["lora", "loha"])]
+    adapters = [random_adapter(base, kind, seed) for seed, kind in enumerate(["lora", "loha"])]
     prompt = f"a ring <lora:a:{weights}> <lora:b:0.4>"
-    merged, attached = (_draw(base, prompt, adapters, engine=engine) for engine in ("merged", "attached"))
+    merged, attached = (draw_composed(base, prompt, adapters, engine=engine) for engine in ("merged", "attached"))
     _close(merged, attached)
-    assert (merged - _draw(base, "a ring")).abs().max() > 0.01
+    assert (merged - draw_composed(base, "a ring")).abs().max() > 0.01
 
 
 def test_adapters_are_merged_into_32_bit_weights_and_attached_to_others(base: BaseModel) -> None:
-    read, adapter = parse_prompt("<lora:a:1>"), _adapter(base, "lora", 1)
+    read, adapter = parse_prompt("<lora:a:1>"), random_adapter(base, "lora", 1)
     name = next(iter(adapter.modules))
     before = base.get_module(name)
     pairs = [(read.adapters[0], Bundle(adapter, Card()))]
@@ -144,7 +90,7 @@ def test_adapters_are_merged_into_32_bit_weights_and_attached_to_others(base: Ba
 
 
 def test_the_text_encoders_and_the_denoiser_have_their_own_weights(base: BaseModel) -> None:
-    adapter = _adapter(base, "lora", 3)
+    adapter = random_adapter(base, "lora", 3)
     parts = {
         texts: Adapter(
             {name: delta for name, delta in adapter.modules.items() if name.startswith("text_encoder") == texts},
@@ -154,14 +100,14 @@ def test_the_text_encoders_and_the_denoiser_have_their_own_weights(base: BaseMod
         for texts in (True, False)
     }
     assert all(part.modules for part in parts.values())
-    with _fused(base, [(parts[True], 0.3), (parts[False], 0.8)]):
+    with fused(base, [(parts[True], 0.3), (parts[False], 0.8)]):
         expected = _plain(base, "a ring")
-    _close(_draw(base, "a ring <lora:a:0.3:0.8>", [adapter]), expected)
-    assert (_draw(base, "a ring <lora:a:0.8:0.3>", [adapter]) - expected).abs().max() > 1e-3
+    _close(draw_composed(base, "a ring <lora:a:0.3:0.8>", [adapter]), expected)
+    assert (draw_composed(base, "a ring <lora:a:0.8:0.3>", [adapter]) - expected).abs().max() > 1e-3
 
 
 def test_a_schedule_equals_fusing_the_weight_of_each_step(base: BaseModel) -> None:
-    adapters = [_adapter(base, kind, seed, ["attention"]) for seed, kind in enumerate(("lora", "loha"))]
+    adapters = [random_adapter(base, kind, seed, ["attention"]) for seed, kind in enumerate(("lora", "loha"))]
     prompt = "a ring <lora:a:0@0,1@1> <lora:b:1:start=2:stop=3>"
     first, second = parse_prompt(prompt).adapters
     states = base.encode_text(["a ring"], (16, 16)).index([0, 0])
@@ -180,18 +126,18 @@ def test_a_schedule_equals_fusing_the_weight_of_each_step(base: BaseModel) -> No
         expected = base.decode_latents(denoised).clamp(-1.0, 1.0)
     for name, state in kept.items():
         base.modules[name].load_state_dict(state)
-    drawn = _draw(base, prompt, adapters, guidance=1.0)
+    drawn = draw_composed(base, prompt, adapters, guidance=1.0)
     _close(drawn, expected)
-    assert (drawn - _draw(base, "a ring <lora:a:0.5> <lora:b:1>", adapters, guidance=1.0)).abs().max() > 1e-3
+    assert (drawn - draw_composed(base, "a ring <lora:a:0.5> <lora:b:1>", adapters, guidance=1.0)).abs().max() > 1e-3
 
 
 def test_weights_by_block_multiply_the_deltas_of_the_block(base: BaseModel) -> None:
-    adapter = _adapter(base, "lora", 5)
+    adapter = random_adapter(base, "lora", 5)
     count = 12 if base.family == "sdxl" else 17
     values = [round(0.1 + 0.05 * index, 2) for index in range(count)]
     by_block = dict(zip(LISTS[count], values, strict=True))
-    drawn = _draw(base, f"a ring <lora:a:0.9:lbw={','.join(map(str, values))}>", [adapter])
-    with _fused(
+    drawn = draw_composed(base, f"a ring <lora:a:0.9:lbw={','.join(map(str, values))}>", [adapter])
+    with fused(
         base,
         [
             (
@@ -203,7 +149,7 @@ def test_weights_by_block_multiply_the_deltas_of_the_block(base: BaseModel) -> N
     ):
         _close(drawn, _plain(base, "a ring"))
     with pytest.raises(SettingsError, match=r"block weights of 'a' are not for a base of the family"):
-        _draw(base, f"a ring <lora:a:1:lbw={','.join(['1'] * 61)}>", [adapter])
+        draw_composed(base, f"a ring <lora:a:1:lbw={','.join(['1'] * 61)}>", [adapter])
 
 
 def test_an_edited_prompt_has_each_text_in_its_steps(base: BaseModel) -> None:
@@ -220,28 +166,30 @@ def test_an_edited_prompt_has_each_text_in_its_steps(base: BaseModel) -> None:
                 scale=1.0,
                 size=(16, 16),
             )
-            _close(_draw(base, prompt, guidance=1.0), base.decode_latents(denoised).clamp(-1.0, 1.0))
-            assert not torch.equal(_draw(base, prompt, guidance=1.0), _plain(base, "a ring", guidance=1.0))
+            _close(draw_composed(base, prompt, guidance=1.0), base.decode_latents(denoised).clamp(-1.0, 1.0))
+            assert not torch.equal(draw_composed(base, prompt, guidance=1.0), _plain(base, "a ring", guidance=1.0))
 
 
 def test_and_adds_the_guidance_of_the_parts(base: BaseModel) -> None:
-    whole = _draw(base, "a ring", guidance=2.0)
-    _close(_draw(base, "a ring :0.5 AND a ring :0.5", guidance=2.0), whole)
-    _close(_draw(base, "a ring :0.5 AND a ring :1.5", guidance=1.0), _draw(base, "a ring", guidance=2.0))
-    _close(_draw(base, "a ring AND a cube :0", guidance=2.0), whole)
-    assert (_draw(base, "a ring AND a cube", guidance=2.0) - whole).abs().max() > 1e-3
+    whole = draw_composed(base, "a ring", guidance=2.0)
+    _close(draw_composed(base, "a ring :0.5 AND a ring :0.5", guidance=2.0), whole)
+    _close(
+        draw_composed(base, "a ring :0.5 AND a ring :1.5", guidance=1.0), draw_composed(base, "a ring", guidance=2.0)
+    )
+    _close(draw_composed(base, "a ring AND a cube :0", guidance=2.0), whole)
+    assert (draw_composed(base, "a ring AND a cube", guidance=2.0) - whole).abs().max() > 1e-3
 
 
 def test_weights_of_words_and_breaks_change_the_image_and_negative_prompts_are_padded(base: BaseModel) -> None:
-    plain = _draw(base, "a red ring", negative="blue")
-    assert (_draw(base, "a (red:1.4) ring", negative="blue") - plain).abs().max() > 1e-4
-    assert (_draw(base, "a red BREAK ring", negative="blue") - plain).abs().max() > 1e-4
-    assert (_draw(base, "a red ring", negative="(blue:1.5)") - plain).abs().max() > 1e-4
-    assert torch.equal(_draw(base, "a (red:1.0) ring", negative="blue"), plain)
+    plain = draw_composed(base, "a red ring", negative="blue")
+    assert (draw_composed(base, "a (red:1.4) ring", negative="blue") - plain).abs().max() > 1e-4
+    assert (draw_composed(base, "a red BREAK ring", negative="blue") - plain).abs().max() > 1e-4
+    assert (draw_composed(base, "a red ring", negative="(blue:1.5)") - plain).abs().max() > 1e-4
+    assert torch.equal(draw_composed(base, "a (red:1.0) ring", negative="blue"), plain)
 
 
 def test_a_long_prompt_is_read_whole_in_several_chunks(base: BaseModel) -> None:
     words = "a red ring and a blue cube beside a green disk " * 12
     assert count_chunks(base, [[(words, 1.0)]]) > 1
-    ends = [_draw(base, f"{words} {end}") for end in ("at night", "in snow")]
+    ends = [draw_composed(base, f"{words} {end}") for end in ("at night", "in snow")]
     assert (ends[0] - ends[1]).abs().max() > 1e-5

@@ -7,10 +7,18 @@ import pytest
 from lora_engine.adapters.published import published_module_shapes
 from lora_engine.errors import SettingsError
 from lora_engine.families import families
-from lora_engine.inference.prompts.blocks import LISTS, block_of, fits_family, parse_block_weights, weight_of_module
+from lora_engine.inference.prompts.blocks import (
+    LISTS,
+    block_of,
+    fits_family,
+    parse_block_weights,
+    parse_layer_weights,
+    weight_of_layer,
+    weight_of_module,
+)
 from lora_engine.inference.prompts.editing import texts_by_step
 from lora_engine.inference.prompts.prompt import chunks_of, is_unweighted, parse_prompt, plain_text
-from lora_engine.inference.prompts.step_weights import ALWAYS, parse_step_weights
+from lora_engine.inference.prompts.step_weights import ALWAYS, Curve, parse_step_weights
 from lora_engine.inference.prompts.tags import AdapterTag, parse_tags
 
 
@@ -51,6 +59,24 @@ def test_weights_that_cannot_be_read_are_refused(text: str) -> None:
         parse_step_weights(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "curve", "weights"),
+    [
+        ("0@0,1@4", "linear", [0, 0.25, 0.5, 0.75, 1, 1]),
+        ("0@0,1@4", "cosine", [0, (1 - 0.5**0.5) / 2, 0.5, (1 + 0.5**0.5) / 2, 1, 1]),
+        ("0@0,1@4", "hold", [0, 0, 0, 0, 1, 1]),
+        ("0.1@0,0.4@1,0.9@2", "hold", [0.1, 0.4, 0.9, 0.9, 0.9, 0.9]),
+        ("0.3@2,0.8@4", "hold", [0.3, 0.3, 0.3, 0.3, 0.8, 0.8]),
+        ("0.7", "cosine", [0.7] * 6),
+    ],
+)
+def test_a_curve_says_how_the_weight_goes_from_point_to_point(text: str, curve: Curve, weights: list[float]) -> None:
+    schedule = parse_step_weights(text, curve)
+    assert [schedule.at(step, 6) for step in range(6)] == pytest.approx(weights, abs=1e-12)
+    (tag,) = parse_tags(f"<lora:z:{text}:curve={curve}>")[1]
+    assert tag.denoiser == schedule
+
+
 def _tag(name: str = "z", te: str = "1", unet: str = "", **more: object) -> AdapterTag:
     return AdapterTag(name, parse_step_weights(unet or te), parse_step_weights(te), **more)  # type: ignore[arg-type]
 
@@ -58,7 +84,7 @@ def _tag(name: str = "z", te: str = "1", unet: str = "", **more: object) -> Adap
 @pytest.mark.parametrize(
     ("text", "tag"),
     [
-        ("<lora:z>", _tag()),
+        ("<lora:z>", _tag(is_bare=True)),
         ("<lora:z:0.7>", _tag(te="0.7")),
         ("<lora:z:.5>", _tag(te="0.5")),
         ("<lora:z:0.7:0.5>", _tag(te="0.7", unet="0.5")),
@@ -77,6 +103,57 @@ def _tag(name: str = "z", te: str = "1", unet: str = "", **more: object) -> Adap
 )
 def test_tags_are_read_as_a1111_and_forge_read_them(text: str, tag: AdapterTag) -> None:
     assert parse_tags(f"a {text}  red zorb") == ("a red zorb", [tag])
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("z:0.5@0,1@1:hr=0.6", ("0.5@0,1@1", "0.5@0,1@1", "0.6", "0.6")),
+        ("z:hr=0.6:hrte=0.5", ("1", "1", "0.6", "0.5")),
+        ("z:0.7:hrte=0.5", ("0.7", "0.7", "0.7", "0.5")),
+        ("z:unet=0.5@0,1@1", ("0.5@0,1@1", "1", None, None)),
+        ("z:te=0.2:unet=0.4:hrunet=0.9", ("0.4", "0.2", "0.9", "0.2")),
+    ],
+)
+def test_the_pass_over_enlarged_images_has_the_weights_of_loractl(
+    text: str, weights: tuple[str, str, str | None, str | None]
+) -> None:
+    (tag,) = parse_tags(f"<lora:{text}>")[1]
+    expected = [None if weight is None else parse_step_weights(weight) for weight in weights]
+    assert [tag.denoiser, tag.text_encoder, *(tag.enlarged or (None, None))] == expected
+
+
+def test_only_a_tag_with_a_name_alone_takes_the_weights_of_its_card() -> None:
+    assert [tag.is_bare for tag in parse_tags("<lora:a> <lora:b:1> <lora:c:te=1>")[1]] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a <lora:z>[<lora:a:1>:<lora:b:1>:0.5]", "a <lora:z>[(b <lora:a:1>)|c]", "<lora:z> [b:[c <lora:a>:d:2]:3]"],
+)
+def test_an_adapter_in_an_edited_bracket_is_refused_by_its_place(text: str) -> None:
+    place = text.index("<lora:a") + 1
+    with pytest.raises(SettingsError, match=rf"character {place}: .*edits no adapters.*1@0,0@1"):
+        parse_tags(text)
+    assert len(parse_tags("[a:b:0.5] <lora:z> [c <lora:d>] (e <lora:f>:1.2)")[1]) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "fits"),
+    [
+        ("unet.up_blocks.1", "unet.up_blocks.1.resnets.0.conv1", True),
+        ("unet.up_blocks.1", "unet.up_blocks.10.resnets.0.conv1", False),
+        ("unet.conv_in", "unet.conv_in", True),
+        ("*.attn2.*", "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q", True),
+        ("*.attn2.*", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", False),
+        ("mid_block", "unet.mid_block.attentions.0.proj_in", False),
+    ],
+)
+def test_a_layer_has_the_weight_of_the_first_name_that_fits(name: str, module: str, fits: bool) -> None:
+    weights = parse_layer_weights(f"{name}=0.5,unet=-2,text_encoder=.25")
+    assert weight_of_layer(module, weights) == (0.5 if fits else -2)
+    assert weight_of_layer("text_encoder.x", weights) == 0.25
+    assert weight_of_layer("transformer.x", weights) == 1
 
 
 def test_the_same_tag_twice_is_one_adapter_and_two_weights_are_two() -> None:
@@ -98,8 +175,15 @@ def test_the_same_tag_twice_is_one_adapter_and_two_weights_are_two() -> None:
         ("<lora:z:nan>", "not a number"),
         ("<hypernet:z:1>", "tag '<hypernet:z:1>'"),
         ("<lora:z:1:dyn=4>", "the dynamic rank of LyCORIS"),
-        ("<lora:z:1:hr=0.5>", "a second pass"),
-        ("<lora:z:in=0.5>", "SD.Next"),
+        ("<lora:z:in=0.5>", "SD.Next's weight of the first blocks; use layers=unet.down_blocks="),
+        ("<lora:z:1:LBW=B11:0,0,0>", "ComfyUI's Inspire nodes"),
+        ("<lora:z:1:1:LBW>", "ComfyUI's Inspire nodes"),
+        ("<lora:z:1:MIDD>", "'MIDD' are block weights"),
+        ("<lora:z:1:curve=cubic>", "curve 'cubic'"),
+        ("<lora:z:1:ag=nan>", "ag is 'nan'"),
+        ("<lora:z:1:ag=1@0>", "ag is '1@0'"),
+        ("<lora:z:1:layers=unet.mid_block>", "layer weight 'unet.mid_block'"),
+        ("<lora:z:1:layers==1>", "layer weight '=1'"),
         ("<lora:z:1:foo=2>", "argument 'foo'"),
         ("<lora:z:1:start=0>", "start is '0'"),
         ("<lora:z:1:lbw=1,2,3>", "3 values"),
@@ -160,6 +244,27 @@ def test_texts_are_edited_over_the_steps_as_in_a1111(text: str, by_step: list[tu
 def test_texts_alternate_each_step(text: str, shown: list[str]) -> None:
     texts = texts_by_step(text, 10)
     assert [next(text for last, text in texts if step <= last) for step in range(1, 11)] == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "by_step"),
+    [
+        ("[a:b:0.5]", [(10, "b")]),
+        ("[a:b:1.5]", [(5, "a"), (10, "b")]),
+        ("[a:b:2.0]", [(10, "a")]),
+        ("[a:b:5]", [(10, "b")]),
+        ("[a:b:14]", [(4, "a"), (10, "b")]),
+        ("[a::4] c", [(10, " c")]),
+    ],
+)
+def test_positions_count_on_into_the_pass_over_enlarged_images(text: str, by_step: list[tuple[int, str]]) -> None:
+    assert parse_prompt(text).parts[0].by_step(10, is_enlarged=True) == by_step
+
+
+@pytest.mark.parametrize("text", ["x [a:b:0.1,0.5]", "[before:during:after:0.3,0.7]", "[SEQ:a:2:b:4]", "[a:b:2-5]"])
+def test_brackets_with_several_positions_are_refused_by_their_place(text: str) -> None:
+    with pytest.raises(SettingsError, match=rf"character {text.index('[') + 1}: .*prompt-control.*nest brackets"):
+        parse_prompt(text)
 
 
 @pytest.mark.parametrize("text", ["x [a|b:0.1]", "[{b|d{:.5]"])

@@ -27,6 +27,16 @@ from lora_engine.inference.prompts.emphasis import parse_weights
         ("a) b]", [("a) b]", 1.0)]),
         ("a (cat and dog", [("a ", 1.0), ("cat and dog", 1.1)]),
         ("x:1.3)", [("x:1.3)", 1.0)]),
+        ("(unbalanced", [("unbalanced", 1.1)]),
+        ("(a:1.3)(b)", [("a", 1.3), ("b", 1.1)]),
+        ("(a:1.)", [("a", 1.0)]),
+        (
+            "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).",
+            [
+                *(("a ", 1.0), ("house", 1.3 * 1.1 * 1.1), (" ", 1.1), ("on", 1.0), (" a ", 1.1)),
+                *(("hill", 0.55), (", sun, ", 1.1), ("sky", 1.1**4), (".", 1.1)),
+            ],
+        ),
         ("()", [("", 1.0)]),
     ],
 )

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from lora_engine.formats import read_bundle
+from lora_engine.training.spec import TrainSettings
 from tests.lora_engine.training.runs import OBJECTIVE, Runs, curves_of, factors_of
 
 Plain = Callable[[dict[str, Any]], Path]
@@ -65,6 +68,16 @@ def test_each_setting_of_a_run_has_an_effect(runs: Runs, plain: Plain, change: d
     assert first.keys() == second.keys()
     # The card holds the settings, so the tensors must differ too.
     assert any(value.shape != second[name].shape or not value.equal(second[name]) for name, value in first.items())
+
+
+def test_a_recommended_weight_is_in_the_card_and_changes_no_factor(runs: Runs, plain: Plain) -> None:
+    out = runs("recommended", steps=3, recommended="0.9@0,0.3@1:curve=cosine")
+    assert read_bundle(out / "adapter.safetensors").card.recommended == "0.9@0,0.3@1:curve=cosine"
+    before = factors_of(plain({"steps": 3}))
+    assert all(torch.equal(value, before[name]) for name, value in factors_of(out).items())
+    for wrong in ("heavy", "0.5:lbw=1,2", ""):
+        with pytest.raises(ValidationError, match="recommended"):
+            TrainSettings(steps=3, recommended=wrong)
 
 
 STRENGTHS: dict[str, dict[str, Any]] = {
