@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -29,6 +29,9 @@ def generate(
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     sampler: Annotated[
         str | None, typer.Option(help="Sampler, such as euler_a or 'DPM++ 2M Karras'. Default: the base's own.")
+    ] = None,
+    schedule_type: Annotated[
+        str | None, typer.Option(help="Spacing of the steps, such as Karras or 'SGM Uniform'; needs --sampler.")
     ] = None,
     size: Annotated[
         str | None,
@@ -60,6 +63,35 @@ def generate(
             help="Merge adapters into the base's weights or attach them; auto merges into weights of 32 bits."
         ),
     ] = "auto",
+    variation: Annotated[
+        str | None, typer.Option(metavar="SEED:STRENGTH", help="Mix in the noise of another seed, 0 to 1.")
+    ] = None,
+    seed_size: Annotated[
+        str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Put the noise of this size into the middle.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Number of images that are drawn at once.")] = 8,
+    tile_vae: Annotated[
+        bool, typer.Option("--tile-vae", help="Decode one image at a time, in tiles, which needs less memory.")
+    ] = False,
+    offload: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE", help="Share of the denoiser's weights that stay out of the GPU's memory, 0 to 1."
+        ),
+    ] = 0.0,
+    previews: Annotated[
+        int, typer.Option(min=0, metavar="STEPS", help="Update DIR/preview.png every so many steps.")
+    ] = 0,
+    image_format: Annotated[
+        Literal["png", "webp", "jpeg"], typer.Option("--format", help="Format of the images.")
+    ] = "png",
+    quality: Annotated[
+        int, typer.Option(min=1, max=100, help="Quality of JPEG and WebP; a WebP of 100 is lossless.")
+    ] = 90,
+    sign_c2pa: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="CERT KEY", help="Sign images with C2PA: certificate chain and private key, both PEM."),
+    ] = None,
     columns: Annotated[
         str | None,
         typer.Option(
@@ -74,8 +106,11 @@ def generate(
 
     from flows.cli.display import show_run
     from flows.cli.output import home_path
+    from flows.cli.stopping import stoppable
+    from lora_engine.bases.samplers import join_schedule
     from lora_engine.errors import SettingsError
     from lora_engine.inference.grid import parse_axis
+    from lora_engine.inference.variation import Variation
     from tasks.operations.images import DrawRequest, draw, draw_grid, parse_size
     from tasks.progress import StepEvent, publish
 
@@ -88,7 +123,7 @@ def generate(
         steps,
         guidance,
         None if size is None else parse_size(size),
-        sampler=sampler,
+        sampler=join_schedule(sampler, schedule_type),
         clip_skip=clip_skip,
         vae=vae,
         image=image,
@@ -97,11 +132,20 @@ def generate(
         enlarge=enlarge,
         enlarged_strength=enlarged_strength,
         engine=engine,
+        variation=None if variation is None else Variation.parse(variation),
+        seed_size=None if seed_size is None else parse_size(seed_size),
+        batch=batch,
+        tile_vae=tile_vae,
+        offload=offload,
+        previews=previews,
+        format=image_format,
+        quality=quality,
+        credentials=sign_c2pa,
     )
     axes = [parse_axis(text) for text in (columns, rows) if text is not None]
     if columns is None and (rows is not None or animated):
         raise SettingsError("a grid needs its first axis", remedy="set -x")
-    with show_run(["generate"], Console()):
+    with stoppable(), show_run(["generate"], Console()):
         publish(StepEvent("generate", "started"))
         if axes:
             images = draw_grid(request, axes, output, home_path(), animated=animated)

@@ -134,9 +134,9 @@ def write_mask(path: Path, mask: Image.Image) -> None:
     atomic_write(path, encode_mask(mask))
 
 
-def encode_png(image: Image.Image) -> bytes:
-    """Returns the image as PNG bytes: 8-bit RGB, fixed compression, no time, no metadata."""
-    return _encode(image, "RGB")
+def encode_png(image: Image.Image, texts: Mapping[str, str] | None = None) -> bytes:
+    """Returns the image as PNG bytes: 8-bit RGB, fixed compression, no time, no metadata but the texts by keyword."""
+    return _encode(image, "RGB", texts)
 
 
 def encode_mask(mask: Image.Image) -> bytes:

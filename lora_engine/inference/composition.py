@@ -138,6 +138,7 @@ def generate_composed(
     batch: int = 8,
     sampler: str | None = None,
     source: SourceImage | None = None,
+    noise: Tensor | None = None,
     progress: Progress = no_progress,
     on_step: OnStep = ignore_step,
 ) -> Tensor:
@@ -156,6 +157,7 @@ def generate_composed(
         batch: Images per batch.
         sampler: See `find_sampler`; None is the base's own.
         source: An image of that size to start from; None starts from noise.
+        noise: Standard normal noise, one row per image; None draws it from the seeds.
         progress: Called after each batch.
         on_step: Called after each step of each batch.
 
@@ -173,7 +175,7 @@ def generate_composed(
     images: list[Tensor] = []
     for first in range(0, len(seeds), batch):
         chosen = seeds[first : first + batch]
-        noise = torch.stack([draw_noise(shape, seed) for seed in chosen]).to(base.device)
+        drawn = torch.stack([draw_noise(shape, seed) for seed in chosen]) if noise is None else noise[first:][:batch]
 
         def guide(step: int, rows: int = len(chosen)) -> Guidance:
             composition.set_step(step, steps)
@@ -182,7 +184,7 @@ def generate_composed(
         start = None if source is None else source.start(base, len(chosen))
         latents = sample(
             base,
-            noise,
+            drawn.to(base.device),
             guide,
             seeds=chosen,
             steps=steps,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,17 +11,15 @@ from typing import TYPE_CHECKING
 from lora_engine.errors import SettingsError
 from lora_engine.inference import ComposedEngine
 from lora_engine.inference.grid import Axis, Cell, cells_of
-from lora_engine.inference.prompts.prompt import ParsedPrompt, parse_prompt
-from lora_engine.progress import Progress, no_progress
-from registry.store.snapshot import find_scratch
-from tasks.operations.adapter_files import fetch_adapter
-from tasks.progress import StepEvent, publish
+from lora_engine.inference.prompts.prompt import parse_prompt
+from lora_engine.inference.variation import Variation
+from tasks.operations.image_drawing import open_drawing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lora_engine.inference.draw import Drawer, DrawSettings
-    from lora_engine.inference.image_metadata import Drawing
+    from lora_engine.inference.draw_settings import DrawSettings
+    from lora_engine.inference.image_files import ImageFormat, ImageOptions
 
 GRID, ANIMATION = "grid.png", "animation.gif"
 
@@ -51,6 +47,15 @@ class DrawRequest:
         enlarge: Factor by which each image is enlarged and drawn again; 1 does not.
         enlarged_strength: Share of the steps that run on the enlarged image.
         engine: `auto`, `merged` or `attached`; see `lora_engine.inference.composition.compose`.
+        variation: Noise that is mixed in; see `DrawSettings`.
+        seed_size: (height, width) in pixels whose noise is put into the middle; None means the size.
+        batch: Images that are drawn at once.
+        tile_vae: True decodes one image at a time, in tiles.
+        offload: Share of the denoiser's linear layers whose weights stay in the CPU's memory.
+        previews: Steps between two updates of `preview.png`; 0 writes none.
+        format: `png`, `webp` or `jpeg`.
+        quality: Of JPEG and WebP, 1 to 100.
+        credentials: Certificate and key to sign images with; None does not sign.
     """
 
     prompt: str
@@ -70,6 +75,45 @@ class DrawRequest:
     enlarge: float = 1.0
     enlarged_strength: float = 0.5
     engine: ComposedEngine = "auto"
+    variation: Variation | None = None
+    seed_size: tuple[int, int] | None = None
+    batch: int = 8
+    tile_vae: bool = False
+    offload: float = 0.0
+    previews: int = 0
+    format: ImageFormat = "png"
+    quality: int = 90
+    credentials: tuple[Path, Path] | None = None
+
+    def settings(self) -> DrawSettings:
+        """Returns the settings for the engine; with a variation, its seed counts up instead of the image's."""
+        from lora_engine.inference.draw_settings import DrawSettings
+
+        is_varied = self.variation is not None and self.variation.strength > 0.0
+        return DrawSettings(
+            [self.seed] * self.count if is_varied else range(self.seed, self.seed + self.count),
+            steps=self.steps,
+            guidance=self.guidance,
+            size=self.size,
+            sampler=self.sampler,
+            image=self.image,
+            mask=self.mask,
+            strength=self.strength,
+            enlarge=self.enlarge,
+            enlarged_strength=self.enlarged_strength,
+            engine=self.engine,
+            variation=self.variation,
+            seed_size=self.seed_size,
+            batch=self.batch,
+        )
+
+    def options(self) -> ImageOptions:
+        """Returns how the images are written."""
+        from lora_engine.inference.content_credentials import Credentials
+        from lora_engine.inference.image_files import ImageOptions
+
+        signature = None if self.credentials is None else Credentials.read(*self.credentials)
+        return ImageOptions(self.format, self.quality, signature)
 
 
 _SIZE = re.compile(r"([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,5}))?")
@@ -91,22 +135,24 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def draw(request: DrawRequest, folder: Path, home: Path) -> list[Path]:
-    """Generates images and writes them as PNG files, named by their seeds.
+    """Generates images and writes each batch when it is finished, named by their seeds.
 
     Args:
         request: What to draw.
         folder: The output folder.
         home: The home with the named versions.
-    """
-    from lora_engine.inference.draw import write_drawn
 
-    prompt = parse_prompt(request.prompt)
-    with _drawing(request, home, [prompt]) as draw_one:
-        pixels, drawing, settings = draw_one(prompt, request, _publish)
-    paths = [folder / f"{seed}.png" for seed in settings.seeds]
-    for path, seed, image in zip(paths, settings.seeds, pixels, strict=True):
-        write_drawn(path, image, drawing, seed)
-    return paths
+    Raises:
+        InterruptedRun: A stop was requested; the images of finished batches are written.
+    """
+    prompt, settings = parse_prompt(request.prompt), request.settings()
+    names = []
+    for number, seed in enumerate(settings.seeds):
+        variation = settings.variation_of(number)
+        names.append(str(seed) if variation is None else f"{seed}-{variation.seed}")
+    with open_drawing(request, home, [prompt], folder, steps=settings.image_steps) as drawing:
+        drawing.draw(prompt, settings, names)
+    return drawing.written
 
 
 def draw_grid(request: DrawRequest, axes: Sequence[Axis], folder: Path, home: Path, *, animated: bool) -> list[Path]:
@@ -123,37 +169,29 @@ def draw_grid(request: DrawRequest, axes: Sequence[Axis], folder: Path, home: Pa
         The sheet, the animation if there is one, and the images.
 
     Raises:
+        InterruptedRun: A stop was requested; the finished images are written, the sheet is not.
         SettingsError: An axis or one of its values cannot be used; nothing is drawn.
     """
     from lora_engine.data.images import write_image
     from lora_engine.data.pixels import to_image
-    from lora_engine.inference.draw import write_drawn
     from lora_engine.inference.grid import compose_sheet, write_animation
 
     rows = cells_of(request.prompt, axes)
     prompts = {cell.prompt: parse_prompt(cell.prompt) for row in rows for cell in row}
     requests = [[_changed(request, cell) for cell in row] for row in rows]
-    paths: list[Path] = []
+    steps = sum(one.settings().image_steps for row in requests for one in row)
     sheet: list[list[Tensor]] = []
-    total = sum(map(len, rows))
-    with _drawing(request, home, list(prompts.values())) as draw_one:
+    with open_drawing(request, home, list(prompts.values()), folder, steps=steps) as drawing:
         for number, row in enumerate(requests):
             sheet.append([])
             for column, one in enumerate(row):
-                pixels, drawing, settings = draw_one(prompts[one.prompt], one)
-                paths.append(folder / f"{number:02d}-{column:02d}.png")
-                write_drawn(paths[-1], pixels[0], drawing, settings.seeds[0])
+                pixels = drawing.draw(prompts[one.prompt], one.settings(), [f"{number:02d}-{column:02d}"])
                 sheet[-1].append(pixels[0])
-                _publish(len(paths), total, {})
     images = [[to_image(pixels) for pixels in row] for row in sheet]
     write_image(folder / GRID, compose_sheet(images, axes))
     if animated:
         write_animation(folder / ANIMATION, images[0])
-    return [folder / GRID, *([folder / ANIMATION] if animated else []), *paths]
-
-
-def _publish(done: int, total: int, values: Mapping[str, float]) -> None:
-    publish(StepEvent("generate", "progress", done, total, values))
+    return [folder / GRID, *([folder / ANIMATION] if animated else []), *drawing.written]
 
 
 def _changed(request: DrawRequest, cell: Cell) -> DrawRequest:
@@ -167,53 +205,3 @@ def _changed(request: DrawRequest, cell: Cell) -> DrawRequest:
     if values.get("seed", 0) < 0 or values.get("steps", 1) < 1:
         raise SettingsError(f"{values}", where="axis", allowed="a seed of 0 or more, steps of 1 or more")
     return replace(request, prompt=cell.prompt, count=1, **values)
-
-
-@contextmanager
-def _drawing(request: DrawRequest, home: Path, prompts: Sequence[ParsedPrompt]) -> Iterator[_DrawOne]:
-    """Yields a function that draws a prompt; the base is loaded, and the adapters are fetched, once."""
-    from lora_engine.bases.source import resolve_base
-    from lora_engine.compute import fitting_threads, threads
-    from lora_engine.inference.draw import Drawer
-
-    negative = parse_prompt(request.negative, is_negative=True)
-    names = dict.fromkeys(tag.name for prompt in prompts for tag in prompt.adapters)
-    count = fitting_threads([resolve_base(request.base)])
-    with tempfile.TemporaryDirectory(dir=find_scratch()) as work, threads(count):
-        files = {name: fetch_adapter(name, home, Path(work) / str(index)) for index, name in enumerate(names)}
-        drawer = Drawer(request.base, clip_skip=request.clip_skip, vae=request.vae)
-        yield _DrawOne(drawer, files, negative)
-
-
-@dataclass(frozen=True)
-class _DrawOne:
-    drawer: Drawer
-    files: dict[str, tuple[Path, str]]
-    negative: ParsedPrompt
-
-    def __call__(
-        self, prompt: ParsedPrompt, request: DrawRequest, progress: Progress = no_progress
-    ) -> tuple[Tensor, Drawing, DrawSettings]:
-        from lora_engine.inference.draw import DrawSettings
-
-        settings = DrawSettings(
-            range(request.seed, request.seed + request.count),
-            steps=request.steps,
-            guidance=request.guidance,
-            size=request.size,
-            sampler=request.sampler,
-            image=request.image,
-            mask=request.mask,
-            strength=request.strength,
-            enlarge=request.enlarge,
-            enlarged_strength=request.enlarged_strength,
-            engine=request.engine,
-        )
-        pixels, drawing = self.drawer.draw(
-            prompt,
-            settings,
-            files=[self.files[tag.name] for tag in prompt.adapters],
-            negative=self.negative,
-            progress=progress,
-        )
-        return pixels, drawing, settings
