@@ -65,7 +65,7 @@ class Credentials:
         settings = c2pa.Settings.from_dict({"builder": {"thumbnail": {"enabled": False}}})
         try:
             # Without a timestamp authority, nothing is sent.
-            info = c2pa.C2paSignerInfo(self.algorithm, self.chain, self.key, None)
+            info = c2pa.C2paSignerInfo(self.algorithm, self.chain.encode(), self.key.encode(), None)
             with c2pa.Signer.from_info(info) as signer, c2pa.Context(settings) as context:
                 builder = c2pa.Builder(_manifest(drawing, seed, size, media_type), context)
                 signed = io.BytesIO()
