@@ -18,7 +18,7 @@ from lora_engine.bases.samplers import find_sampler
 from lora_engine.bases.vae import resolve_vae
 from lora_engine.data.images import open_image
 from lora_engine.data.pixels import to_image
-from lora_engine.errors import DataError, SettingsError
+from lora_engine.errors import SettingsError
 from lora_engine.files import sha256_file
 from lora_engine.formats import Bundle, read_bundle
 from lora_engine.inference.composition import compose, generate_composed
@@ -30,6 +30,7 @@ from lora_engine.inference.memory import check_memory
 from lora_engine.inference.previews import draw_preview
 from lora_engine.inference.prompts.prompt import ParsedPrompt
 from lora_engine.inference.source_image import SourceImage, fit_image, fit_mask
+from lora_engine.inference.step_watch import StepWatch
 from lora_engine.inference.variation import draw_varied
 from lora_engine.progress import Progress, no_progress
 
@@ -51,6 +52,8 @@ class Drawer:
         vae: Another autoencoder, a name for `resolve_vae`; the one of the adapters' training.
         tile_vae: True decodes one image at a time, in tiles of the autoencoder's size that overlap by a quarter.
         offload: Share of the denoiser's linear layers whose weights stay in the CPU's memory; see `load_base`.
+        measure_free: Returns the free and the whole memory of a device in bytes, such as `compute.measure_free`; images
+            that need more are refused. None checks nothing.
 
     Raises:
         BaseModelError: No such base.
@@ -65,6 +68,7 @@ class Drawer:
         vae: str | None = None,
         tile_vae: bool = False,
         offload: float = 0.0,
+        measure_free: Callable[[str], tuple[int, int]] | None = None,
     ) -> None:
         if not 0.0 <= offload <= 1.0 or (offload and default_device() == "cpu"):
             raise SettingsError(
@@ -73,6 +77,7 @@ class Drawer:
                 remedy="leave offload out",
             )
         self._model = load_base(base, offload=offload)
+        self._measure_free = measure_free
         self._clip_skip, self._vae, self._tiled = clip_skip, resolve_vae(vae) if vae else None, tile_vae
         self._names = self._model.module_names()
         self._bundles: dict[Path, Bundle] = {}
@@ -139,7 +144,7 @@ class Drawer:
                 batch=settings.batch,
             )
             for first in range(0, len(settings.seeds), settings.batch):
-                watch = _StepWatch(settings, first, on_step, progress)
+                watch = StepWatch(settings, first, on_step, progress)
                 numbers = range(first, min(first + settings.batch, len(settings.seeds)))
                 pixels = self._draw_rows(drawn, settings, numbers, size, source, watch)
                 if larger is not None:
@@ -160,7 +165,7 @@ class Drawer:
         numbers: range,
         size: tuple[int, int],
         source: SourceImage | None,
-        watch: _StepWatch,
+        watch: StepWatch,
     ) -> Tensor:
         shape = self._model.latent_shape(size)
         inner = None if settings.seed_size is None else self._model.latent_shape(settings.seed_size)
@@ -185,7 +190,7 @@ class Drawer:
         settings: DrawSettings,
         numbers: range,
         size: tuple[int, int],
-        watch: _StepWatch,
+        watch: StepWatch,
     ) -> Tensor:
         images = []
         for number, image in zip(numbers, pixels, strict=True):
@@ -215,8 +220,11 @@ class Drawer:
         return height, width
 
     def _check_memory(self, size: tuple[int, int], settings: DrawSettings, parts: int, at_most: int = 1 << 30) -> None:
-        images = min(settings.batch, len(settings.seeds), at_most)
-        check_memory(self._model, size, rows=images * parts, images=images, tiled=self._tiled)
+        self._model.latent_shape(size)  # refuses what the base cannot draw
+        if self._measure_free is not None:
+            free, _ = self._measure_free(str(self._model.device))
+            images = min(settings.batch, len(settings.seeds), at_most)
+            check_memory(self._model, size, free, rows=images * parts, images=images, tiled=self._tiled)
 
     def _bundle(self, file: Path) -> Bundle:
         if file not in self._bundles:
@@ -272,27 +280,3 @@ def encode_drawn(
     if variation is not None:
         drawing = replace(drawing, variation=(variation.seed, variation.strength))
     return encode_image(to_image(pixels), drawing, settings.seeds[number], options)
-
-
-class _StepWatch:
-    """Counts the steps of a batch, and stops at values that no image has."""
-
-    def __init__(self, settings: DrawSettings, first: int, on_step: OnStep, progress: Progress) -> None:
-        self._settings, self._on_step, self._progress = settings, on_step, progress
-        self._before = first * settings.image_steps // len(settings.seeds)
-        self._rows = 0
-
-    def begin(self, rows: int) -> OnStep:
-        """Returns the callback of the next drawing, of that many images."""
-        self._before += self._rows * self._settings.steps
-        self._rows = rows
-        return self._step
-
-    def _step(self, done: int, total: int, latents: Tensor) -> None:
-        if not bool(torch.isfinite(latents).all()):
-            raise DataError(
-                f"step {done} of {total} gives NaN or Inf, so there is no image",
-                remedy="lower the weights of the adapters or the guidance, add steps, or choose another sampler",
-            )
-        self._progress(self._before + done * self._rows, self._settings.image_steps, {})
-        self._on_step(done, total, latents)

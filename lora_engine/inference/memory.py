@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from lora_engine.bases.base import BaseModel
-from lora_engine.compute import measure_free
 from lora_engine.errors import SettingsError
 
 _FLOAT32 = 4
@@ -62,14 +61,15 @@ def estimate_memory(base: BaseModel, size: tuple[int, int], *, rows: int, images
     return MemoryEstimate(weights, denoiser, decoder)
 
 
-def check_memory(base: BaseModel, size: tuple[int, int], *, rows: int, images: int, tiled: bool) -> MemoryEstimate:
+def check_memory(
+    base: BaseModel, size: tuple[int, int], free: int, *, rows: int, images: int, tiled: bool
+) -> MemoryEstimate:
     """Returns the estimate; see `estimate_memory`.
 
     Raises:
-        SettingsError: The free memory of the base's device is smaller.
+        SettingsError: The free memory of the base's device, in bytes, is smaller.
     """
     estimate = estimate_memory(base, size, rows=rows, images=images, tiled=tiled)
-    free, _ = measure_free(str(base.device))
     if estimate.activations <= free:
         return estimate
     raise SettingsError(

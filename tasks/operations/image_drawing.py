@@ -128,7 +128,7 @@ def open_drawing(
         steps: Steps of all images.
     """
     from lora_engine.bases.source import resolve_base
-    from lora_engine.compute import fitting_threads, threads
+    from lora_engine.compute import fitting_threads, measure_free, threads
     from lora_engine.inference.draw import Drawer
 
     options, negative = request.options(), parse_prompt(request.negative, is_negative=True)
@@ -142,6 +142,7 @@ def open_drawing(
             vae=request.vae,
             tile_vae=request.tile_vae,
             offload=request.offload,
+            measure_free=measure_free,
         )
         yield OpenDrawing(drawer, files, negative, options, folder, request.previews, steps)
     if request.previews:

@@ -10,7 +10,6 @@ import torch
 
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.errors import DataError, SettingsError
-from lora_engine.inference import memory
 from lora_engine.inference.draw import Drawer
 from lora_engine.inference.draw_settings import DrawSettings
 from lora_engine.inference.memory import check_memory, estimate_memory
@@ -59,17 +58,21 @@ def test_the_estimate_is_not_above_what_is_used(any_base: BaseModel) -> None:
     assert estimate_memory(any_base, (64, 64), rows=1, images=4, tiled=True).decoder < 4 * larger.decoder
 
 
-def test_a_size_beyond_memory_is_refused_and_one_within_is_not(
-    any_base: BaseModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_size_beyond_memory_is_refused_and_one_within_is_not(any_base: BaseModel) -> None:
     estimate = estimate_memory(any_base, (64, 64), rows=2, images=2, tiled=False)
-    for free, is_refused in ((estimate.activations - 1, True), (estimate.activations, False)):
-        monkeypatch.setattr(memory, "measure_free", lambda device, free=free: (free, free))
-        if is_refused:
-            with pytest.raises(SettingsError, match=r"64 x 64 pixels, 2 at once, need at least .* MiB of weights"):
-                check_memory(any_base, (64, 64), rows=2, images=2, tiled=False)
-        else:
-            assert check_memory(any_base, (64, 64), rows=2, images=2, tiled=False) == estimate
+    with pytest.raises(SettingsError, match=r"64 x 64 pixels, 2 at once, need at least .* MiB of weights"):
+        check_memory(any_base, (64, 64), estimate.activations - 1, rows=2, images=2, tiled=False)
+    within = check_memory(any_base, (64, 64), estimate.activations, rows=2, images=2, tiled=False)
+    assert within == estimate
+
+
+def test_a_drawer_refuses_sizes_beyond_the_memory_that_it_measures() -> None:
+    free = [0]
+    drawer = Drawer("tiny", measure_free=lambda device: (free[0], free[0]))
+    with pytest.raises(SettingsError, match="and cpu has 0 MiB left"):
+        draw(drawer)
+    free[0] = 1 << 30
+    assert torch.isfinite(draw(drawer, steps=1)).all()
 
 
 def draw(drawer: Drawer, **settings: Any) -> torch.Tensor:
