@@ -108,8 +108,8 @@ def png_texts(drawing: Drawing, seed: int, size: tuple[int, int]) -> dict[str, s
     }
 
 
-def encode_preview(image: Image.Image, source_type: str) -> bytes:
-    """Returns an unfinished image as PNG whose only metadata is IPTC's source type."""
+def encode_marked(image: Image.Image, source_type: str) -> bytes:
+    """Returns an image, such as an unfinished one or a sheet, as PNG whose only metadata is IPTC's source type."""
     return encode_png(image, {XMP: _packet(source_type, None)})
 
 

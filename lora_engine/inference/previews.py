@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_engine.bases.base import BaseModel
 from lora_engine.data.pixels import to_image
-from lora_engine.inference.image_files import encode_preview
+from lora_engine.inference.image_files import encode_marked
 
 _PUBLISHED = (128, 256, 512, 512)
 """Widths of the autoencoders for which the factors were fitted."""
@@ -89,5 +89,5 @@ def preview_latents(base: BaseModel, latents: Tensor) -> Tensor:
 
 
 def draw_preview(base: BaseModel, latents: Tensor, source_type: str) -> bytes:
-    """Returns a PNG with the unfinished images side by side; see `encode_preview`."""
-    return encode_preview(to_image(torch.cat(list(preview_latents(base, latents)), dim=2)), source_type)
+    """Returns a PNG with the unfinished images side by side; see `encode_marked`."""
+    return encode_marked(to_image(torch.cat(list(preview_latents(base, latents)), dim=2)), source_type)

@@ -172,9 +172,11 @@ def draw_grid(request: DrawRequest, axes: Sequence[Axis], folder: Path, home: Pa
         InterruptedRun: A stop was requested; the finished images are written, the sheet is not.
         SettingsError: An axis or one of its values cannot be used; nothing is drawn.
     """
-    from lora_engine.data.images import write_image
     from lora_engine.data.pixels import to_image
+    from lora_engine.files import atomic_write
     from lora_engine.inference.grid import compose_sheet, write_animation
+    from lora_engine.inference.image_files import encode_marked
+    from lora_engine.inference.image_metadata import source_type_of
 
     rows = cells_of(request.prompt, axes)
     prompts = {cell.prompt: parse_prompt(cell.prompt) for row in rows for cell in row}
@@ -188,7 +190,8 @@ def draw_grid(request: DrawRequest, axes: Sequence[Axis], folder: Path, home: Pa
                 pixels = drawing.draw(prompts[one.prompt], one.settings(), [f"{number:02d}-{column:02d}"])
                 sheet[-1].append(pixels[0])
     images = [[to_image(pixels) for pixels in row] for row in sheet]
-    write_image(folder / GRID, compose_sheet(images, axes))
+    sheet_bytes = encode_marked(compose_sheet(images, axes), source_type_of(request.mask is not None))
+    atomic_write(folder / GRID, sheet_bytes)
     if animated:
         write_animation(folder / ANIMATION, images[0])
     return [folder / GRID, *([folder / ANIMATION] if animated else []), *drawing.written]

@@ -201,6 +201,12 @@ def test_previews_are_images_while_a_run_is_drawn_and_ctrl_c_stops_at_the_next_s
     assert read_evidence(out / "preview.png", out) == ("digital-source-type-trained-algorithmic-media",)
 
 
+def test_a_grid_has_images_of_the_format_and_a_sheet_that_says_it_is_generated(small: Trained, tmp_path: Path) -> None:
+    files = generate(small, tmp_path / "out", "-x", "guidance=1,3", "--format", "webp", "--previews", 2)
+    assert [file.name for file in files] == ["00-00.webp", "00-01.webp", "grid.png"]
+    assert read_evidence(files[2], tmp_path / "out") == ("digital-source-type-trained-algorithmic-media",)
+
+
 def test_the_preview_of_a_finished_run_is_removed(small: Trained, tmp_path: Path) -> None:
     files = generate(small, tmp_path / "out", "-n", 1, "--previews", 1)
     assert [file.name for file in files] == ["0.png"]

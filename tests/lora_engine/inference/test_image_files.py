@@ -19,7 +19,7 @@ from lora_engine.inference.image_files import (
     ImageFormat,
     ImageOptions,
     encode_image,
-    encode_preview,
+    encode_marked,
     read_used_adapters,
 )
 from lora_engine.inference.image_metadata import UsedImage
@@ -118,8 +118,8 @@ def test_changed_metadata_is_refused(tmp_path: Path) -> None:
         read_used_adapters(tmp_path / "a.jpg")
 
 
-def test_a_preview_says_only_that_it_is_generated(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(encode_preview(make_image(), "trainedAlgorithmicMedia"))
+def test_a_marked_image_says_only_that_it_is_generated(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encode_marked(make_image(), "trainedAlgorithmicMedia"))
     assert read_evidence(tmp_path / "a.png", tmp_path) == ("digital-source-type-trained-algorithmic-media",)
     assert read_used_adapters(tmp_path / "a.png") is None
 
