@@ -19,21 +19,22 @@ from lora_engine.bases.vae import resolve_vae
 from lora_engine.data.images import open_image
 from lora_engine.data.pixels import to_image
 from lora_engine.errors import SettingsError
-from lora_engine.files import sha256_file
+from lora_engine.files import atomic_write, sha256_file
 from lora_engine.formats import Bundle, read_bundle
 from lora_engine.inference.composition import compose, generate_composed
 from lora_engine.inference.draw_settings import DrawSettings
 from lora_engine.inference.generate import OnStep, ignore_step
 from lora_engine.inference.image_files import PNG, ImageOptions, encode_image
-from lora_engine.inference.image_metadata import Drawing, UsedAdapter, UsedImage, source_type_of
+from lora_engine.inference.image_metadata import Drawing, UsedAdapter, UsedImage
 from lora_engine.inference.memory import check_memory
-from lora_engine.inference.previews import draw_preview
+from lora_engine.inference.previews import preview_latents
 from lora_engine.inference.prompts.prompt import ParsedPrompt
 from lora_engine.inference.source_image import SourceImage, fit_image, fit_mask
 from lora_engine.inference.step_watch import StepWatch
 from lora_engine.inference.variation import draw_varied
 from lora_engine.progress import Progress, no_progress
 
+__all__ = ["DrawSettings", "Drawer", "encode_drawn", "write_drawn"]
 OnImages = Callable[[int, Tensor], None]
 """Takes the number of the first image of a batch from 0, and the batch."""
 
@@ -154,10 +155,6 @@ class Drawer:
         pixels = torch.cat(images) if images else torch.empty(0, 3, *(larger or size))
         return pixels, self.describe(prompt, negative, settings, files)
 
-    def preview(self, latents: Tensor, settings: DrawSettings) -> bytes:
-        """Returns a PNG of unfinished latents; see `draw_preview`."""
-        return draw_preview(self._model, latents, source_type_of(settings.mask is not None))
-
     def _draw_rows(
         self,
         drawn: Callable[..., Tensor],
@@ -182,6 +179,15 @@ class Drawer:
             noise=torch.stack(noise),
             on_step=watch.begin(len(seeds)),
         )
+
+    def forget(self, file: Path) -> None:
+        """Drops what was read of an adapter's file."""
+        self._bundles.pop(file, None)
+        self._used = {key: used for key, used in self._used.items() if key[0] != file}
+
+    def preview(self, latents: Tensor) -> Tensor:
+        """Returns images [n, 3, height, width] in [-1, 1] of latents between two steps; see `preview_latents`."""
+        return preview_latents(self._model, latents)
 
     def _enlarged(
         self,
@@ -280,3 +286,8 @@ def encode_drawn(
     if variation is not None:
         drawing = replace(drawing, variation=(variation.seed, variation.strength))
     return encode_image(to_image(pixels), drawing, settings.seeds[number], options)
+
+
+def write_drawn(path: Path, image: Tensor, drawing: Drawing, seed: int) -> None:
+    """Writes an image [3, height, width] as PNG with its metadata."""
+    atomic_write(path, encode_image(to_image(image), drawing, seed))

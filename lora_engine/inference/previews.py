@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from lora_engine.bases.base import BaseModel
-from lora_engine.data.pixels import to_image
-from lora_engine.inference.image_files import encode_marked
 
 _PUBLISHED = (128, 256, 512, 512)
 """Widths of the autoencoders for which the factors were fitted."""
@@ -86,8 +84,3 @@ def preview_latents(base: BaseModel, latents: Tensor) -> Tensor:
         table = torch.tensor(factors, dtype=torch.float32, device=latents.device)
         pixels = torch.einsum("nchw,cr->nrhw", latents.float(), table)
     return pixels.float().nan_to_num(0.0, 0.0, 0.0).clamp(-1.0, 1.0).cpu()
-
-
-def draw_preview(base: BaseModel, latents: Tensor, source_type: str) -> bytes:
-    """Returns a PNG with the unfinished images side by side; see `encode_marked`."""
-    return encode_marked(to_image(torch.cat(list(preview_latents(base, latents)), dim=2)), source_type)

@@ -73,7 +73,9 @@ class OpenDrawing:
         """
         import torch
 
+        from lora_engine.data.pixels import to_image
         from lora_engine.inference.draw import encode_drawn
+        from lora_engine.inference.image_files import encode_marked
 
         files = [self._files[tag.name] for tag in prompt.adapters]
         drawing = self._drawer.describe(prompt, self._negative, settings, files)
@@ -88,7 +90,8 @@ class OpenDrawing:
 
         def on_step(done: int, total: int, latents: Tensor) -> None:
             if self._previews and done % self._previews == 0:
-                atomic_write(self._folder / PREVIEW, self._drawer.preview(latents, settings))
+                sheet = to_image(torch.cat(list(self._drawer.preview(latents)), dim=2))
+                atomic_write(self._folder / PREVIEW, encode_marked(sheet, drawing.source_type))
             if stop_requested():
                 raise InterruptedRun(
                     f"stopped at step {done} of {total}; {len(self.written)} finished images are in {self._folder}",

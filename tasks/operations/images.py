@@ -85,28 +85,6 @@ class DrawRequest:
     quality: int = 90
     credentials: tuple[Path, Path] | None = None
 
-    def settings(self) -> DrawSettings:
-        """Returns the settings for the engine; with a variation, its seed counts up instead of the image's."""
-        from lora_engine.inference.draw_settings import DrawSettings
-
-        is_varied = self.variation is not None and self.variation.strength > 0.0
-        return DrawSettings(
-            [self.seed] * self.count if is_varied else range(self.seed, self.seed + self.count),
-            steps=self.steps,
-            guidance=self.guidance,
-            size=self.size,
-            sampler=self.sampler,
-            image=self.image,
-            mask=self.mask,
-            strength=self.strength,
-            enlarge=self.enlarge,
-            enlarged_strength=self.enlarged_strength,
-            engine=self.engine,
-            variation=self.variation,
-            seed_size=self.seed_size,
-            batch=self.batch,
-        )
-
     def options(self) -> ImageOptions:
         """Returns how the images are written."""
         from lora_engine.inference.content_credentials import Credentials
@@ -145,7 +123,7 @@ def draw(request: DrawRequest, folder: Path, home: Path) -> list[Path]:
     Raises:
         InterruptedRun: A stop was requested; the images of finished batches are written.
     """
-    prompt, settings = parse_prompt(request.prompt), request.settings()
+    prompt, settings = parse_prompt(request.prompt), settings_of(request)
     names = []
     for number, seed in enumerate(settings.seeds):
         variation = settings.variation_of(number)
@@ -181,13 +159,13 @@ def draw_grid(request: DrawRequest, axes: Sequence[Axis], folder: Path, home: Pa
     rows = cells_of(request.prompt, axes)
     prompts = {cell.prompt: parse_prompt(cell.prompt) for row in rows for cell in row}
     requests = [[_changed(request, cell) for cell in row] for row in rows]
-    steps = sum(one.settings().image_steps for row in requests for one in row)
+    steps = sum(settings_of(one).image_steps for row in requests for one in row)
     sheet: list[list[Tensor]] = []
     with open_drawing(request, home, list(prompts.values()), folder, steps=steps) as drawing:
         for number, row in enumerate(requests):
             sheet.append([])
             for column, one in enumerate(row):
-                pixels = drawing.draw(prompts[one.prompt], one.settings(), [f"{number:02d}-{column:02d}"])
+                pixels = drawing.draw(prompts[one.prompt], settings_of(one), [f"{number:02d}-{column:02d}"])
                 sheet[-1].append(pixels[0])
     images = [[to_image(pixels) for pixels in row] for row in sheet]
     sheet_bytes = encode_marked(compose_sheet(images, axes), source_type_of(request.mask is not None))
@@ -195,6 +173,29 @@ def draw_grid(request: DrawRequest, axes: Sequence[Axis], folder: Path, home: Pa
     if animated:
         write_animation(folder / ANIMATION, images[0])
     return [folder / GRID, *([folder / ANIMATION] if animated else []), *drawing.written]
+
+
+def settings_of(request: DrawRequest) -> DrawSettings:
+    """Returns the engine's settings of a request; with a variation, its seed counts up instead of the image's."""
+    from lora_engine.inference.draw_settings import DrawSettings
+
+    is_varied = request.variation is not None and request.variation.strength > 0.0
+    return DrawSettings(
+        [request.seed] * request.count if is_varied else range(request.seed, request.seed + request.count),
+        steps=request.steps,
+        guidance=request.guidance,
+        size=request.size,
+        sampler=request.sampler,
+        image=request.image,
+        mask=request.mask,
+        strength=request.strength,
+        enlarge=request.enlarge,
+        enlarged_strength=request.enlarged_strength,
+        engine=request.engine,
+        variation=request.variation,
+        seed_size=request.seed_size,
+        batch=request.batch,
+    )
 
 
 def _changed(request: DrawRequest, cell: Cell) -> DrawRequest:

@@ -1,0 +1,1 @@
+"""The studio page, made with Gradio: one module per tab."""
