@@ -62,7 +62,8 @@ def test_each_sampler_draws_finite_images_with_each_of_its_schedule_types(base: 
     plain = draw(base, name, guidance=1.0)
     assert torch.isfinite(plain).all()
     assert plain.std() > 0.01
-    for schedule in SCHEDULES:
+    different = {str(options): schedule for schedule, options in SCHEDULES.items() if options}
+    for schedule in different.values():
         if not is_refused(f"{name} {schedule}"):
             assert torch.isfinite(draw(base, f"{name} {schedule}", guidance=1.0)).all(), schedule
 

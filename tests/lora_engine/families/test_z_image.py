@@ -167,6 +167,8 @@ def test_an_image_from_an_image_equals_that_of_the_pipeline(base: BaseModel, fol
 
     pipeline = ZImageImg2ImgPipeline.from_pretrained(str(folder))
     pipeline.set_progress_bar_config(disable=True)
+    # It scales latents of 16 channels as if they were pixels, and samples those of an image; ours are the mode.
+    pipeline.image_processor.preprocess = lambda image, **_: image
     source = SourceImage(torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(5)) * 2 - 1, 0.75)
     expected = pipeline(
         ["a red star"] * 2,
