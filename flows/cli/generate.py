@@ -110,7 +110,7 @@ def generate(
     from lora_engine.bases.samplers import join_schedule
     from lora_engine.errors import SettingsError
     from lora_engine.inference.grid import parse_axis
-    from lora_engine.inference.variation import Variation
+    from lora_engine.inference.variation import NoiseVariation
     from tasks.operations.images import DrawRequest, draw, draw_grid, parse_size
     from tasks.progress import StepEvent, publish
 
@@ -132,7 +132,7 @@ def generate(
         enlarge=enlarge,
         enlarged_strength=enlarged_strength,
         engine=engine,
-        variation=None if variation is None else Variation.parse(variation),
+        variation=None if variation is None else NoiseVariation.parse(variation),
         seed_size=None if seed_size is None else parse_size(seed_size),
         batch=batch,
         tile_vae=tile_vae,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_engine.errors import SettingsError
 from lora_engine.inference import ComposedEngine
-from lora_engine.inference.variation import Variation
+from lora_engine.inference.variation import NoiseVariation
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class DrawSettings:
     enlarge: float = 1.0
     enlarged_strength: float = 0.5
     engine: ComposedEngine = "auto"
-    variation: Variation | None = None
+    variation: NoiseVariation | None = None
     seed_size: tuple[int, int] | None = None
     batch: int = 8
 
@@ -56,11 +56,11 @@ class DrawSettings:
         if self.batch < 1 or self.steps < 1:
             raise SettingsError(f"batch is {self.batch} and steps is {self.steps}", allowed="1 or more")
 
-    def variation_of(self, index: int) -> Variation | None:
+    def variation_of(self, index: int) -> NoiseVariation | None:
         """Returns the variation of an image by its number from 0; None if there is none or it changes nothing."""
         if self.variation is None or self.variation.strength == 0.0:
             return None
-        return Variation(self.variation.seed + index, self.variation.strength)
+        return NoiseVariation(self.variation.seed + index, self.variation.strength)
 
     @property
     def image_steps(self) -> int:

@@ -15,7 +15,7 @@ _TEXT = re.compile(r"([0-9]{1,18}):([0-9]{0,9}\.?[0-9]{0,9})")
 
 
 @dataclass(frozen=True)
-class Variation:
+class NoiseVariation:
     """Noise of another seed that is mixed into that of an image.
 
     Attributes:
@@ -34,7 +34,7 @@ class Variation:
             )
 
     @classmethod
-    def parse(cls, text: str) -> Variation:
+    def parse(cls, text: str) -> NoiseVariation:
         """Reads `SEED:STRENGTH`.
 
         Raises:
@@ -47,7 +47,10 @@ class Variation:
 
 
 def draw_varied(
-    shape: tuple[int, int, int], seed: int, variation: Variation | None, seed_shape: tuple[int, int, int] | None = None
+    shape: tuple[int, int, int],
+    seed: int,
+    variation: NoiseVariation | None,
+    seed_shape: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """Returns the standard normal noise of an image; the same as `draw_noise` without a variation and another shape.
 

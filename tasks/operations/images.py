@@ -12,7 +12,7 @@ from lora_engine.errors import SettingsError
 from lora_engine.inference import ComposedEngine
 from lora_engine.inference.grid import Axis, Cell, cells_of
 from lora_engine.inference.prompts.prompt import parse_prompt
-from lora_engine.inference.variation import Variation
+from lora_engine.inference.variation import NoiseVariation
 from tasks.operations.image_drawing import open_drawing
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class DrawRequest:
     enlarge: float = 1.0
     enlarged_strength: float = 0.5
     engine: ComposedEngine = "auto"
-    variation: Variation | None = None
+    variation: NoiseVariation | None = None
     seed_size: tuple[int, int] | None = None
     batch: int = 8
     tile_vae: bool = False

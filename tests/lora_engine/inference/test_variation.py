@@ -9,7 +9,7 @@ from torch import Tensor
 from lora_engine.errors import SettingsError
 from lora_engine.inference.draw_settings import DrawSettings
 from lora_engine.inference.generate import draw_noise
-from lora_engine.inference.variation import Variation, draw_varied
+from lora_engine.inference.variation import NoiseVariation, draw_varied
 
 SHAPE = (4, 6, 8)
 
@@ -24,16 +24,16 @@ def a1111(share: float, low: Tensor, high: Tensor) -> Tensor:
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_a_variation_is_a1111s_interpolation_of_the_two_noises(share: float) -> None:
     first, second = draw_noise(SHAPE, 3), draw_noise(SHAPE, 8)
-    varied = draw_varied(SHAPE, 3, Variation(8, share))
+    varied = draw_varied(SHAPE, 3, NoiseVariation(8, share))
     torch.testing.assert_close(varied, a1111(share, first, second), rtol=1e-5, atol=1e-5)
     assert 0.9 < float(varied.std()) < 1.1
 
 
 def test_the_ends_of_a_variation_are_the_two_noises() -> None:
-    assert torch.equal(draw_varied(SHAPE, 3, Variation(8, 0.0)), draw_noise(SHAPE, 3))
+    assert torch.equal(draw_varied(SHAPE, 3, NoiseVariation(8, 0.0)), draw_noise(SHAPE, 3))
     assert torch.equal(draw_varied(SHAPE, 3, None), draw_noise(SHAPE, 3))
-    torch.testing.assert_close(draw_varied(SHAPE, 3, Variation(8, 1.0)), draw_noise(SHAPE, 8), rtol=0, atol=1e-5)
-    torch.testing.assert_close(draw_varied(SHAPE, 3, Variation(3, 0.5)), draw_noise(SHAPE, 3))
+    torch.testing.assert_close(draw_varied(SHAPE, 3, NoiseVariation(8, 1.0)), draw_noise(SHAPE, 8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(draw_varied(SHAPE, 3, NoiseVariation(3, 0.5)), draw_noise(SHAPE, 3))
 
 
 @pytest.mark.parametrize("inner", [(4, 4, 4), (4, 10, 12), (4, 4, 12), SHAPE])
@@ -49,17 +49,17 @@ def test_noise_of_another_size_is_in_the_middle(inner: tuple[int, int, int]) -> 
 
 
 def test_the_seed_of_a_variation_counts_up() -> None:
-    settings = DrawSettings([3, 3, 3], variation=Variation(8, 0.5))
-    assert [settings.variation_of(number) for number in range(3)] == [Variation(8 + n, 0.5) for n in range(3)]
-    assert DrawSettings([3], variation=Variation(8, 0.0)).variation_of(0) is None
+    settings = DrawSettings([3, 3, 3], variation=NoiseVariation(8, 0.5))
+    assert [settings.variation_of(number) for number in range(3)] == [NoiseVariation(8 + n, 0.5) for n in range(3)]
+    assert DrawSettings([3], variation=NoiseVariation(8, 0.0)).variation_of(0) is None
 
 
 @pytest.mark.parametrize("text", ["", "7", "7:", "7:.", ":0.5", "7:1.5", "-1:0.5", "7:0.5:1", "a:0.5", "7:nan"])
 def test_what_is_no_variation_is_refused(text: str) -> None:
     with pytest.raises(SettingsError, match=r"variation"):
-        Variation.parse(text)
+        NoiseVariation.parse(text)
 
 
 def test_a_variation_is_read_from_text() -> None:
-    assert Variation.parse(" 7:0.25 ") == Variation(7, 0.25)
-    assert Variation.parse("7:1") == Variation(7, 1.0)
+    assert NoiseVariation.parse(" 7:0.25 ") == NoiseVariation(7, 0.25)
+    assert NoiseVariation.parse("7:1") == NoiseVariation(7, 1.0)
