@@ -76,6 +76,7 @@ docs: setup ## Checks the documentation, executes the notebook and writes the AP
 	$(BIN)/python -m pytest tests/docs
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target build/docs-tools pdoc==16.0.0 nbclient==0.11.0 ipykernel==7.4.0
 	PYTHONPATH=$(CURDIR)/build/docs-tools:$(CURDIR) $(BIN)/python -m tools.run_notebook examples/library.ipynb build/library.ipynb
+	PYTHONPATH=$(CURDIR)/build/docs-tools:$(CURDIR) $(BIN)/python -m tools.run_notebook examples/generate.ipynb build/generate.ipynb
 	PYTHONPATH=$(CURDIR)/build/docs-tools:$(CURDIR) $(BIN)/python -m tools.api_reference build/api
 
 wheel: setup ## Builds the package, installs it in an empty environment, and runs a pipeline there; needs minutes

@@ -7,6 +7,7 @@ import sys
 
 BENCHMARKS = (
     "benchmarks.line",
+    "benchmarks.loading",
     "benchmarks.loop_overhead",
     "benchmarks.training_step",
     "benchmarks.composing",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -29,6 +29,9 @@ def generate(
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     sampler: Annotated[
         str | None, typer.Option(help="Sampler, such as euler_a or 'DPM++ 2M Karras'. Default: the base's own.")
+    ] = None,
+    schedule_type: Annotated[
+        str | None, typer.Option(help="Spacing of the steps, such as Karras or 'SGM Uniform'; needs --sampler.")
     ] = None,
     size: Annotated[
         str | None,
@@ -77,6 +80,35 @@ def generate(
     adapter_guidance: Annotated[
         float, typer.Option(metavar="SCALE", help="Scale between the predictions without and with the adapters.")
     ] = 1.0,
+    variation: Annotated[
+        str | None, typer.Option(metavar="SEED:STRENGTH", help="Mix in the noise of another seed, 0 to 1.")
+    ] = None,
+    seed_size: Annotated[
+        str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Put the noise of this size into the middle.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Number of images that are drawn at once.")] = 8,
+    tile_vae: Annotated[
+        bool, typer.Option("--tile-vae", help="Decode one image at a time, in tiles, which needs less memory.")
+    ] = False,
+    offload: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE", help="Share of the denoiser's weights that stay out of the GPU's memory, 0 to 1."
+        ),
+    ] = 0.0,
+    previews: Annotated[
+        int, typer.Option(min=0, metavar="STEPS", help="Update DIR/preview.png every so many steps.")
+    ] = 0,
+    image_format: Annotated[
+        Literal["png", "webp", "jpeg"], typer.Option("--format", help="Format of the images.")
+    ] = "png",
+    quality: Annotated[
+        int, typer.Option(min=1, max=100, help="Quality of JPEG and WebP; a WebP of 100 is lossless.")
+    ] = 90,
+    sign_c2pa: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="CERT KEY", help="Sign images with C2PA: certificate chain and private key, both PEM."),
+    ] = None,
     columns: Annotated[
         str | None,
         typer.Option(
@@ -94,9 +126,14 @@ def generate(
 
     from flows.cli.display import show_run
     from flows.cli.output import home_path
+    from flows.cli.stopping import stoppable
+    from lora_engine.bases.samplers import join_schedule
     from lora_engine.errors import SettingsError
     from lora_engine.inference.grid import parse_axis
-    from tasks.operations.images import DrawRequest, draw, draw_grid, parse_size
+    from lora_engine.inference.variation import NoiseVariation
+    from tasks.operations.draw_request import DrawRequest, parse_size
+    from tasks.operations.image_grids import draw_grid
+    from tasks.operations.images import draw
     from tasks.progress import StepEvent, publish
 
     request = DrawRequest(
@@ -108,7 +145,7 @@ def generate(
         steps,
         guidance,
         None if size is None else parse_size(size),
-        sampler=sampler,
+        sampler=join_schedule(sampler, schedule_type),
         clip_skip=clip_skip,
         vae=vae,
         image=image,
@@ -121,12 +158,21 @@ def generate(
         feather=feather,
         only_regions=only_regions,
         adapter_guidance=adapter_guidance,
+        variation=None if variation is None else NoiseVariation.parse(variation),
+        seed_size=None if seed_size is None else parse_size(seed_size),
+        batch=batch,
+        tile_vae=tile_vae,
+        offload=offload,
+        previews=previews,
+        format=image_format,
+        quality=quality,
+        credentials=sign_c2pa,
     )
     axes = [parse_axis(text) for text in (columns, rows, sheets) if text is not None]
     if (columns is None and (rows is not None or animated)) or (rows is None and sheets is not None):
         raise SettingsError("a grid needs its first axes", remedy="set -x, and -y for -z")
     notes: list[str] = []
-    with show_run(["generate"], Console()):
+    with stoppable(), show_run(["generate"], Console()):
         publish(StepEvent("generate", "started"))
         if axes:
             images = draw_grid(request, axes, output, home_path(), animated=animated, note=notes.append)

@@ -60,7 +60,7 @@ def _find_starts(ref: str) -> list[str]:
     """Returns the adapters of a generated image, the digest of another file, or the reference itself."""
     from lora_engine.errors import DataError
     from lora_engine.files import sha256_file
-    from lora_engine.inference.image_metadata import read_used_adapters
+    from lora_engine.inference.image_files import read_used_adapters
 
     path = Path(ref)
     if "@" in ref or not path.is_file():

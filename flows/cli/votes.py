@@ -49,7 +49,8 @@ def prepare(
     from flows.cli.display import show_run
     from flows.cli.output import home_path, print_facts, print_json
     from lora_engine.evaluation.prompts import read_prompts
-    from tasks.operations.images import draw_each, parse_size
+    from tasks.operations.draw_request import parse_size
+    from tasks.operations.images import draw_each
     from tasks.operations.votes import ComparisonRequest, prepare_comparison
     from tasks.progress import StepEvent, publish
 

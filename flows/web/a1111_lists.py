@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from flows.web.a1111_answers import INVALID, A1111Route
 from flows.web.image_requests import service_of
-from lora_engine.bases.samplers import SAMPLERS, SCHEDULES
+from lora_engine.bases.samplers import SAMPLERS, SCHEDULE_TYPES
 from lora_engine.errors import SettingsError
 from tasks.serving.catalog import describe_base, list_adapters
 
@@ -138,7 +138,7 @@ def list_samplers() -> list[NamedSampler]:
 @router.get("/schedulers")
 def list_schedulers() -> list[NamedSchedule]:
     """Returns the schedule types."""
-    return [NamedSchedule(name=name, label=_label(name)) for name in SCHEDULES]
+    return [NamedSchedule(name=name, label=_label(name)) for name in SCHEDULE_TYPES]
 
 
 @router.get("/upscalers")

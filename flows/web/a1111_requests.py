@@ -6,9 +6,9 @@ import secrets
 from typing import TYPE_CHECKING
 
 from flows.web.a1111_models import ImageBody, ImageToImageBody, TextToImageBody, require_no_scripts
-from lora_engine.bases.samplers import SCHEDULES, find_sampler, join_schedule
+from lora_engine.bases.samplers import SCHEDULE_TYPES, find_sampler, join_schedule
 from lora_engine.errors import SettingsError
-from tasks.operations.images import DrawRequest
+from tasks.operations.draw_request import DrawRequest
 from tasks.serving.catalog import ServedBase, adapter_tag, resolve_labels
 from tasks.serving.uploads import SourceFiles, UploadedImage, decode_base64, read_upload
 
@@ -65,7 +65,7 @@ def sampler_of(body: ImageBody) -> str:
     """
     name = (body.sampler_name or body.sampler_index).strip()
     words = "_".join(name.lower().replace("-", "_").split())
-    has_schedule = any(words.endswith(f"_{schedule}") for schedule in SCHEDULES)
+    has_schedule = any(words.endswith(f"_{schedule}") for schedule in SCHEDULE_TYPES)
     joined = name if has_schedule else str(join_schedule(name, body.scheduler.strip() or "automatic"))
     try:
         find_sampler(joined)

@@ -16,7 +16,7 @@ from lora_engine.errors import WordedError
 from tasks.serving.job import Failure, QueueFull
 
 if TYPE_CHECKING:
-    from tasks.operations.images import DrawRequest
+    from tasks.operations.draw_request import DrawRequest
     from tasks.serving.job import Job
     from tasks.serving.service import ImageService
     from tasks.serving.uploads import SourceFiles

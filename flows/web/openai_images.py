@@ -27,7 +27,7 @@ from flows.web.openai_answers import (
 )
 from flows.web.openai_models import EditBody, GenerationBody, UnknownModel
 from lora_engine.errors import DataError, SettingsError, WordedError
-from tasks.operations.images import DrawRequest
+from tasks.operations.draw_request import DrawRequest
 from tasks.serving.catalog import describe_base, list_adapters
 from tasks.serving.job import Job, JobState
 from tasks.serving.uploads import MAX_UPLOAD_BYTES, SourceFiles, UploadedImage, read_upload

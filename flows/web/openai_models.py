@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flows.web.a1111_models import LoraEntry
 from lora_engine.errors import SettingsError
-from tasks.operations.images import DrawRequest, parse_size
+from tasks.operations.draw_request import DrawRequest, parse_size
 from tasks.serving.catalog import ServedBase, adapter_tag, resolve_labels
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from flows.web.errors import ErrorBody, describe_failure
 from lora_engine.errors import DataError, SettingsError
 from lora_engine.files import sha256_bytes
-from tasks.operations.images import DrawRequest
+from tasks.operations.draw_request import DrawRequest
 from tasks.serving.cards import AdapterCard
 from tasks.serving.job import Job, JobState
 from tasks.serving.results import MAX_INPUT_BYTES

@@ -72,7 +72,7 @@ SAMPLERS: Mapping[str, Sampler] = {
     "ddpm_parallel": Sampler("DDPMParallelScheduler", title="DDPM Parallel", **_PLAIN, **_NOISY),
 }
 """Names as in sd-scripts, where it has the sampler."""
-SCHEDULES: Mapping[str, Mapping[str, Any]] = {
+SCHEDULE_TYPES: Mapping[str, Mapping[str, Any]] = {
     "automatic": {},
     "karras": {"use_karras_sigmas": True},
     "exponential": {"use_exponential_sigmas": True},
@@ -154,13 +154,13 @@ def find_sampler(name: str) -> Sampler:
     plain = _normalized(name)
     if (found := _named(plain)) is not None:
         return found
-    for schedule in sorted((*SCHEDULES, *_NO_SCHEDULES), key=len, reverse=True):
+    for schedule in sorted((*SCHEDULE_TYPES, *_NO_SCHEDULES), key=len, reverse=True):
         rest = plain.removesuffix(f"_{schedule}")
         if rest != plain and (found := _named(rest)) is not None:
             return _scheduled(found, schedule, name)
     raise SettingsError(
         f"unknown sampler {name[:60]!r}",
-        allowed=f"{', '.join(SAMPLERS)}, each with a schedule type: {', '.join(SCHEDULES)}",
+        allowed=f"{', '.join(SAMPLERS)}, each with a schedule type: {', '.join(SCHEDULE_TYPES)}",
         remedy=did_you_mean(plain, list(SAMPLERS), "choose one of them"),
     )
 
@@ -217,14 +217,14 @@ def _scheduled(sampler: Sampler, schedule: str, name: str) -> Sampler:
     if schedule in _NO_SCHEDULES:
         raise SettingsError(
             f"the sampler {name[:60]!r} has a schedule type that diffusers lacks",
-            allowed=", ".join(SCHEDULES),
+            allowed=", ".join(SCHEDULE_TYPES),
             remedy=f"use {_NO_SCHEDULES[schedule]}",
         )
-    options = SCHEDULES[sampler.automatic if schedule == "automatic" and sampler.automatic else schedule]
+    options = SCHEDULE_TYPES[sampler.automatic if schedule == "automatic" and sampler.automatic else schedule]
     if not _accepts(sampler, options):
         raise SettingsError(
             f"{sampler.title} has no schedule type {schedule!r} in diffusers",
-            allowed=", ".join(kind for kind, changes in SCHEDULES.items() if _accepts(sampler, changes)),
+            allowed=", ".join(kind for kind, changes in SCHEDULE_TYPES.items() if _accepts(sampler, changes)),
             remedy="choose another sampler or schedule type",
         )
     return replace(sampler, options={**sampler.options, **options})

@@ -13,7 +13,8 @@ MAX_TEXT = 1 << 20
 _MAX_BLOCKS, _MAX_BLOCK, _MAX_BYTES = 4_096, 8 << 20, 16 << 20
 """Bounds of a file: blocks, bytes read of each, and of all of them."""
 _C2PA_UUID = bytes.fromhex("d8fec3d61b0e483c92975828877ec481")
-_APP11, _SCAN = 0xEB, 0xDA
+_SEGMENTS, _SCAN = {0xE1: "APP1", 0xEB: "APP11"}, 0xDA
+_JPEG_XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _PIXELS = {"IHDR", "PLTE", "IDAT", "IEND", "VP8 ", "VP8L", "ALPH", "mdat"}
 _Header = tuple[str, int]
 """Kind of a block, and the number of bytes that follow."""
@@ -31,6 +32,16 @@ def read_png_texts(file: BinaryIO) -> Iterator[tuple[str, str]]:
             elif kind == "iTXt" and len(rest) > 1:
                 text = rest[2:].split(b"\0", 2)[-1]
                 yield key.decode("latin-1"), (_inflate(text) if rest[0] else text).decode("utf-8")
+
+
+def read_xmp(file: BinaryIO) -> bytes:
+    """Returns the XMP packet of a JPEG or WebP, empty if there is none; that of a PNG is among its texts."""
+    for kind, data in _blocks(file):
+        if kind == "XMP ":
+            return data
+        if kind == "APP1" and data.startswith(_JPEG_XMP):
+            return data[len(_JPEG_XMP) :]
+    return b""
 
 
 def read_c2pa(file: BinaryIO) -> bytes:
@@ -106,7 +117,7 @@ def _jpeg_header(file: BinaryIO) -> _Header | None:
     if marker[1] == 0x01 or 0xD0 <= marker[1] <= 0xD9:
         return "", 0
     length = int.from_bytes(file.read(2))
-    return ("APP11" if marker[1] == _APP11 else "", length - 2) if length >= 2 else None
+    return (_SEGMENTS.get(marker[1], ""), length - 2) if length >= 2 else None
 
 
 def _box_header(file: BinaryIO) -> _Header | None:

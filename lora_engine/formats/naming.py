@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from lora_engine.adapters.module_names import near_names
@@ -113,8 +114,14 @@ def resolve_names(
     return {name: _single(name, table[name]) for name in raw}
 
 
-def name_table(names: Collection[str], *, is_sdxl: bool, naming: ModuleNaming = FLAT) -> dict[str, set[str]]:
+def name_table(names: Collection[str], *, is_sdxl: bool, naming: ModuleNaming = FLAT) -> Mapping[str, AbstractSet[str]]:
     """Returns, for every name that programs write for a base's modules, the canonical names that it may mean."""
+    return _name_table(tuple(names), is_sdxl, naming)
+
+
+@functools.lru_cache(maxsize=8)
+def _name_table(names: tuple[str, ...], is_sdxl: bool, naming: ModuleNaming) -> Mapping[str, AbstractSet[str]]:
+    """Builds the table; the same base reads many files."""
     table: dict[str, set[str]] = {}
     for name in names:
         for written in _written_names(name, is_sdxl=is_sdxl, naming=naming):
@@ -141,7 +148,7 @@ def _written_names(name: str, *, is_sdxl: bool, naming: ModuleNaming) -> Iterato
             yield naming.format_name(prefix, written)
 
 
-def _single(written: str, names: set[str]) -> str:
+def _single(written: str, names: AbstractSet[str]) -> str:
     if len(names) > 1:
         allowed = ", ".join(sorted(names))
         raise AdapterError(
@@ -166,7 +173,7 @@ def _published(raw: Collection[str], version: str, naming: ModuleNaming) -> Mapp
 
 
 @functools.cache
-def _published_table(family: str, naming: ModuleNaming) -> dict[str, set[str]]:
+def _published_table(family: str, naming: ModuleNaming) -> Mapping[str, AbstractSet[str]]:
     unet = families[family].unet
     shapes = published_module_shapes(unet.published) if unet else {}
     return name_table(shapes, is_sdxl=family == "sdxl", naming=naming)

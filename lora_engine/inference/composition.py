@@ -178,6 +178,7 @@ def generate_composed(
     batch: int = 8,
     sampler: str | None = None,
     source: SourceImage | None = None,
+    noise: Tensor | None = None,
     progress: Progress = no_progress,
     on_step: OnStep = ignore_step,
     regions: Regions | None = None,
@@ -197,6 +198,7 @@ def generate_composed(
         batch: Images per batch.
         sampler: See `find_sampler`; None is the base's own.
         source: An image of that size to start from; None starts from noise.
+        noise: Standard normal noise, one row per image; None draws it from the seeds.
         progress: Called after each batch.
         on_step: Called after each step of each batch.
         regions: Regions with prompts and adapters of their own, which are among those of the composition.
@@ -224,11 +226,11 @@ def generate_composed(
     images: list[Tensor] = []
     for first in range(0, len(seeds), batch):
         chosen = seeds[first : first + batch]
-        noise = torch.stack([draw_noise(shape, seed) for seed in chosen]).to(base.device)
+        drawn = torch.stack([draw_noise(shape, seed) for seed in chosen]) if noise is None else noise[first:][:batch]
         start = None if source is None else source.start(base, len(chosen))
         latents = sample(
             base,
-            noise,
+            drawn.to(base.device),
             partial(passes.at, rows=len(chosen)),
             seeds=chosen,
             steps=steps,

@@ -1,82 +1,52 @@
-"""Generates images from prompts and adapter files and writes them as PNG with their settings."""
+"""Draws images from prompts and adapter files, and encodes them as files with their settings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_engine.bases.base import BaseModel, load_base
+from lora_engine.bases.base import BaseModel, default_device, load_base
 from lora_engine.bases.options import options_of_cards
-from lora_engine.bases.samplers import Sampler, find_sampler
+from lora_engine.bases.samplers import find_sampler
 from lora_engine.bases.vae import resolve_vae
 from lora_engine.data.images import open_image
-from lora_engine.data.pixels import to_image, write_png
+from lora_engine.data.pixels import to_image
 from lora_engine.errors import SettingsError
-from lora_engine.files import sha256_file
+from lora_engine.files import atomic_write, sha256_file
 from lora_engine.formats import Bundle, read_bundle
 from lora_engine.inference import ComposedEngine
 from lora_engine.inference.composition import Composition, compose, generate_composed
+from lora_engine.inference.draw_settings import DrawSettings
 from lora_engine.inference.generate import OnStep, ignore_step
+from lora_engine.inference.image_files import PNG, ImageOptions, encode_image
 from lora_engine.inference.image_metadata import Drawing, UsedAdapter, UsedImage
+from lora_engine.inference.memory import check_memory
 from lora_engine.inference.merged_cache import MergedCache
+from lora_engine.inference.previews import preview_latents
 from lora_engine.inference.prompts.prompt import ParsedPrompt
 from lora_engine.inference.prompts.tags import AdapterTag
-from lora_engine.inference.regions import NO_REGIONS, Regions
-from lora_engine.inference.settled_tags import settle_tags
+from lora_engine.inference.settled_tags import SettledTags, settle_tags
 from lora_engine.inference.source_image import SourceImage, fit_image, fit_mask
+from lora_engine.inference.step_watch import StepWatch
+from lora_engine.inference.variation import draw_varied
 from lora_engine.progress import Progress, no_progress
 
+__all__ = ["DrawSettings", "Drawer", "encode_drawn", "write_drawn"]
+OnImages = Callable[[int, Tensor], None]
+"""Takes the number of the first image of a batch from 0, and the batch."""
 
-@dataclass(frozen=True)
-class DrawSettings:
-    """Settings of images.
 
-    Attributes:
-        seeds: One per image.
-        steps: Denoising steps.
-        guidance: Scale of classifier-free guidance; 1 is none.
-        size: (height, width) in pixels; None takes the source image's, cut to what the base can draw, or the base's
-            default.
-        sampler: See `find_sampler`; None is the base's own.
-        image: File of an image to start from; None starts from noise.
-        mask: File of a mask of that image: light parts are drawn. None draws all.
-        strength: Share of the steps that run on the image, above 0 to 1.
-        enlarge: Factor by which each image is enlarged and then drawn again, above 1 to 4; 1 does not.
-        enlarged_strength: Share of the steps that run on the enlarged image, above 0 to 1.
-        engine: How adapters act on the base; see `compose`.
-        regions: Regions with prompts and adapters of their own.
-        adapter_guidance: Scale between the predictions without and with the adapters whose tags have none; 1 is the
-            prediction with them.
-    """
-
-    seeds: Sequence[int]
-    steps: int = 20
-    guidance: float = 3.0
-    size: tuple[int, int] | None = None
-    sampler: str | None = None
-    image: Path | None = None
-    mask: Path | None = None
-    strength: float = 0.75
-    enlarge: float = 1.0
-    enlarged_strength: float = 0.5
-    engine: ComposedEngine = "auto"
-    regions: Regions = NO_REGIONS
-    adapter_guidance: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.mask is not None and self.image is None:
-            raise SettingsError("a mask needs an image", remedy="name the image to start from, too")
-        if self.regions.is_mask and (self.mask is not None or self.image is None):
-            raise SettingsError("only regions are to be drawn", remedy="name the image to start from, and no mask")
-        if not 1.0 <= self.enlarge <= 4.0:
-            raise SettingsError(f"images are to be enlarged by {self.enlarge:g}", allowed="a factor from 1 to 4")
+def ignore_images(first: int, images: Tensor) -> None:
+    """Does nothing with a batch."""
+    del first, images
 
 
 class Drawer:
@@ -86,14 +56,35 @@ class Drawer:
         base: The base, or a name for `load_base`.
         clip_skip: See `BaseOptions`; None is that of the adapters' training.
         vae: Another autoencoder, a name for `resolve_vae`; the one of the adapters' training.
+        tile_vae: True decodes one image at a time, in tiles of the autoencoder's size that overlap by a quarter.
+        offload: Share of the denoiser's linear layers whose weights stay in the CPU's memory; see `load_base`.
+        measure_free: Returns the free and the whole memory of a device in bytes, such as `compute.measure_free`; images
+            that need more are refused. None checks nothing.
 
     Raises:
         BaseModelError: No such base.
+        SettingsError: Weights are to stay in the CPU's memory, but the CPU is the device.
     """
 
-    def __init__(self, base: str | BaseModel, *, clip_skip: int | None = None, vae: str | None = None) -> None:
-        self._model = load_base(base) if isinstance(base, str) else base
-        self._clip_skip, self._vae = clip_skip, resolve_vae(vae) if vae else None
+    def __init__(
+        self,
+        base: str | BaseModel,
+        *,
+        clip_skip: int | None = None,
+        vae: str | None = None,
+        tile_vae: bool = False,
+        offload: float = 0.0,
+        measure_free: Callable[[str], tuple[int, int]] | None = None,
+    ) -> None:
+        if not 0.0 <= offload <= 1.0 or (offload and default_device() == "cpu"):
+            raise SettingsError(
+                f"offload is {offload:g} and the device is {default_device()}",
+                allowed="a share from 0 to 1, on a machine with a GPU",
+                remedy="leave offload out",
+            )
+        self._model = load_base(base, offload=offload) if isinstance(base, str) else base
+        self._measure_free = measure_free
+        self._clip_skip, self._vae, self._tiled = clip_skip, resolve_vae(vae) if vae else None, tile_vae
         self._names = self._model.module_names()
         self._bundles: dict[Path, Bundle] = {}
         self._used: dict[tuple[Path, str], UsedAdapter] = {}
@@ -108,6 +99,7 @@ class Drawer:
         negative: ParsedPrompt,
         progress: Progress = no_progress,
         on_step: OnStep = ignore_step,
+        on_images: OnImages = ignore_images,
     ) -> tuple[Tensor, Drawing]:
         """Generates one image per seed with all adapters and their learned tokens attached.
 
@@ -116,50 +108,89 @@ class Drawer:
             settings: The settings.
             files: File and `name@version` (or file name) of the adapters, in the order of `all_tags`.
             negative: The negative prompt.
-            progress: Called after each batch.
-            on_step: Called after each step of each batch, but not while images are drawn again after enlarging.
+            progress: Called after each step with the number of finished steps of all images.
+            on_step: Called after each step of each batch; may raise to stop.
+            on_images: Called after each batch with its finished images.
 
         Returns:
             The images, float32 [n, 3, height, width] in [-1, 1], and what to write into their files.
 
         Raises:
             SettingsError: The adapters were trained with different options of the base, or with another autoencoder;
-                the mask does not fit the image.
-            DataError: The image or mask cannot be read.
+                the mask does not fit the image; the free memory is too small for the size.
+            DataError: The image or mask cannot be read, or a step gives NaN or Inf.
             AdapterError: An adapter is incomplete or does not match the base, or two have the same learned token.
         """
         bundles = [self._bundle(file) for file, _ in files]
         cards = [bundle.card for bundle in bundles]
         self._model.configure(options_of_cards(cards, clip_skip=self._clip_skip, vae=self._vae))
-        source = self._source(settings)
+        if self._tiled:
+            vae: Any = self._model.vae  # type: ignore[attr-defined]
+            vae.enable_tiling()
+            vae.enable_slicing()
+        is_guided = settings.guidance > 1.0 and not self._model.distilled
+        rows = len(prompt.parts) + is_guided
+        source = self._source(settings, rows)
         size = source.size if source is not None else settings.size or self._model.default_size
         larger = self._rounded(tuple(settings.enlarge * side for side in size)) if settings.enlarge > 1.0 else None
-        settled = settle_tags(prompt, settings.regions, cards, adapter_guidance=settings.adapter_guidance)
-        prompt, files = settled.prompt, [files[index] for index in settled.used]
+        self._check_memory(size, settings, rows)
+        if larger is not None:
+            self._check_memory(larger, settings, rows, at_most=1)  # enlarged images are drawn one by one
+        settled = self._settle(prompt, settings, files)
         pairs = [(tag, bundles[index]) for tag, index in zip(settled.tags, settled.used, strict=True)]
+        images: list[Tensor] = []
         with self._composed(pairs, settings.engine) as composition:
             drawn = partial(
                 generate_composed,
                 self._model,
-                prompt,
+                settled.prompt,
                 composition,
                 negative=negative,
                 steps=settings.steps,
                 guidance=settings.guidance,
                 sampler=settings.sampler,
+                batch=settings.batch,
                 regions=settled.regions,
             )
-            pixels = drawn(
-                seeds=list(settings.seeds),
-                height=size[0],
-                width=size[1],
-                source=source,
-                progress=no_progress if larger else progress,
-                on_step=on_step,
-            )
-            if larger is not None:
-                pixels = self._enlarged(drawn, pixels, settings, larger, progress)
-        return pixels, self._describe(replace(prompt, adapters=settled.tags), negative, settings, files)
+            for first in range(0, len(settings.seeds), settings.batch):
+                watch = StepWatch(settings, first, on_step, progress)
+                numbers = range(first, min(first + settings.batch, len(settings.seeds)))
+                pixels = self._draw_rows(drawn, settings, numbers, size, source, watch)
+                if larger is not None:
+                    pixels = self._enlarged(drawn, pixels, settings, numbers, larger, watch)
+                on_images(first, pixels)
+                images.append(pixels)
+        pixels = torch.cat(images) if images else torch.empty(0, 3, *(larger or size))
+        return pixels, self.describe(prompt, negative, settings, files)
+
+    def _draw_rows(
+        self,
+        drawn: Callable[..., Tensor],
+        settings: DrawSettings,
+        numbers: range,
+        size: tuple[int, int],
+        source: SourceImage | None,
+        watch: StepWatch,
+    ) -> Tensor:
+        shape = self._model.latent_shape(size)
+        inner = None if settings.seed_size is None else self._model.latent_shape(settings.seed_size)
+        seeds = [settings.seeds[number] for number in numbers]
+        noise = [
+            draw_varied(shape, seed, settings.variation_of(number), inner)
+            for number, seed in zip(numbers, seeds, strict=True)
+        ]
+        return drawn(
+            seeds=seeds,
+            height=size[0],
+            width=size[1],
+            source=source,
+            noise=torch.stack(noise),
+            on_step=watch.begin(len(seeds)),
+        )
+
+    def _settle(self, prompt: ParsedPrompt, settings: DrawSettings, files: Sequence[tuple[Path, str]]) -> SettledTags:
+        cards = [self._bundle(file).card for file, _ in files]
+        return settle_tags(prompt, settings.regions, cards, adapter_guidance=settings.adapter_guidance)
 
     def forget(self, file: Path) -> None:
         """Drops what was read of an adapter's file."""
@@ -167,10 +198,9 @@ class Drawer:
             self._merged.forget(bundle.adapter)
         self._used = {key: used for key, used in self._used.items() if key[0] != file}
 
-    @torch.no_grad()
     def preview(self, latents: Tensor) -> Tensor:
-        """Returns images [n, 3, height, width] in [-1, 1] of latents between two steps, on the CPU."""
-        return self._model.decode_latents(latents).clamp(-1.0, 1.0).float().cpu()
+        """Returns images [n, 3, height, width] in [-1, 1] of latents between two steps; see `preview_latents`."""
+        return preview_latents(self._model, latents)
 
     def _composed(
         self, adapters: Sequence[tuple[AdapterTag, Bundle]], engine: ComposedEngine
@@ -182,22 +212,22 @@ class Drawer:
         drawn: Callable[..., Tensor],
         pixels: Tensor,
         settings: DrawSettings,
+        numbers: range,
         size: tuple[int, int],
-        progress: Progress,
+        watch: StepWatch,
     ) -> Tensor:
         images = []
-        for seed, image in zip(settings.seeds, pixels, strict=True):
+        for number, image in zip(numbers, pixels, strict=True):
             source = SourceImage(fit_image(to_image(image), size), settings.enlarged_strength, is_enlarged=True)
-            images.append(drawn(seeds=[seed], height=size[0], width=size[1], source=source))
-            progress(len(images), len(pixels), {})
+            images.append(self._draw_rows(drawn, settings, range(number, number + 1), size, source, watch))
         return torch.cat(images)
 
-    def _source(self, settings: DrawSettings) -> SourceImage | None:
+    def _source(self, settings: DrawSettings, rows: int) -> SourceImage | None:
         if settings.image is None:
             return None
         image = open_image(settings.image)
         size = settings.size or self._rounded((image.height, image.width))
-        self._model.latent_shape(size)  # refuses a size before anything is scaled
+        self._check_memory(size, settings, rows)  # refuses a size before anything is scaled
         mask = None if settings.mask is None else open_image(settings.mask)
         if mask is not None and mask.size != image.size:
             raise SettingsError(
@@ -215,6 +245,13 @@ class Drawer:
         height, width = (max(unit, int(side) // unit * unit) for side in size)
         return height, width
 
+    def _check_memory(self, size: tuple[int, int], settings: DrawSettings, parts: int, at_most: int = 1 << 30) -> None:
+        self._model.latent_shape(size)  # refuses what the base cannot draw
+        if self._measure_free is not None:
+            free, _ = self._measure_free(str(self._model.device))
+            images = min(settings.batch, len(settings.seeds), at_most)
+            check_memory(self._model, size, free, rows=images * parts, images=images, tiled=self._tiled)
+
     def _bundle(self, file: Path) -> Bundle:
         if file not in self._bundles:
             self._bundles[file] = read_bundle(file, self._names)
@@ -225,25 +262,26 @@ class Drawer:
             self._used[file] = UsedAdapter.of_file(*file)
         return self._used[file]
 
-    def _describe(
+    def describe(
         self, prompt: ParsedPrompt, negative: ParsedPrompt, settings: DrawSettings, files: Sequence[tuple[Path, str]]
     ) -> Drawing:
-        name, own = self._model.name, Sampler(type(self._model.scheduler()).__name__)
-        sampler = find_sampler(settings.sampler) if settings.sampler else own
+        """Returns what to write into the files of images; see `draw` for the arguments."""
+        name, settled = self._model.name, self._settle(prompt, settings, files)
         return Drawing(
-            prompt,
+            replace(settled.prompt, adapters=settled.tags),
             negative,
-            [self._describe_adapter(file) for file in files],
+            [self._describe_adapter(files[index]) for index in settled.used],
             base=Path(name).name if Path(name).exists() else name,  # no path of this machine
             fingerprint=self._model.fingerprint,
-            scheduler=sampler.scheduler,
-            scheduler_options=sampler.options,
+            scheduler=type(self._model.scheduler(sampler=settings.sampler)).__name__,
+            scheduler_options=find_sampler(settings.sampler).options if settings.sampler else {},
             steps=settings.steps,
             guidance=settings.guidance,
             version=version("loraline"),
             source=None if settings.image is None else _used_image(settings),
             enlarged=(settings.enlarge, settings.enlarged_strength) if settings.enlarge > 1.0 else None,
             regions=[region.facts() for region in settings.regions.items],
+            seed_size=settings.seed_size,
         )
 
 
@@ -253,6 +291,24 @@ def _used_image(settings: DrawSettings) -> UsedImage:
     return UsedImage(sha256_file(settings.image), settings.strength, mask)
 
 
+def encode_drawn(
+    pixels: Tensor, drawing: Drawing, settings: DrawSettings, number: int, options: ImageOptions = PNG
+) -> bytes:
+    """Returns a drawn image as the bytes of a file; see `encode_image`.
+
+    Args:
+        pixels: The image, [3, height, width] in [-1, 1].
+        drawing: The result of `Drawer.draw`.
+        settings: Its settings.
+        number: Number of the image from 0.
+        options: Format, quality and signature.
+    """
+    variation = settings.variation_of(number)
+    if variation is not None:
+        drawing = replace(drawing, variation=(variation.seed, variation.strength))
+    return encode_image(to_image(pixels), drawing, settings.seeds[number], options)
+
+
 def write_drawn(path: Path, image: Tensor, drawing: Drawing, seed: int) -> None:
-    """Writes an image [3, height, width] with its settings."""
-    write_png(path, image, drawing.texts(seed, (image.shape[1], image.shape[2])))
+    """Writes an image [3, height, width] as PNG with its metadata."""
+    atomic_write(path, encode_image(to_image(image), drawing, seed))

@@ -1,14 +1,13 @@
-"""What a generated image says about itself: A1111's infotext, a `loraline` chunk with digests, IPTC's source type.
+"""What a generated image says about itself: A1111's infotext, JSON with digests, IPTC's source type.
 
 Programs and sites that read A1111's text find the adapters by their hashes. Programs tear or drop further keys in that
-text, so exact references, schedules and whole digests are in the JSON of the chunk `loraline`.
+text, so exact references, schedules and whole digests are in JSON. `image_files` puts all of it into files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,27 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_engine.bases.samplers import titles_of
-from lora_engine.data.containers import read_png_texts
-from lora_engine.data.folder import open_inside
-from lora_engine.documents import parse_json
-from lora_engine.errors import DataError
 from lora_engine.inference.prompts.prompt import ParsedPrompt
 from lora_engine.inference.prompts.tags import AdapterTag
 
-CHUNK = "loraline"
-XMP = "XML:com.adobe.xmp"
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _PEFT = ("adapter_model.safetensors", "adapter_model.bin")
-_SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 _GENERATED, _COMPOSITE = "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"
-# The packet of Adobe's XMP specification, part 1, section 7.3; the property is of IPTC's Extension schema.
-_PACKET = (
-    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
-    'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
-    'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"><Iptc4xmpExt:DigitalSourceType>'
-    "{source_type}</Iptc4xmpExt:DigitalSourceType></rdf:Description></rdf:RDF></x:xmpmeta>"
-    '<?xpacket end="w"?>'
-)
 
 
 @dataclass(frozen=True)
@@ -104,6 +87,8 @@ class Drawing:
         source: The image that they started from; None for noise.
         enlarged: Factor, and share of the steps that ran on the enlarged images; None if they were not enlarged.
         regions: What `Region.facts` says of each region.
+        variation: Seed of the noise that is mixed in, and its share; None if there is none.
+        seed_size: (height, width) in pixels whose noise is in the middle; None for that of the images.
     """
 
     prompt: ParsedPrompt
@@ -119,26 +104,51 @@ class Drawing:
     source: UsedImage | None = None
     enlarged: tuple[float, float] | None = None
     regions: Sequence[Mapping[str, Any]] = ()
+    variation: tuple[int, float] | None = None
+    seed_size: tuple[int, int] | None = None
 
-    def texts(self, seed: int, size: tuple[int, int]) -> dict[str, str]:
-        """Returns the texts of an image file by keyword.
+    @property
+    def source_type(self) -> str:
+        """IPTC's digital source type: that of a composite for images that are drawn under a mask."""
+        return source_type_of(self.source is not None and self.source.mask_sha256 is not None)
+
+    def facts(self, seed: int, size: tuple[int, int]) -> dict[str, Any]:
+        """Returns what JSON of an image file says: exact references, whole digests, schedules and settings.
 
         Args:
             seed: Seed of the image.
             size: (height, width) in pixels.
         """
         return {
-            "parameters": self._infotext(seed, size),
-            CHUNK: json.dumps(self._facts(seed, size), sort_keys=True, ensure_ascii=False, separators=(",", ":")),
-            XMP: _PACKET.replace("{source_type}", f"{_SOURCE_TYPES}{_COMPOSITE if self._is_composite else _GENERATED}"),
+            "adapters": [
+                {
+                    "reference": adapter.reference,
+                    "sha256": adapter.sha256,
+                    "autov2": adapter.sha256[:10],
+                    "autov3": adapter.body_sha256[:12],
+                    **tag.facts(),
+                }
+                for tag, adapter in zip(self.prompt.adapters, self.adapters, strict=True)
+            ],
+            "base": {"name": self.base, "fingerprint": self.fingerprint},
+            "format": 1,
+            "guidance": self.guidance,
+            "negative": self.negative.text,
+            "prompt": self.prompt.text,
+            "sampler": {"class": self.scheduler, **self.scheduler_options},
+            "seed": seed,
+            "size": list(size),
+            "steps": self.steps,
+            "version": self.version,
+            **({} if self.source is None else {"source": vars(self.source)}),
+            **({} if self.enlarged is None else {"enlarged": list(self.enlarged)}),
+            **({} if not self.regions else {"regions": list(self.regions)}),
+            **({} if self.variation is None else {"variation": list(self.variation)}),
+            **({} if self.seed_size is None else {"seed_size": list(self.seed_size)}),
         }
 
-    @property
-    def _is_composite(self) -> bool:
-        return self.source is not None and self.source.mask_sha256 is not None
-
-    def _infotext(self, seed: int, size: tuple[int, int]) -> str:
-        """Returns A1111's text: prompt, negative prompt, and a line of settings."""
+    def infotext(self, seed: int, size: tuple[int, int]) -> str:
+        """Returns A1111's text: prompt, negative prompt, and a line of settings; see `facts` for the arguments."""
         tags = [
             f"<lora:{adapter.label}:{_one_weight(tag)}>"
             for tag, adapter in zip(self.prompt.adapters, self.adapters, strict=True)
@@ -151,6 +161,11 @@ class Drawing:
             "Size": f"{size[1]}x{size[0]}",
             "Model": self.base,
         }
+        if self.variation is not None:
+            settings |= {"Variation seed": str(self.variation[0])}
+            settings |= {"Variation seed strength": f"{self.variation[1]:g}"}
+        if self.seed_size is not None:
+            settings["Seed resize from"] = f"{self.seed_size[1]}x{self.seed_size[0]}"
         if self.enlarged is not None:
             factor, strength = self.enlarged
             settings |= {"Denoising strength": f"{strength:g}", "Hires upscale": f"{factor:g}"}
@@ -171,52 +186,10 @@ class Drawing:
         name, schedule = titles_of(self.scheduler, self.scheduler_options)
         return {"Sampler": name, **({"Schedule type": schedule} if schedule else {})}
 
-    def _facts(self, seed: int, size: tuple[int, int]) -> Mapping[str, Any]:
-        return {
-            "adapters": [
-                {
-                    "reference": adapter.reference,
-                    "sha256": adapter.sha256,
-                    "autov3": adapter.body_sha256[:12],
-                    **tag.facts(),
-                }
-                for tag, adapter in zip(self.prompt.adapters, self.adapters, strict=True)
-            ],
-            "base": {"name": self.base, "fingerprint": self.fingerprint},
-            "format": 1,
-            "guidance": self.guidance,
-            "negative": self.negative.text,
-            "prompt": self.prompt.text,
-            "sampler": {"class": self.scheduler, **self.scheduler_options},
-            "seed": seed,
-            "size": list(size),
-            "steps": self.steps,
-            "version": self.version,
-            **({} if self.source is None else {"source": vars(self.source)}),
-            **({} if self.enlarged is None else {"enlarged": list(self.enlarged)}),
-            **({} if not self.regions else {"regions": list(self.regions)}),
-        }
 
-
-def read_used_adapters(path: Path) -> dict[str, str] | None:
-    """Returns reference -> SHA-256 of the adapters that a PNG says it was generated with; None if it says nothing.
-
-    Raises:
-        DataError: The chunk `loraline` is not as this module writes it.
-    """
-    with open_inside(path, path.parent) as file:
-        text = dict(read_png_texts(file)).get(CHUNK)
-    if text is None:
-        return None
-    facts = parse_json(text, f"{path}, chunk {CHUNK!r}", DataError)
-    entries = facts.get("adapters") if isinstance(facts, dict) else None
-    used: dict[str, str] = {}
-    for entry in entries if isinstance(entries, list) else [None]:
-        reference, sha256 = (entry.get(key) for key in ("reference", "sha256")) if isinstance(entry, dict) else (0, 0)
-        if not isinstance(reference, str) or not isinstance(sha256, str) or not _DIGEST.fullmatch(sha256):
-            raise DataError(f"the chunk {CHUNK!r} names no adapters as Loraline does", where=str(path))
-        used[reference] = sha256
-    return used
+def source_type_of(is_composite: bool) -> str:
+    """Returns IPTC's digital source type of generated images, or of images of which a part is generated."""
+    return _COMPOSITE if is_composite else _GENERATED
 
 
 def _one_weight(tag: AdapterTag) -> str:

@@ -13,7 +13,7 @@ from lora_engine.data.containers import read_png_texts
 from lora_engine.data.folder import open_inside
 from lora_engine.documents import parse_json
 from lora_engine.errors import DataError, SettingsError
-from lora_engine.inference.image_metadata import CHUNK
+from lora_engine.inference.image_files import CHUNK
 from lora_engine.inference.prompts.prompt import MAX_LENGTH, parse_prompt
 from lora_engine.inference.prompts.step_weights import parse_step_weights
 from lora_engine.inference.prompts.tags import AdapterTag

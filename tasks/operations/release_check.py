@@ -14,7 +14,8 @@ from registry.entities import AdapterVersion
 from registry.errors import RegistryError
 from registry.home import Home
 from registry.versions.versions import Versions
-from tasks.operations.images import DrawRequest, draw
+from tasks.operations.draw_request import DrawRequest
+from tasks.operations.images import draw
 from tasks.operations.upstream import find_upstream_steps
 from tasks.step import STEPS
 

@@ -22,7 +22,7 @@ from registry.store.artifacts import Store
 from registry.versions.guard import require_permission
 from registry.versions.versions import Versions
 from registry.versions.voting import MAX_PAIRS, log_comparison
-from tasks.operations.images import DrawRequest
+from tasks.operations.draw_request import DrawRequest
 from tasks.operations.promote import find_version
 from tasks.operations.verb_run import describe_verb, verb_run
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from lora_engine.errors import EngineError
-from tasks.operations.images import DrawRequest
+from tasks.operations.draw_request import DrawRequest
 from tasks.serving.job import Job, JobState, QueueFull, UnknownJob
 from tasks.serving.service import ImageService
 

@@ -14,7 +14,7 @@ from lora_engine.data.images import encode_png
 from lora_engine.errors import EngineError, WordedError
 from lora_engine.inference.prompts.prompt import parse_prompt
 from registry.errors import DiskFull, HomeError, RegistryError
-from tasks.operations.images import settings_of
+from tasks.operations.draw_request import settings_of
 from tasks.serving.adapters import ServedAdapters
 from tasks.serving.board import JobBoard
 from tasks.serving.job import Failure, Job, JobState

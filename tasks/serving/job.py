@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any, Self
 
 from lora_engine.errors import EngineError, WordedError
-from tasks.operations.images import DrawRequest
+from tasks.operations.draw_request import DrawRequest
 
 
 class JobState(StrEnum):

@@ -15,7 +15,7 @@ from typing import Any
 from lora_engine.files import canonical_json
 from registry.entities import now
 from registry.errors import HomeError, database_error
-from tasks.operations.images import DrawRequest
+from tasks.operations.draw_request import DrawRequest
 from tasks.serving.job import Failure, Job, JobState
 
 _VERSION = 1

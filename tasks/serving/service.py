@@ -17,7 +17,7 @@ from registry.entities import now
 from registry.errors import HomeError
 from registry.home import Home
 from tasks.operations.adapter_files import parse_weighted
-from tasks.operations.images import DrawRequest, settings_of
+from tasks.operations.draw_request import DrawRequest, settings_of
 from tasks.serving.adapters import ServedAdapters
 from tasks.serving.board import JobBoard
 from tasks.serving.drawing import DrawingThread, Parts

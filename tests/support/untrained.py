@@ -147,6 +147,8 @@ _TWO = {"num_layers": 2}
 _SMALL_SD35 = {**_TWO, "qk_norm": "rms_norm", "dual_attention_layers": (0,)}
 _SMALL_FLUX = {"num_layers": 1, "num_single_layers": 2}
 shapes.add("small-sd3", TransformerShape(_TWO, (2, 3), 2, schedule=_SHIFTED))
+# diffusers' pipeline for masks takes 16 channels only.
+shapes.add("small-sd3-wide", TransformerShape(_TWO, (2, 3), 2, latent_channels=16, schedule=_SHIFTED))
 shapes.add("small-sd3-without-t5", TransformerShape(_TWO, (2, 3), 0, schedule=_SHIFTED))
 shapes.add("small-sd35", TransformerShape(_SMALL_SD35, (2, 3), 2, schedule=_SHIFTED))
 shapes.add("small-flux", TransformerShape({**_SMALL_FLUX, "guidance_embeds": True}, (2,), 2, schedule=_FLUX_SCHEDULE))

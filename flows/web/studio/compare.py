@@ -19,7 +19,7 @@ from lora_engine.inference.prompts.prompt import parse_prompt
 from lora_engine.inference.prompts.tags import AdapterTag
 from lora_engine.inference.prompts.writing import write_prompt
 from tasks.operations.adapter_cards import list_adapter_cards, tabulate_metrics
-from tasks.operations.images import DrawRequest
+from tasks.operations.draw_request import DrawRequest
 
 if TYPE_CHECKING:
     from flows.web.studio.page import Studio

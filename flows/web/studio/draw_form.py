@@ -17,7 +17,7 @@ from lora_engine.inference.image_settings import ImageSettings
 from lora_engine.inference.prompts.prompt import parse_prompt
 from lora_engine.inference.prompts.tags import AdapterTag
 from lora_engine.inference.prompts.writing import write_prompt
-from tasks.operations.images import DrawRequest, parse_size
+from tasks.operations.draw_request import DrawRequest, parse_size
 from tasks.operations.source_images import prepare_source
 
 OWN_SAMPLER = "base's own"

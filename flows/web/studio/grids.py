@@ -14,7 +14,7 @@ from flows.web.studio.page_style import image_classes
 from lora_engine.errors import SettingsError, WordedError
 from lora_engine.inference.grid import SETTINGS, Axis, parse_axis
 from tasks.operations.adapter_cards import list_adapter_cards
-from tasks.operations.images import compose_grid, requests_of_grid
+from tasks.operations.image_grids import compose_grid, requests_of_grid
 
 if TYPE_CHECKING:
     from flows.web.studio.page import Studio

@@ -10,7 +10,7 @@ from html import escape
 import gradio
 
 from lora_engine.errors import WordedError
-from tasks.operations.images import DrawRequest
+from tasks.operations.draw_request import DrawRequest
 from tasks.serving.batch import BatchProgress, draw_all
 from tasks.serving.job import Job, JobState, UnknownJob
 from tasks.serving.service import ImageService

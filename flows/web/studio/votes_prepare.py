@@ -12,7 +12,7 @@ from flows.web.studio.acting import done, find_actor, render_error, tenant_of
 from lora_engine.errors import SettingsError, WordedError
 from registry.errors import VoteError
 from registry.versions.versions import Versions
-from tasks.operations.images import DrawRequest
+from tasks.operations.draw_request import DrawRequest
 from tasks.operations.votes import ComparisonRequest, prepare_comparison
 from tasks.serving.job import JobState
 from tasks.serving.service import ImageService

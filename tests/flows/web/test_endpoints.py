@@ -27,7 +27,7 @@ from registry.entities import Decision
 from registry.home import Home
 from registry.versions.deletion import withdraw
 from registry.versions.versions import Versions
-from tasks.operations.images import DrawRequest
+from tasks.operations.draw_request import DrawRequest
 from tasks.serving.job import Job, JobState
 from tasks.serving.service import ImageService, ServiceSettings
 from tests.flows.web.server import copy_home, read_events

@@ -150,7 +150,7 @@ def test_an_error_is_shown_as_the_message_of_the_project(page: Page, studio: Ser
 
 
 def test_a_png_restores_prompt_adapters_and_settings(page: Page, studio: ServedStudio, tmp_path: Path) -> None:
-    from tasks.operations.images import DrawRequest
+    from tasks.operations.draw_request import DrawRequest
 
     prompt = "a green ring <lora:small@2:te=0.25:unet=0@0,1@0.5>"
     job = studio.service.submit(DrawRequest(prompt, negative="blue", seed=77, steps=3, sampler="euler_a"))

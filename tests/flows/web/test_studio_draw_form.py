@@ -26,7 +26,8 @@ from lora_engine.inference.image_settings import ImageSettings
 from lora_engine.inference.prompts.step_weights import parse_step_weights
 from registry.home import Home
 from tasks.operations.adapter_cards import choose_cards, list_adapter_cards, read_sample, tabulate_metrics
-from tasks.operations.images import DrawRequest, requests_of_grid
+from tasks.operations.draw_request import DrawRequest
+from tasks.operations.image_grids import requests_of_grid
 from tasks.operations.source_images import prepare_source
 from tasks.serving.job import UnknownJob
 from tests.flows.made import bring_in, register_zorb, write_random

@@ -13,7 +13,7 @@ from diffusers import schedulers
 from torch import Tensor
 
 from lora_engine.bases.base import BaseModel, load_base
-from lora_engine.bases.samplers import _NO_SCHEDULES, _UNSUPPORTED, SAMPLERS, SCHEDULES, find_sampler, titles_of
+from lora_engine.bases.samplers import _NO_SCHEDULES, _UNSUPPORTED, SAMPLERS, SCHEDULE_TYPES, find_sampler, titles_of
 from lora_engine.errors import SettingsError
 from lora_engine.inference.generate import draw_noise, generate
 from lora_engine.seeds import derive_seed
@@ -53,8 +53,7 @@ def is_refused(name: str) -> bool:
     try:
         find_sampler(name)
     except SettingsError as error:
-        assert "Fix: " in str(error)
-        return True
+        return "Fix: " in str(error)
     return False
 
 
@@ -63,7 +62,8 @@ def test_each_sampler_draws_finite_images_with_each_of_its_schedule_types(base: 
     plain = draw(base, name, guidance=1.0)
     assert torch.isfinite(plain).all()
     assert plain.std() > 0.01
-    for schedule in SCHEDULES:
+    different = {str(options): schedule for schedule, options in SCHEDULE_TYPES.items() if options}
+    for schedule in different.values():
         if not is_refused(f"{name} {schedule}"):
             assert torch.isfinite(draw(base, f"{name} {schedule}", guidance=1.0)).all(), schedule
 

@@ -19,7 +19,10 @@ from lora_engine.data.manifest import ImageEntry, Manifest
 from lora_engine.data.pixels import write_png
 from lora_engine.errors import AdapterError
 from lora_engine.formats import inspect, read_adapter, write_adapter
+from lora_engine.inference.composition import compose, generate_composed
 from lora_engine.inference.generate import draw_noise, generate
+from lora_engine.inference.prompts.prompt import parse_prompt
+from lora_engine.inference.source_image import SourceImage
 from lora_engine.seeds import generator
 from lora_engine.training.batches import Batch
 from lora_engine.training.denoising import predict
@@ -156,6 +159,35 @@ def test_an_image_equals_that_of_the_pipeline(base: BaseModel, pipeline: Any, gu
     expected = drawn_by_diffusers(pipeline, base, guidance)
     torch.testing.assert_close(drawn_by_us(base, guidance + 1.0), expected, rtol=0, atol=2e-5)
     assert (drawn_by_us(base, guidance + 2.0) - expected).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_an_image_from_an_image_equals_that_of_the_pipeline(base: BaseModel, folder: Path) -> None:
+    from diffusers import ZImageImg2ImgPipeline
+
+    pipeline = ZImageImg2ImgPipeline.from_pretrained(str(folder))
+    pipeline.set_progress_bar_config(disable=True)
+    # It scales latents of 16 channels as if they were pixels, and samples those of an image; ours are the mode.
+    pipeline.image_processor.preprocess = lambda image, **_: image
+    source = SourceImage(torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(5)) * 2 - 1, 0.75)
+    expected = pipeline(
+        ["a red star"] * 2,
+        image=base.encode_images(source.pixels[None]).expand(2, -1, -1, -1),
+        strength=source.strength,
+        height=SIZE[0],
+        width=SIZE[1],
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in (1, 2)],
+        output_type="pt",
+    ).images
+    settings: dict[str, Any] = {"seeds": [1, 2], "steps": 4, "guidance": 3.0, "height": SIZE[0], "width": SIZE[1]}
+    prompt, negative = parse_prompt("a red star"), parse_prompt("", is_negative=True)
+    with compose(base, []) as composition:
+        actual = generate_composed(base, prompt, composition, negative=negative, source=source, **settings)
+        plain = generate_composed(base, prompt, composition, negative=negative, **settings)
+    torch.testing.assert_close(actual / 2 + 0.5, expected, rtol=0, atol=1e-4)
+    assert (actual - plain).abs().max() > 0.01
 
 
 def test_a_training_step_equals_one_written_with_the_pipelines_network(base: BaseModel, pipeline: Any) -> None:

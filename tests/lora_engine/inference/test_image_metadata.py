@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from lora_engine.bases.samplers import SAMPLERS
 from lora_engine.data.evidence import read_evidence
 from lora_engine.data.pixels import write_png
-from lora_engine.inference.image_metadata import CHUNK, Drawing, UsedAdapter
+from lora_engine.inference.image_files import CHUNK, png_texts
+from lora_engine.inference.image_metadata import Drawing, UsedAdapter
 from lora_engine.inference.prompts.prompt import parse_prompt
 
 
@@ -45,7 +46,7 @@ def _adapter(folder: Path, reference: str) -> UsedAdapter:
 def test_the_text_is_what_a1111_writes(tmp_path: Path) -> None:
     adapter = _adapter(tmp_path, "zorb@3")
     drawing = _drawing("a (red:1.2) zorb <lora:zorb@production:0.7>", [adapter], "blue, flat")
-    assert drawing.texts(7, (32, 48))["parameters"] == (
+    assert drawing.infotext(7, (32, 48)) == (
         "a (red:1.2) zorb <lora:zorb-v3:0.7>\n"
         "Negative prompt: blue, flat\n"
         "Steps: 12, Sampler: DPM++ 2M, CFG scale: 3, Seed: 7, Size: 48x32, Model: tiny, "
@@ -68,7 +69,7 @@ def test_hashes_are_those_of_civitai_and_a1111(tmp_path: Path) -> None:
 
 def test_an_image_holds_its_texts_and_the_same_texts_give_the_same_bytes(tmp_path: Path) -> None:
     prompt = "a zörb 鳥 <lora:zorb@3:0@0,1@1:lbw=OUTALL:start=2>"
-    texts = _drawing(prompt, [_adapter(tmp_path, "zorb@3")]).texts(7, (4, 4))
+    texts = png_texts(_drawing(prompt, [_adapter(tmp_path, "zorb@3")]), 7, (4, 4))
     pixels = torch.zeros(3, 4, 4)
     for name in ("first.png", "second.png"):
         write_png(tmp_path / name, pixels, texts)
@@ -102,11 +103,11 @@ def test_a_value_that_a_reader_would_tear_is_quoted() -> None:
         guidance=1,
         version="1",
     )
-    assert 'Model: "my, base", Version' in drawing.texts(1, (8, 8))["parameters"]
+    assert 'Model: "my, base", Version' in drawing.infotext(1, (8, 8))
 
 
 def test_ingest_recognizes_a_generated_image(tmp_path: Path) -> None:
-    write_png(tmp_path / "a.png", torch.zeros(3, 4, 4), _drawing("a zorb", []).texts(1, (4, 4)))
+    write_png(tmp_path / "a.png", torch.zeros(3, 4, 4), png_texts(_drawing("a zorb", []), 1, (4, 4)))
     assert {"a1111-parameters", "digital-source-type-trained-algorithmic-media"} <= set(
         read_evidence(tmp_path / "a.png", tmp_path)
     )
@@ -114,9 +115,9 @@ def test_ingest_recognizes_a_generated_image(tmp_path: Path) -> None:
 
 def test_samplers_have_the_names_of_a1111() -> None:
     options = {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}
-    text = _drawing("a", [], options=options).texts(1, (8, 8))["parameters"]
+    text = _drawing("a", [], options=options).infotext(1, (8, 8))
     assert "Sampler: DPM++ 2M SDE, Schedule type: Karras, CFG scale" in text
     classes = {sampler.scheduler for sampler in SAMPLERS.values()}
     for name in classes:
-        shown = replace(_drawing("a", []), scheduler=name).texts(1, (8, 8))["parameters"]
+        shown = replace(_drawing("a", []), scheduler=name).infotext(1, (8, 8))
         assert "Scheduler" not in shown

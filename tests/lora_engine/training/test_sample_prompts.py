@@ -99,6 +99,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_untrained_base(tmp_path_factory.mktemp("base") / "small-sd", "small-sd")
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # of numpy in diffusers' schedulers
 @pytest.mark.parametrize(
     "name", [*SAMPLERS, "Euler a", "k_euler", "DPM++ 2M Karras", "EulerDiscreteScheduler", "UniPC", "DPM++ 2M SDE"]
 )

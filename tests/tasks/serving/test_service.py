@@ -22,7 +22,7 @@ from registry.versions.deletion import withdraw
 from registry.versions.promotion import promote
 from registry.versions.versions import Versions
 from tasks.errors import SpecError
-from tasks.operations.images import DrawRequest
+from tasks.operations.draw_request import DrawRequest
 from tasks.serving.adapters import ServedAdapters
 from tasks.serving.job import (
     Job,
