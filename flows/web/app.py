@@ -9,9 +9,11 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
-from flows.web import adapters, jobs, login
+from flows.web.adapters import adapter_routes
 from flows.web.callers import Sessions
 from flows.web.errors import add_error_handlers
+from flows.web.jobs import job_routes
+from flows.web.login import login_routes
 from flows.web.security import Guard, GuardSettings
 from flows.web.tokens import Tokens
 from registry.identity import program_version
@@ -75,8 +77,8 @@ def create_app(service: ImageService, settings: WebSettings | None = None) -> Fa
     app.state.service, app.state.settings = service, settings
     app.state.cards, app.state.tokens, app.state.sessions = AdapterCards(service.home), tokens, sessions
     add_error_handlers(app)
-    for module in (jobs, adapters, login):
-        app.include_router(module.router)
+    for routes in (job_routes, adapter_routes, login_routes):
+        app.include_router(routes)
     if settings.studio:
         from flows.web.studio.page import mount_studio
 
