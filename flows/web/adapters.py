@@ -12,27 +12,27 @@ from flows.web.schemas import AdapterBody, HealthBody, adapter_body
 from registry.entities import NAME_RULE
 from tasks.serving.service import ImageService
 
-router = APIRouter()
-Name = Annotated[str, Path(pattern=f"^{NAME_RULE}$", description="Name of the adapter.")]
-Number = Annotated[int, Path(ge=1, le=10**15, description="Number of the version.")]
+adapter_routes = APIRouter()
+AdapterName = Annotated[str, Path(pattern=f"^{NAME_RULE}$", description="Name of the adapter.")]
+VersionNumber = Annotated[int, Path(ge=1, le=10**15, description="Number of the version.")]
 _ERRORS = responses(401, 403, 422, 429, 503)
 
 
-@router.get("/v1/adapters", tags=["adapters"], responses=_ERRORS)
+@adapter_routes.get("/v1/adapters", tags=["adapters"], responses=_ERRORS)
 async def list_adapters(request: Request) -> list[AdapterBody]:
     """List the active versions of all adapters, by name and number."""
     cards = await run_in_threadpool(request.app.state.cards.cards)
     return [adapter_body(card) for card in cards]
 
 
-@router.get("/v1/adapters/{name}", tags=["adapters"], responses=_ERRORS)
-async def read_adapter(request: Request, name: Name) -> list[AdapterBody]:
+@adapter_routes.get("/v1/adapters/{name}", tags=["adapters"], responses=_ERRORS)
+async def list_versions_of(request: Request, name: AdapterName) -> list[AdapterBody]:
     """List the active versions of one adapter; an unknown name has none."""
     cards = await run_in_threadpool(request.app.state.cards.cards, name)
     return [adapter_body(card) for card in cards]
 
 
-@router.get(
+@adapter_routes.get(
     "/v1/adapters/{name}/{version}/sample",
     tags=["adapters"],
     response_class=Response,
@@ -42,19 +42,19 @@ async def read_adapter(request: Request, name: Name) -> list[AdapterBody]:
         **responses(404, 410),
     },
 )
-async def read_sample(request: Request, name: Name, version: Number) -> Response:
+async def read_sample(request: Request, name: AdapterName, version: VersionNumber) -> Response:
     """Return the sample image of a version, a PNG file of its evaluation report."""
     image = await run_in_threadpool(request.app.state.cards.sample, f"{name}@{version}")
     return Response(image, media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
 
 
-@router.get("/healthz", tags=["server"], responses=responses(403))
+@adapter_routes.get("/healthz", tags=["server"], responses=responses(403))
 async def read_health() -> HealthBody:
     """Answer while the process runs."""
     return HealthBody(status="ok")
 
 
-@router.get(
+@adapter_routes.get(
     "/readyz", tags=["server"], responses={**responses(403), 503: {"model": HealthBody, "description": "It stops."}}
 )
 async def read_readiness(request: Request, response: Response) -> HealthBody:
@@ -66,13 +66,13 @@ async def read_readiness(request: Request, response: Response) -> HealthBody:
     return HealthBody(status="stopping")
 
 
-@router.get(
+@adapter_routes.get(
     "/metrics",
     tags=["server"],
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **responses(401, 403, 429)},
 )
-async def read_metrics(request: Request) -> Response:
+async def show_serving_metrics(request: Request) -> Response:
     """Return the metrics in the text format of Prometheus."""
     service: ImageService = request.app.state.service
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

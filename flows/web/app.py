@@ -9,9 +9,12 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
-from flows.web import a1111, a1111_lists, adapters, jobs, login, openai_images
+from flows.web import a1111, a1111_lists, openai_images
+from flows.web.adapters import adapter_routes
 from flows.web.callers import Sessions
 from flows.web.errors import add_error_handlers
+from flows.web.jobs import job_routes
+from flows.web.login import login_routes
 from flows.web.security import Guard, GuardSettings
 from flows.web.tokens import Tokens
 from registry.identity import program_version
@@ -75,10 +78,10 @@ def create_app(service: ImageService, settings: WebSettings | None = None) -> Fa
     app.state.service, app.state.settings = service, settings
     app.state.cards, app.state.tokens, app.state.sessions = AdapterCards(service.home), tokens, sessions
     add_error_handlers(app)
-    for module in (jobs, adapters, login):
-        app.include_router(module.router)
-    for router in (a1111.router, a1111_lists.router, a1111_lists.internal, openai_images.router):
-        app.include_router(router)
+    own = (job_routes, adapter_routes, login_routes)
+    compatible = (a1111.router, a1111_lists.router, a1111_lists.internal, openai_images.router)
+    for routes in (*own, *compatible):
+        app.include_router(routes)
     if settings.studio:
         from flows.web.studio.page import mount_studio
 

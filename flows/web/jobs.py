@@ -18,7 +18,7 @@ from flows.web.schemas import ImageRequest, ImagesBody, JobBody, job_body
 from tasks.serving.job import Failure, Job, JobState, UnknownJob
 from tasks.serving.service import ImageService
 
-router = APIRouter(prefix="/v1", tags=["images"])
+job_routes = APIRouter(prefix="/v1", tags=["images"])
 _TEXTS = {
     400: "The body is no JSON, or the header Host names another server.",
     401: "No valid token.",
@@ -38,7 +38,7 @@ _PNG: dict[str, Any] = {"content": {"image/png": {"schema": {"type": "string", "
 _ALIVE = 15.0
 """Seconds between two signs of life of a stream."""
 JobId = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="Identifier of the job.")]
-Key = Annotated[
+IdempotencyKey = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
@@ -59,13 +59,13 @@ _ACCEPT = responses(401, 403, 404, 408, 409, 410, 413, 422, 429, 503, 507)
 _FIND = responses(401, 403, 404, 422, 429)
 
 
-@router.post("/jobs", status_code=202, responses=_ACCEPT)
-async def create_job(request: Request, body: ImageRequest, key: Key = None) -> JobBody:
+@job_routes.post("/jobs", status_code=202, responses=_ACCEPT)
+async def create_job(request: Request, body: ImageRequest, key: IdempotencyKey = None) -> JobBody:
     """Accept a request for images. The job is on the disk when this answers, and survives a restart."""
     return job_body(await _submit(request, body, key))
 
 
-@router.get("/jobs", responses=responses(401, 403, 422, 429))
+@job_routes.get("/jobs", responses=responses(401, 403, 422, 429))
 async def list_jobs(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> list[JobBody]:
     """List the latest jobs of the tenant, oldest first."""
     tenant = caller_of(request).tenant
@@ -73,20 +73,20 @@ async def list_jobs(request: Request, limit: Annotated[int, Query(ge=1, le=1000)
     return [job_body(job) for job in jobs]
 
 
-@router.get("/jobs/{job_id}", responses=_FIND)
+@job_routes.get("/jobs/{job_id}", responses=_FIND)
 async def read_job(request: Request, job_id: JobId) -> JobBody:
     """Return a job as it is now."""
     return job_body(await _find(request, job_id))
 
 
-@router.delete("/jobs/{job_id}", responses=_FIND)
+@job_routes.delete("/jobs/{job_id}", responses=_FIND)
 async def cancel_job(request: Request, job_id: JobId) -> JobBody:
     """Cancel a job that waits or runs. A job that has ended stays as it is."""
     await _find(request, job_id)
     return job_body(await run_in_threadpool(_service(request).cancel, job_id))
 
 
-@router.get("/jobs/{job_id}/images/{index}", response_class=Response, responses={200: _PNG, **_FIND})
+@job_routes.get("/jobs/{job_id}/images/{index}", response_class=Response, responses={200: _PNG, **_FIND})
 async def read_image(request: Request, job_id: JobId, index: Annotated[int, Path(ge=0, le=63)]) -> Response:
     """Return an image of a completed job, a PNG file with its settings."""
     await _find(request, job_id)
@@ -96,7 +96,7 @@ async def read_image(request: Request, job_id: JobId, index: Annotated[int, Path
     return Response(images[index], media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
 
 
-@router.get(
+@job_routes.get(
     "/jobs/{job_id}/preview",
     response_class=Response,
     responses={200: _PNG, 204: {"description": "There is no preview yet, or a safety hook is used."}, **_FIND},
@@ -110,7 +110,7 @@ async def read_preview(request: Request, job_id: JobId) -> Response:
     return Response(image, media_type="image/png", headers={"Cache-Control": "no-store"})
 
 
-@router.get(
+@job_routes.get(
     "/jobs/{job_id}/events",
     response_class=StreamingResponse,
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **_FIND},
@@ -141,8 +141,8 @@ async def stream_job(request: Request, job_id: JobId) -> StreamingResponse:
     )
 
 
-@router.post("/images", responses=_ACCEPT | responses(500))
-async def create_images(request: Request, body: ImageRequest, key: Key = None) -> ImagesBody:
+@job_routes.post("/images", responses=_ACCEPT | responses(500))
+async def create_images(request: Request, body: ImageRequest, key: IdempotencyKey = None) -> ImagesBody:
     """Draw images and return them. A client that goes away cancels its job."""
     job = await _submit(request, body, key)
     async with _watch(request, job.id) as changed:

@@ -11,7 +11,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from flows.web.callers import COOKIE, Sessions, caller_of
 from flows.web.tokens import Tokens
 
-router = APIRouter(include_in_schema=False)
+login_routes = APIRouter(include_in_schema=False)
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
@@ -39,19 +39,19 @@ def _page(title: str, fields: str, problem: str = "", status: int = 200) -> HTML
     return HTMLResponse(_PAGE.format(title=title, fields=fields, problem=escape(problem)), status)
 
 
-@router.get("/")
+@login_routes.get("/")
 async def show_start(request: Request) -> Response:
     """Show the studio, or the OpenAPI document of a server without it."""
     return RedirectResponse("/studio" if request.app.state.settings.studio else "/openapi.json", 303)
 
 
-@router.get("/login")
+@login_routes.get("/login")
 async def show_login() -> HTMLResponse:
     """Show the form."""
     return _page("Sign in", _FORM)
 
 
-@router.post("/login")
+@login_routes.post("/login")
 async def sign_in(request: Request) -> Response:
     """Open a session, and send its cookie."""
     tokens: Tokens | None = request.app.state.tokens
@@ -73,7 +73,7 @@ async def sign_in(request: Request) -> Response:
     return response
 
 
-@router.get("/logout")
+@login_routes.get("/logout")
 async def show_logout(request: Request) -> HTMLResponse:
     """Show the form, which is bound to the session."""
     caller = caller_of(request)
@@ -84,7 +84,7 @@ async def show_logout(request: Request) -> HTMLResponse:
     return _page("Sign out", _SIGN_OUT.format(form=sessions.form_token(caller.session), user=user))
 
 
-@router.post("/logout")
+@login_routes.post("/logout")
 async def sign_out(request: Request) -> Response:
     """Close the session."""
     caller = caller_of(request)

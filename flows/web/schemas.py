@@ -24,6 +24,7 @@ from tasks.serving.settings import MAX_PROMPT, MAX_SEED
 
 _Prompt = Annotated[str, Field(max_length=MAX_PROMPT)]
 _Side = Annotated[int, Field(ge=8, le=16_384)]
+_MOST = 10**9
 _Image = Annotated[str, Field(min_length=1, max_length=(MAX_INPUT_BYTES * 4) // 3 + 4)]
 
 
@@ -87,10 +88,10 @@ class JobBody(BaseModel):
 
     id: str
     state: JobState
-    position: int = Field(description="Place in the order of drawing, from 1; 0 if it does not wait.")
-    step: int = Field(description="Finished denoising steps.")
-    steps: int
-    seed: int = Field(description="Seed of the first image.")
+    position: int = Field(ge=0, le=_MOST, description="Place in the order of drawing, from 1; 0 if it does not wait.")
+    step: int = Field(ge=0, le=_MOST, description="Finished denoising steps.")
+    steps: int = Field(ge=0, le=_MOST)
+    seed: int = Field(ge=0, le=2**63, description="Seed of the first image.")
     adapters: list[str] = Field(description="`name@version` of the adapters, as they were when it was accepted.")
     created: datetime
     ended: datetime | None
@@ -109,7 +110,7 @@ class AdapterBody(BaseModel):
     """A version of an adapter."""
 
     name: str
-    version: int
+    version: int = Field(ge=1, le=10**18)
     aliases: list[str]
     triggers: list[str] = Field(description="Words for the prompt.")
     license: str = Field(description="SPDX expression; empty if unknown.")

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.responses import RedirectResponse
+from starlette.responses import JSONResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flows.web.callers import LOCAL, Caller, Sessions, read_cookie, read_token
-from flows.web.errors import answer
+from flows.web.errors import describe_failure
 from flows.web.limits import RequestLimit
 from flows.web.tokens import Tokens
 from registry.policy.actors import acting_as
@@ -223,13 +223,10 @@ class Guard:
             await receive()
             await send({"type": "websocket.close", "code": 1008})
             return
-        response = answer(stop.failure, stop.status, stop.headers)
+        body: dict[str, Any] = {"error": describe_failure(stop.failure).model_dump()}
         if scope["path"].startswith("/sdapi/"):  # clients of A1111 show `detail` alone
-            import json
-
-            data: dict[str, Any] = json.loads(bytes(response.body))
-            response.body = json.dumps({**data, "detail": stop.failure.message}).encode()
-            response.headers["content-length"] = str(len(response.body))
+            body["detail"] = body["error"]["message"]
+        response = JSONResponse(body, stop.status, dict(stop.headers or {}))
         await response(scope, receive, send)
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lora_engine.serving.engine import ImageEngine
 
 __all__ = ["ImageService", "ServiceSettings", "open_service"]
-FOLDER = "serving"
+_FOLDER = "serving"
 """Folder of the home for jobs, images and adapter files."""
 
 
@@ -46,7 +46,7 @@ def open_service(home: Home, settings: ServiceSettings) -> ImageService:
         BaseModelError: No such base.
     """
     fixed = []
-    adapters = ServedAdapters(home, home.path / FOLDER / "adapters")
+    adapters = ServedAdapters(home, home.path / _FOLDER / "adapters")
     try:
         for text in settings.adapters:
             reference, weight = parse_weighted(text)
@@ -84,7 +84,7 @@ class ImageService:
             raise HomeError(
                 "another server serves this home", where=str(home.path), remedy="stop it, or use another home"
             ) from None
-        folder = home.path / FOLDER
+        folder = home.path / _FOLDER
         self._records, self._results = JobRecords(folder / "jobs.db"), Results(folder)
         self._results.sweep(self._records)
         self._adapters = ServedAdapters(home, folder / "adapters", settings.cache_bytes)

@@ -260,6 +260,7 @@ OWN = {
     "lora_engine/data/decoder_process.py": "answers of our own child process",
     "lora_engine/formats/pickle_child.py": "an argument of our own child process",
     "lora_engine/formats/pickles.py": "the answer of our own child process",
+    "tasks/serving/records.py": "cells of the database that the home's server wrote",
     "tasks/environment.py": "metadata of an installed package",
     "tasks/operations/report.py": "files of an artifact, after their digests were verified",
     "tasks/steps/register.py": "files of an artifact, after their digests were verified",
