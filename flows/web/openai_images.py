@@ -191,7 +191,7 @@ def _read_files(files: list[tuple[str, bytes]]) -> tuple[UploadedImage, Uploaded
 def _write_sources(image: UploadedImage, mask: UploadedImage | None, size: tuple[int, int] | None) -> SourceFiles:
     from PIL import ImageChops
 
-    from lora_engine.inference.inpainting import PreparedImage, InpaintSettings, prepare_inpainting
+    from lora_engine.inference.inpainting import InpaintSettings, PreparedImage, prepare_inpainting
 
     if mask is not None and mask.opacity is None:
         raise DataError("the mask has no transparent parts, which are drawn", where="mask")
