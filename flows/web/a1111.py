@@ -33,18 +33,18 @@ class ProgressState(BaseModel):
     interrupted: bool = False
     stopping_generation: bool = False
     job: str = ""
-    job_count: int = Field(0, ge=0, le=10**6)
+    job_count: int = Field(default=0, ge=0, le=10**6)
     job_timestamp: str = "0"
-    job_no: int = Field(0, ge=0, le=10**6)
-    sampling_step: int = Field(0, ge=0, le=10**6)
-    sampling_steps: int = Field(0, ge=0, le=10**6)
+    job_no: int = Field(default=0, ge=0, le=10**6)
+    sampling_step: int = Field(default=0, ge=0, le=10**6)
+    sampling_steps: int = Field(default=0, ge=0, le=10**6)
 
 
 class ProgressAnswer(BaseModel):
     """Answer of `progress`: 0 and no job if nothing is drawn for the client."""
 
-    progress: float = Field(0.0, ge=0, le=1)
-    eta_relative: float = Field(0.0, ge=0, le=0, description="Not estimated.")
+    progress: float = Field(default=0.0, ge=0, le=1)
+    eta_relative: float = Field(default=0.0, ge=0, le=0, description="Not estimated.")
     state: ProgressState = ProgressState()
     current_image: str | None = None
     textinfo: str | None = None

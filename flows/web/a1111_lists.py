@@ -41,7 +41,7 @@ class NamedSchedule(BaseModel):
     name: str
     label: str
     aliases: list[str] | None = None
-    default_rho: float = Field(-1.0, ge=-1, le=100)
+    default_rho: float = Field(default=-1.0, ge=-1, le=100)
     need_inner_model: bool = False
 
 
@@ -74,7 +74,7 @@ class UpscalerEntry(BaseModel):
     model_name: str | None = None
     model_path: str | None = None
     model_url: str | None = None
-    scale: float = Field(4.0, ge=1, le=4)
+    scale: float = Field(default=4.0, ge=1, le=4)
 
 
 @router.get("/options")

@@ -83,7 +83,7 @@ class ImageEvent(BaseModel):
     output_format: Literal["png"] = "png"
     background: Literal["opaque"] = "opaque"
     quality: Literal["auto"] = "auto"
-    partial_image_index: int | None = Field(None, ge=0, le=3)
+    partial_image_index: int | None = Field(default=None, ge=0, le=3)
 
     def to_sse(self) -> str:
         """Returns the event as text of a stream."""
