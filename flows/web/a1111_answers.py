@@ -96,7 +96,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 """Statuses of the routes that draw, for the OpenAPI document."""
-INVALID = {status: ERRORS[status] for status in (400, 422)}
+INVALID: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (400, 422)}
 """Statuses of every route."""
 
 
