@@ -9,7 +9,7 @@ from functools import partial
 
 from anyio import to_thread
 from fastapi import APIRouter, Request
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from flows.web.a1111_answers import ERRORS, INVALID, A1111Route, ImagesAnswer, answer_images
 from flows.web.a1111_infotext import parse_infotext
@@ -33,18 +33,18 @@ class ProgressState(BaseModel):
     interrupted: bool = False
     stopping_generation: bool = False
     job: str = ""
-    job_count: int = 0
+    job_count: int = Field(default=0, ge=0, le=10**6)
     job_timestamp: str = "0"
-    job_no: int = 0
-    sampling_step: int = 0
-    sampling_steps: int = 0
+    job_no: int = Field(default=0, ge=0, le=10**6)
+    sampling_step: int = Field(default=0, ge=0, le=10**6)
+    sampling_steps: int = Field(default=0, ge=0, le=10**6)
 
 
 class ProgressAnswer(BaseModel):
     """Answer of `progress`: 0 and no job if nothing is drawn for the client."""
 
-    progress: float = 0.0
-    eta_relative: float = 0.0
+    progress: float = Field(default=0.0, ge=0, le=1)
+    eta_relative: float = Field(default=0.0, ge=0, le=0, description="Not estimated.")
     state: ProgressState = ProgressState()
     current_image: str | None = None
     textinfo: str | None = None

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from flows.web.a1111_answers import INVALID, A1111Route
 from flows.web.image_requests import service_of
 from lora_engine.bases.samplers import SAMPLERS, SCHEDULE_TYPES
 from lora_engine.errors import SettingsError
-from tasks.serving.catalog import describe_base, list_adapters
+from tasks.serving.catalog import describe_base, list_named_adapters
 
 router = APIRouter(prefix="/sdapi/v1", route_class=A1111Route, responses=INVALID, tags=["A1111"])
 internal = APIRouter(prefix="/internal", route_class=A1111Route, tags=["A1111"])
@@ -41,7 +41,7 @@ class NamedSchedule(BaseModel):
     name: str
     label: str
     aliases: list[str] | None = None
-    default_rho: float = -1.0
+    default_rho: float = Field(default=-1.0, ge=-1, le=100)
     need_inner_model: bool = False
 
 
@@ -74,7 +74,7 @@ class UpscalerEntry(BaseModel):
     model_name: str | None = None
     model_path: str | None = None
     model_url: str | None = None
-    scale: float = 4.0
+    scale: float = Field(default=4.0, ge=1, le=4)
 
 
 @router.get("/options")
@@ -125,7 +125,7 @@ def list_loras(request: Request) -> list[AdapterEntry]:
             path=adapter.reference,
             metadata={"sha256": adapter.sha256, **adapter.card},
         )
-        for adapter in list_adapters(service_of(request).home)
+        for adapter in list_named_adapters(service_of(request).home)
     ]
 
 

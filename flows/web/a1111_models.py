@@ -158,9 +158,9 @@ class TextToImageBody(ImageBody):
     """Fields of txt2img."""
 
     enable_hr: bool = False
-    hr_scale: Finite = 2.0
+    hr_scale: Finite = Field(2.0, ge=0, le=100)
     hr_upscaler: str = Field(_LATENT, description="Enlarged images are always scaled with Lanczos.")
-    hr_second_pass_steps: int = Field(0, ge=0, description="0 or `steps`.")
+    hr_second_pass_steps: int = Field(0, ge=0, le=1000, description="0 or `steps`.")
     hr_resize_x: int = Field(0, ge=0, le=16_384)
     hr_resize_y: int = Field(0, ge=0, le=16_384)
 

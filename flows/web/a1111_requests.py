@@ -15,7 +15,7 @@ from tasks.serving.uploads import SourceFiles, UploadedImage, decode_base64, rea
 if TYPE_CHECKING:
     from PIL import Image
 
-    from lora_engine.inference.inpainting import Inpainting, ResizeMode
+    from lora_engine.inference.inpainting import PreparedImage, ResizeMode
     from registry.home import Home
 
 _MAX_SEED = 2**32
@@ -42,7 +42,9 @@ def text_request(body: TextToImageBody, base: ServedBase, home: Home) -> DrawReq
     return _request(body, home, size=(body.height, body.width), enlarge=enlarge)
 
 
-def image_request(body: ImageToImageBody, base: ServedBase, home: Home) -> tuple[DrawRequest, SourceFiles, Inpainting]:
+def image_request(
+    body: ImageToImageBody, base: ServedBase, home: Home
+) -> tuple[DrawRequest, SourceFiles, PreparedImage]:
     """Returns the request of img2img, the files that it starts from, and what is needed to paste the result.
 
     Raises:
@@ -101,7 +103,7 @@ def _request(body: ImageBody, home: Home, *, size: tuple[int, int], enlarge: flo
     )
 
 
-def _prepare(body: ImageToImageBody) -> Inpainting:
+def _prepare(body: ImageToImageBody) -> PreparedImage:
     from lora_engine.inference.inpainting import InpaintSettings, prepare_inpainting
 
     if not body.init_images:

@@ -59,13 +59,13 @@ class ImageData(BaseModel):
 
     b64_json: str = Field(description="A PNG in base64.")
     revised_prompt: str | None = None
-    seed: int = Field(description="Its seed; not in OpenAI's API.")
+    seed: int = Field(ge=0, le=2**63, description="Its seed; not in OpenAI's API.")
 
 
 class ImagesResponse(BaseModel):
     """Images."""
 
-    created: int
+    created: int = Field(ge=0, le=2**40, description="Seconds since 1970.")
     data: list[ImageData]
     output_format: Literal["png"] = "png"
     background: Literal["opaque"] = "opaque"
@@ -78,12 +78,12 @@ class ImageEvent(BaseModel):
 
     type: str
     b64_json: str
-    created_at: int
+    created_at: int = Field(ge=0, le=2**40, description="Seconds since 1970.")
     size: str
     output_format: Literal["png"] = "png"
     background: Literal["opaque"] = "opaque"
     quality: Literal["auto"] = "auto"
-    partial_image_index: int | None = None
+    partial_image_index: int | None = Field(default=None, ge=0, le=3)
 
     def to_sse(self) -> str:
         """Returns the event as text of a stream."""

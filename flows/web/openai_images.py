@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.datastructures import UploadFile
 
 from flows.web.image_requests import draw_images, next_state, require_drawn, service_of, submitted
@@ -28,7 +28,7 @@ from flows.web.openai_answers import (
 from flows.web.openai_models import EditBody, GenerationBody, UnknownModel
 from lora_engine.errors import DataError, SettingsError, WordedError
 from tasks.operations.draw_request import DrawRequest
-from tasks.serving.catalog import describe_base, list_adapters
+from tasks.serving.catalog import describe_base, list_named_adapters
 from tasks.serving.job import Job, JobState
 from tasks.serving.uploads import MAX_UPLOAD_BYTES, SourceFiles, UploadedImage, read_upload
 
@@ -64,7 +64,7 @@ class ModelBody(BaseModel):
 
     id: str
     object: str = "model"
-    created: int
+    created: int = Field(ge=0, le=2**40, description="Seconds since 1970; 0 for the base.")
     owned_by: str = "loraline"
 
 
@@ -171,7 +171,7 @@ def _models(request: Request) -> Mapping[str, ModelBody]:
     service = service_of(request)
     base = describe_base(service.settings.base)
     models = {base.name: ModelBody(id=base.name, created=0)}
-    for adapter in list_adapters(service.home):
+    for adapter in list_named_adapters(service.home):
         models[adapter.name] = ModelBody(id=adapter.name, created=adapter.created)
     return models
 
@@ -191,7 +191,7 @@ def _read_files(files: list[tuple[str, bytes]]) -> tuple[UploadedImage, Uploaded
 def _write_sources(image: UploadedImage, mask: UploadedImage | None, size: tuple[int, int] | None) -> SourceFiles:
     from PIL import ImageChops
 
-    from lora_engine.inference.inpainting import Inpainting, InpaintSettings, prepare_inpainting
+    from lora_engine.inference.inpainting import InpaintSettings, PreparedImage, prepare_inpainting
 
     if mask is not None and mask.opacity is None:
         raise DataError("the mask has no transparent parts, which are drawn", where="mask")
@@ -200,5 +200,5 @@ def _write_sources(image: UploadedImage, mask: UploadedImage | None, size: tuple
     if drawn is not None and drawn.size != image.pixels.size:
         raise DataError(f"the mask has {drawn.width} x {drawn.height} pixels, unlike the image", where="mask")
     if size is None:
-        return SourceFiles.write(Inpainting(image.pixels, drawn, image.pixels))
+        return SourceFiles.write(PreparedImage(image.pixels, drawn, image.pixels))
     return SourceFiles.write(prepare_inpainting(image.pixels, drawn, InpaintSettings(size, "crop", blur=0)))

@@ -1,7 +1,7 @@
 """Prepares an image and its mask for inpainting as A1111's web UI does, and pastes what was drawn into the original.
 
 The engine takes an image and a mask of the size that is drawn. `prepare_inpainting` makes them: it scales, blurs the
-mask, fills what is hidden, and cuts out the region around the mask, which `Inpainting.restore` puts back.
+mask, fills what is hidden, and cuts out the region around the mask, which `PreparedImage.restore` puts back.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
+from lora_engine.data.crops import Box
 from lora_engine.errors import SettingsError
 
 ResizeMode = Literal["stretch", "crop", "fill"]
-Box = tuple[int, int, int, int]
 _FILL_BLURS = (256, 64, 16, 16, 4, 4, 4, 4, 2, 2, 0)
 """Radii in pixels of the blurs that fill a hidden region, each painted over the ones before; those of A1111."""
 
@@ -44,7 +44,7 @@ class InpaintSettings:
 
 
 @dataclass(frozen=True)
-class Inpainting:
+class PreparedImage:
     """An image and a mask of the drawn size, and what is needed to paste the result.
 
     Attributes:
@@ -72,7 +72,7 @@ class Inpainting:
         return result
 
 
-def prepare_inpainting(image: Image.Image, mask: Image.Image | None, settings: InpaintSettings) -> Inpainting:
+def prepare_inpainting(image: Image.Image, mask: Image.Image | None, settings: InpaintSettings) -> PreparedImage:
     """Returns an image and its mask as they are drawn.
 
     Args:
@@ -85,7 +85,7 @@ def prepare_inpainting(image: Image.Image, mask: Image.Image | None, settings: I
     """
     image = image.convert("RGB")
     if mask is None:
-        return Inpainting(_scale(image, settings), None, image)
+        return PreparedImage(_scale(image, settings), None, image)
     if mask.size != image.size:
         raise SettingsError(
             f"the mask has {mask.width} x {mask.height} pixels, the image {image.width} x {image.height}",
@@ -98,11 +98,11 @@ def prepare_inpainting(image: Image.Image, mask: Image.Image | None, settings: I
         mask = mask.filter(ImageFilter.GaussianBlur(settings.blur))
     if not settings.only_masked:
         scaled, small = _scale(image, settings), _scale(mask, settings)
-        return Inpainting(_hide(scaled, small) if settings.fills else scaled, small, image)
+        return PreparedImage(_hide(scaled, small) if settings.fills else scaled, small, image)
     region = find_region(mask, settings.padding, settings.size)
     wanted = (settings.size[1], settings.size[0])
     part, hidden = (each.crop(region).resize(wanted, Image.Resampling.LANCZOS) for each in (image, mask))
-    return Inpainting(_hide(part, hidden) if settings.fills else part, hidden, image, region, mask)
+    return PreparedImage(_hide(part, hidden) if settings.fills else part, hidden, image, region, mask)
 
 
 def find_region(mask: Image.Image, padding: int, size: tuple[int, int]) -> Box:

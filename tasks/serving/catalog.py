@@ -15,8 +15,8 @@ from registry.entities import AdapterVersion
 from registry.home import Home
 from registry.refs import can_exist, split_ref
 from registry.versions.versions import Versions
+from tasks.serving.adapters import DEFAULT_ALIAS
 
-DEFAULT_ALIAS = "production"
 _LABEL = re.compile(r"(?P<name>.+)-v(?P<number>[1-9][0-9]{0,8})")
 _TAG = re.compile(r"<(?P<kind>lora|lyco):(?P<name>[^<>:@/]+)(?P<rest>:[^<>]*)?>")
 
@@ -75,7 +75,7 @@ def describe_base(base: str) -> ServedBase:
     return ServedBase(source.label, source.fingerprint())
 
 
-def list_adapters(home: Home) -> list[ListedAdapter]:
+def list_named_adapters(home: Home) -> list[ListedAdapter]:
     """Returns the active versions that have an alias, one entry per alias, by name."""
     with closing(Versions(home)) as versions:
         active = [version for version in versions.list() if version.state == "ACTIVE"]

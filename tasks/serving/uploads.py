@@ -20,7 +20,7 @@ from registry.store.snapshot import find_scratch
 if TYPE_CHECKING:
     from PIL import Image
 
-    from lora_engine.inference.inpainting import Inpainting
+    from lora_engine.inference.inpainting import PreparedImage
 
 MAX_UPLOAD_BYTES = 32 << 20
 MAX_UPLOAD_PIXELS = 4096 * 4096
@@ -100,7 +100,7 @@ class SourceFiles:
     mask: Path | None
 
     @classmethod
-    def write(cls, prepared: Inpainting) -> SourceFiles:
+    def write(cls, prepared: PreparedImage) -> SourceFiles:
         """Writes the files into a new temporary folder."""
         folder = Path(tempfile.mkdtemp(dir=find_scratch()))
         files = cls(folder / "image.png", None if prepared.mask is None else folder / "mask.png")
@@ -114,7 +114,7 @@ class SourceFiles:
         shutil.rmtree(self.image.parent, ignore_errors=True)
 
 
-def restore_png(data: bytes, prepared: Inpainting) -> bytes:
+def restore_png(data: bytes, prepared: PreparedImage) -> bytes:
     """Returns a drawn PNG pasted into the original image, with the same texts; unchanged if all was drawn.
 
     Args:

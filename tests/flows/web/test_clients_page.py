@@ -31,7 +31,8 @@ def test_the_programs_of_the_page_run(
         exec(compile(code, "page", "exec"), names)
         if "client" in names:
             names["client"].close()  # type: ignore[attr-defined]
-    assert Image.open(tmp_path / "zorb.png").size == (32, 32)
+    with Image.open(tmp_path / "zorb.png") as image:
+        assert image.size == (32, 32)
     assert capsys.readouterr().out.splitlines()[-2:] == ["['zorb@1']", "7 32x32"]
 
 
