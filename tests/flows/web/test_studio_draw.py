@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -194,7 +195,8 @@ def test_a_grid_is_drawn_and_the_settings_of_a_cell_come_back(page: Page, studio
     assert [job.request.seed for job in jobs] == [5, 5, 6, 6]
     page.wait_for("document.querySelector('.studio-sheet img')", "no sheet")
     page.evaluate("[...document.querySelectorAll('.grid-wrap button')].filter(one => one.offsetParent)[2].click()")
-    page.wait_for_text("Use its settings in Draw")
+    page.wait_for("[...document.querySelectorAll('.preview')].some(one => one.offsetParent)", "no enlarged cell")
+    time.sleep(1)  # the page sends the choice apart
     page.click("Use its settings in Draw")
     wait_for_value(page, "Seed", "6")
     wait_for_value(page, "Whole prompt", "a zorb <lora:small@2:0.3> <lora:small@1:0>")
