@@ -45,7 +45,7 @@ class CardVersion:
 
 @dataclass(frozen=True)
 class AdapterCard:
-    """An adapter as a user chooses it; values are those of its production version, or of the newest one.
+    """An adapter as a user chooses it; values are those of the version that `references[0]` names.
 
     Attributes:
         name: Its registered name.
@@ -178,7 +178,9 @@ def _shown(first: Mapping[str, Any], column: Mapping[str, Any], name: str) -> st
 
 
 def _describe(store: Store, versions: Sequence[AdapterVersion]) -> AdapterCard:
-    shown = next((version for version in versions if PRODUCTION in version.aliases), versions[-1])
+    aliased = sorted((version for version in versions if version.aliases), key=lambda version: version.aliases)
+    production = [version for version in aliased if PRODUCTION in version.aliases]
+    shown = [*production, *aliased, versions[-1]][0]
     card = shown.card
     base = str(card.get("base") or "").replace("\\", "/").rstrip("/").rpartition("/")[2]
     kind = (card.get("recipe") or {}).get("kind")

@@ -109,9 +109,10 @@ def test_what_is_painted_over_an_image_is_its_mask(tmp_path: Path) -> None:
     layer.paste((255, 0, 0, 90), (4, 0, 8, 4))
     layer.save(tmp_path / "layer.png")
     image, mask = prepare_source(tmp_path / "image.png", [tmp_path / "layer.png"], tmp_path)
-    assert Image.open(image).size == (8, 4)
     assert mask is not None
-    assert Image.open(mask).tobytes() == bytes([0, 0, 0, 0, 255, 255, 255, 255]) * 4
+    with Image.open(image) as source, Image.open(mask) as painted:
+        assert source.size == (8, 4)
+        assert painted.tobytes() == bytes([0, 0, 0, 0, 255, 255, 255, 255]) * 4
     Image.new("RGBA", (8, 4)).save(tmp_path / "layer.png")
     assert prepare_source(tmp_path / "image.png", [tmp_path / "layer.png"], tmp_path)[1] is None
     (tmp_path / "image.png").write_bytes(b"no image")
@@ -148,7 +149,7 @@ def test_cards_have_what_a_user_chooses_by_and_withdrawn_versions_have_none(tmp_
     hint = Card(extra={"modelspec.usage_hint": "works best at weight 0.8"})
     bring_in(
         home,
-        write_random(tmp_path / "a.safetensors", 1, form="native", card=hint),
+        write_random(tmp_path / "a.safetensors", 1, form="loraline", card=hint),
         "<b>".strip("<>"),
         trigger="sks, two",
     )
