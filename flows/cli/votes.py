@@ -53,6 +53,7 @@ def prepare(
     from tasks.operations.votes import ComparisonRequest, prepare_comparison
     from tasks.progress import StepEvent, publish
 
+    home = open_home()
     request = ComparisonRequest(
         read_prompts(prompts),
         count,
@@ -65,7 +66,6 @@ def prepare(
         None if size is None else parse_size(size),
         sampler,
     )
-    home = open_home()
     with show_run(["generate"], Console(stderr=True)):
         publish(StepEvent("generate", "started"))
         artifact, index = prepare_comparison(
