@@ -54,6 +54,7 @@ def prepare(
     from tasks.operations.votes import ComparisonRequest, prepare_comparison
     from tasks.progress import StepEvent, publish
 
+    home = open_home()
     request = ComparisonRequest(
         read_prompts(prompts),
         count,
@@ -66,7 +67,6 @@ def prepare(
         None if size is None else parse_size(size),
         sampler,
     )
-    home = open_home()
     with show_run(["generate"], Console(stderr=True)):
         publish(StepEvent("generate", "started"))
         artifact, index = prepare_comparison(
