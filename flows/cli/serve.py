@@ -37,6 +37,12 @@ def serve(
         EngineName,
         typer.Option(help="Adapters: static fuses --adapter once, dynamic takes them by request, compiled too."),
     ] = "dynamic",
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Option of the engine, such as rank=32 (compiled); repeatable."
+        ),
+    ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option("--adapter", metavar="NAME@REF[:WEIGHT]", help="Adapter of every image (static); repeatable."),
@@ -76,6 +82,7 @@ def serve(
     from flows.web.app import WebSettings
     from flows.web.server import Listening
     from flows.web.serving import serve_images
+    from tasks.operations.adapter_files import parse_settings
     from tasks.operations.maintenance import parse_time
     from tasks.serving.settings import ServiceSettings
 
@@ -83,6 +90,7 @@ def serve(
     settings = ServiceSettings(
         base=base,
         engine=engine,
+        engine_options=parse_settings(option or ()),
         adapters=tuple(adapter or ()),
         queue_limit=queue,
         batch_images=batch,

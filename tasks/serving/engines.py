@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
+from tasks.errors import SpecError
 from tasks.serving.settings import ServiceSettings
 
 if TYPE_CHECKING:
@@ -20,10 +23,24 @@ def make_engine(settings: ServiceSettings, adapters: Sequence[tuple[Path, str, f
         adapters: File, `name@version` and weight of the adapters of the static engine.
 
     Raises:
+        SpecError: The engine has no such option, or not with this value.
         BaseModelError: No such base.
         AdapterError: An adapter does not match the base.
     """
-    from lora_engine.serving.engine import PlainEngine
+    from lora_engine.serving import engines
 
-    del adapters
-    return PlainEngine(settings.base)
+    kind = engines.ENGINES[settings.engine].options
+    values = {"max_images": settings.batch_images, **settings.engine_options}
+    if adapters:
+        values["adapters"] = " ".join(f"<lora:{reference}:{weight:g}>" for _, reference, weight in adapters)
+    try:
+        options = kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        raise SpecError(
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
+            where=f"options of the engine {settings.engine!r}",
+            allowed=", ".join(kind.model_fields),
+        ) from None
+    files = [(file, reference) for file, reference, _ in adapters]
+    return engines.make_engine(settings.engine, settings.base, options, files=files)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from lora_engine.errors import SettingsError
 from tasks.operations.draw_request import DrawRequest
@@ -18,6 +20,7 @@ class ServiceSettings:
         queue_limit: Number of jobs that may wait.
         tenant_limit: Number of jobs of one tenant that may wait; None means half of `queue_limit`, at least 1.
         engine: How adapters are held.
+        engine_options: Further options of the engine; see `lora_engine.serving.engines`.
         adapters: `name@ref:weight` of the adapters of the static engine, which are in every image.
         batch_images: Number of images that are drawn in one batch.
         batch_window: Seconds to wait for further jobs that fit into a batch.
@@ -35,6 +38,7 @@ class ServiceSettings:
     queue_limit: int = 64
     tenant_limit: int | None = None
     engine: EngineName = "dynamic"
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
     adapters: tuple[str, ...] = ()
     batch_images: int = 8
     batch_window: float = 0.01
@@ -56,6 +60,13 @@ MAX_PROMPT = 10_000
 """Characters of a prompt."""
 MAX_ADAPTERS = 16
 """Adapters of a prompt."""
+_FIXED = frozenset(
+    {
+        *("vae", "clip_skip", "tile_vae", "offload", "batch", "previews", "seed_size"),
+        *("regions", "feather", "only_regions", "format", "quality", "credentials"),
+    }
+)
+"""Fields of a request that concern files, memory or keys of the server, or that it cannot draw in a batch."""
 MAX_SEED = 2**63 - 1 - 1_000
 """Largest seed; those of further images of a request count up, and torch takes 63 bits."""
 
@@ -80,12 +91,12 @@ def check_request(request: DrawRequest, settings: ServiceSettings) -> None:
             _check("width and height", side, 8, 16_384)
         height, width = request.size
         _check("pixels of an image", round(height * width * request.enlarge**2), 1, settings.max_pixels)
-    for name in ("vae", "clip_skip"):
-        if getattr(request, name) is not None:
+    for entry in fields(request):
+        if entry.name in _FIXED and getattr(request, entry.name) != entry.default:
             raise SettingsError(
-                f"{name} {getattr(request, name)!r}",
-                allowed="the value of the adapters' training; a server does not change it by request",
-                remedy=f"leave out {name}",
+                f"{entry.name} is {getattr(request, entry.name)!r}",
+                allowed=f"{entry.default!r}: a server does not change it by request",
+                remedy=f"leave out {entry.name}",
             )
 
 
