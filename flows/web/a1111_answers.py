@@ -22,6 +22,7 @@ from flows.web.errors import headers_of, hide_paths
 from flows.web.image_requests import ClientGone, JobFailed, require_drawn, status_for_clients
 from lora_engine.data.containers import read_png_texts
 from lora_engine.errors import SettingsError, WordedError
+from tasks.operations.draw_request import settings_of
 from tasks.serving.catalog import ServedBase
 from tasks.serving.job import Job, JobState
 
@@ -135,7 +136,11 @@ def read_infotext(image: bytes) -> str:
 
 def _info(body: ImageBody, base: ServedBase, job: Job, texts: Sequence[str]) -> Mapping[str, Any]:
     request = job.request
-    seeds = list(range(request.seed, request.seed + len(texts)))
+    settings = settings_of(request)
+    seeds = list(settings.seeds)[: len(texts)]
+    variations = [settings.variation_of(number) for number in range(len(texts))]
+    subseeds = [variation.seed if variation else seed for seed, variation in zip(seeds, variations, strict=True)]
+    from_height, from_width = request.seed_size or (-1, -1)
     drawn = parse_infotext(texts[0]) if texts else {}
     known = {"Prompt", "Negative prompt", "Steps", "Sampler", "CFG scale", "Seed", "Size-1", "Size-2", "Model"}
     return {
@@ -145,9 +150,9 @@ def _info(body: ImageBody, base: ServedBase, job: Job, texts: Sequence[str]) -> 
         "all_negative_prompts": [body.negative_prompt] * len(texts),
         "seed": request.seed,
         "all_seeds": seeds,
-        "subseed": request.seed,
-        "all_subseeds": seeds,
-        "subseed_strength": 0,
+        "subseed": request.variation.seed if request.variation else request.seed,
+        "all_subseeds": subseeds,
+        "subseed_strength": request.variation.strength if request.variation else 0,
         "width": body.width,
         "height": body.height,
         "sampler_name": drawn.get("Sampler", ""),
@@ -160,8 +165,8 @@ def _info(body: ImageBody, base: ServedBase, job: Job, texts: Sequence[str]) -> 
         "sd_model_hash": base.fingerprint[:10],
         "sd_vae_name": None,
         "sd_vae_hash": None,
-        "seed_resize_from_w": -1,
-        "seed_resize_from_h": -1,
+        "seed_resize_from_w": from_width,
+        "seed_resize_from_h": from_height,
         "denoising_strength": body.denoising_strength,
         "extra_generation_params": {key: value for key, value in drawn.items() if key not in known},
         "index_of_first_image": 0,

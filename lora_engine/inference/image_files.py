@@ -11,7 +11,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape, unescape
 
 from PIL import Image
@@ -21,12 +21,12 @@ from lora_engine.data.folder import open_inside
 from lora_engine.data.images import encode_png
 from lora_engine.documents import parse_json
 from lora_engine.errors import DataError, SettingsError
+from lora_engine.inference import ImageFormat
 from lora_engine.inference.image_metadata import Drawing
 
 if TYPE_CHECKING:
     from lora_engine.inference.content_credentials import Credentials
 
-ImageFormat = Literal["png", "webp", "jpeg"]
 CHUNK, XMP = "loraline", "XML:com.adobe.xmp"
 MEDIA_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
 _MAX_SEGMENT = 65_000
