@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from flows.web.a1111_answers import ERRORS, INVALID, A1111Route, ImagesAnswer, answer_images
-from flows.web.a1111_infotext import parse_infotext
+from flows.web.a1111_infotext import infotext_values
 from flows.web.a1111_models import ImageToImageBody, TextToImageBody
 from flows.web.a1111_requests import image_request, text_request
 from flows.web.callers import caller_of
@@ -129,7 +129,7 @@ def read_png_info(body: PngInfoBody) -> PngInfoAnswer:
     """Returns the texts of a PNG."""
     texts = dict(read_png_texts(io.BytesIO(decode_base64(body.image, "image"))))
     info = texts.pop("parameters", "")
-    return PngInfoAnswer(info=info, items=texts, parameters=parse_infotext(info) if info else {})
+    return PngInfoAnswer(info=info, items=texts, parameters=infotext_values(info) if info else {})
 
 
 def _cancel_running(request: Request) -> None:

@@ -15,7 +15,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from flows.web.a1111_infotext import parse_infotext
+from flows.web.a1111_infotext import infotext_values
 from flows.web.a1111_models import ImageBody
 from flows.web.a1111_requests import MissingImage, UnknownSampler
 from flows.web.errors import headers_of, hide_paths
@@ -136,7 +136,7 @@ def read_infotext(image: bytes) -> str:
 def _info(body: ImageBody, base: ServedBase, job: Job, texts: Sequence[str]) -> Mapping[str, Any]:
     request = job.request
     seeds = list(range(request.seed, request.seed + len(texts)))
-    drawn = parse_infotext(texts[0]) if texts else {}
+    drawn = infotext_values(texts[0]) if texts else {}
     known = {"Prompt", "Negative prompt", "Steps", "Sampler", "CFG scale", "Seed", "Size-1", "Size-2", "Model"}
     return {
         "prompt": body.prompt,
