@@ -10,8 +10,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flows.web.a1111_infotext import MAX_INFOTEXT, fill_unset
+from flows.web.a1111_infotext import fill_unset
 from lora_engine.errors import SettingsError
+from lora_engine.inference.infotext import MAX_INFOTEXT
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 _NEUTRAL: dict[str, tuple[Any, ...]] = {

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lora_engine.serving.engine import ImageEngine
 
 
-def make_engine(settings: ServiceSettings, adapters: Sequence[tuple[Path, str, float]] = ()) -> ImageEngine:
+def load_engine(settings: ServiceSettings, adapters: Sequence[tuple[Path, str, float]] = ()) -> ImageEngine:
     """Returns the engine of a service; loads its base.
 
     Args:

@@ -11,18 +11,14 @@ from lora_engine.files import atomic_write, sha256_bytes
 from registry.errors import disk_errors
 from tasks.operations.draw_request import settings_of
 from tasks.serving.job import Job, UnknownJob
+from tasks.serving.uploads import MAX_UPLOAD_PIXELS
 
 if TYPE_CHECKING:
     from lora_engine.serving.engine import DrawnImages
     from tasks.serving.records import JobRecords
 
-MAX_INPUT_BYTES = 32 << 20
-"""Size of the file of an image to start from."""
-MAX_INPUT_PIXELS = 16_000_000
-"""Pixels of an image to start from, checked before it is decoded."""
 
-
-class Results:
+class JobImages:
     """Images on the disk, one folder per job.
 
     Args:
@@ -41,7 +37,7 @@ class Results:
         """
         if path.parent == self._inputs and path.exists():
             return path
-        image = open_image(path, MAX_INPUT_PIXELS)
+        image = open_image(path, MAX_UPLOAD_PIXELS)
         target = self._inputs / f"{sha256_bytes(encode_png(image))}.png"
         if not target.exists():
             with disk_errors(target):

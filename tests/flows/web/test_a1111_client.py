@@ -17,7 +17,7 @@ from PIL import Image
 from sd_parsers import ParserManager
 from webuiapi import HiResUpscaler, WebUIApi, WebUIApiResult
 
-from lora_engine.bases.samplers import SAMPLERS, SCHEDULES
+from lora_engine.bases.samplers import SAMPLERS, SCHEDULE_TYPES
 from tests.flows.web.served import Served
 
 SMALL = {"width": 32, "height": 32, "steps": 2}
@@ -147,7 +147,7 @@ def test_the_lists_name_what_can_be_used(api: WebUIApi) -> None:
     assert loras["zorb"]["path"] == "zorb@1"
     assert loras["zorb"]["alias"] == "zorb-v1"
     assert [each["aliases"] for each in api.get_samplers()] == [[name] for name in SAMPLERS]
-    assert [each["name"] for each in api.get_schedulers()] == list(SCHEDULES)
+    assert [each["name"] for each in api.get_schedulers()] == list(SCHEDULE_TYPES)
     assert [each["name"] for each in api.get_upscalers()] == ["Lanczos"]
     assert api.get_scripts() == {"txt2img": [], "img2img": []}
     assert api.get_embeddings() == {"loaded": {}, "skipped": {}}

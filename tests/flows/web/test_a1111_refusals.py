@@ -14,7 +14,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from flows.web.a1111_infotext import fill_unset, parse_infotext
+from flows.web.a1111_infotext import fill_unset, infotext_values
 from registry.versions.deletion import withdraw
 from registry.versions.promotion import promote
 from registry.versions.versions import Versions
@@ -189,12 +189,12 @@ def test_an_infotext_is_read_as_a1111_reads_it() -> None:
         "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 3, Size: 512x768, "
         'Lora hashes: "a: 1, b: 2"'
     )
-    settings = parse_infotext(text)
+    settings = infotext_values(text)
     assert settings["Prompt"] == "a ring, (red:1.2)\nsecond line"
     assert settings["Negative prompt"] == "blue\ngreen"
     assert (settings["Size-1"], settings["Size-2"]) == ("512", "768")
     assert settings["Lora hashes"] == "a: 1, b: 2"
-    assert parse_infotext("only a prompt: here, nothing: else")["Prompt"] == "only a prompt: here, nothing: else"
+    assert infotext_values("only a prompt: here, nothing: else")["Prompt"] == "only a prompt: here, nothing: else"
 
 
 def test_a_field_of_the_request_has_priority_over_the_infotext() -> None:
