@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from lora_engine.documents import parse_json
 from registry import changes, queries
 from registry.context import RegistryContext
-from registry.entities import AdapterVersion, ArtifactRef
-from registry.errors import RegistryError, StoreError
+from registry.entities import AdapterVersion
+from registry.errors import StoreError
 from registry.home import Home
 from registry.refs import split_ref
 from registry.store.artifacts import Store
+from tasks.operations.adapter_samples import find_sample, has_sample, read_report, scale_sample
 from tasks.operations.promote import differ_in_embedder
 
-SIDE = 192
-"""Longest side of a sample image in pixels."""
 PRODUCTION = "production"
 _WEIGHT = re.compile(r"\b(?:weight|strength)s?\W{0,4}([0-9](?:\.[0-9]{1,3})?)\b", re.IGNORECASE)
-_MAX_SAMPLE = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,7 @@ def choose_cards(cards: Sequence[AdapterCard], text: str = "", base: str = "") -
 
 
 def read_sample(home: Home, reference: str) -> bytes | None:
-    """Returns a sample image of a version as WebP of at most `SIDE` pixels; None if it has none or it is damaged.
+    """Returns a sample image of a version as WebP of at most 192 pixels; None if it has none or it is damaged.
 
     It is the first image of the evaluation with the trigger word, or the last one of the training.
 
@@ -138,7 +134,7 @@ def read_sample(home: Home, reference: str) -> bytes | None:
         GoneVersion: It was withdrawn or deleted.
     """
     content = read_sample_png(home, reference)
-    return None if content is None else _scaled(content)
+    return None if content is None else scale_sample(content)
 
 
 def read_sample_png(home: Home, reference: str) -> bytes | None:
@@ -146,7 +142,7 @@ def read_sample_png(home: Home, reference: str) -> bytes | None:
     with closing(RegistryContext(home)) as context:
         version = _find_usable(context, reference)
         try:
-            sample = _find_sample(context.store, version)
+            sample = find_sample(context.store, version)
             return None if sample is None else context.store.read(*sample)
         except StoreError:
             return None
@@ -224,7 +220,7 @@ def _describe(store: Store, versions: Sequence[AdapterVersion]) -> AdapterCard:
                 _base(entry),
                 _triggers(entry),
                 str(entry.card.get("license") or ""),
-                _has_sample(store, entry),
+                has_sample(store, entry),
             )
             for entry in reversed(versions)
         ),
@@ -245,60 +241,5 @@ def _family(store: Store, version: AdapterVersion, base: str) -> str:
 
     if base in published:
         return published[base].family
-    report = _read_report(store, version)
+    report = read_report(store, version)
     return str((report.get("base") or {}).get("family") or "")
-
-
-def _read_report(store: Store, version: AdapterVersion) -> Mapping[str, Any]:
-    if version.report is None:
-        return {}
-    try:
-        content = store.read(version.report, "report.json")
-    except StoreError:
-        return {}
-    report = parse_json(content, f"report of {version.ref}", RegistryError)
-    return report if isinstance(report, Mapping) else {}
-
-
-def _find_sample(store: Store, version: AdapterVersion) -> tuple[ArtifactRef, str] | None:
-    """Returns artifact and path of the sample image of a version."""
-    if version.report is not None:
-        files = store.files(version.report)
-        entries = _read_report(store, version).get("samples") or ()
-        for entry in sorted(entries, key=lambda entry: entry.get("kind") == "unasked"):
-            path = str(entry.get("adapter"))
-            if path in files and files[path].size <= _MAX_SAMPLE:
-                return version.report, path
-    drawn = [path for path in store.files(version.artifact) if re.fullmatch(r"samples/step-[0-9]+/.+\.png", path)]
-    if not drawn:
-        return None
-    last = max(int(path.split("/")[1][5:]) for path in drawn)
-    return version.artifact, min(path for path in drawn if path.startswith(f"samples/step-{last}/"))
-
-
-def _has_sample(store: Store, version: AdapterVersion) -> bool:
-    try:
-        return _find_sample(store, version) is not None
-    except StoreError:  # the bytes are missing; the version is listed all the same
-        return False
-
-
-def _scaled(content: bytes) -> bytes | None:
-    from PIL import Image
-
-    from lora_engine.data.images import BROKEN, open_pillow
-
-    try:
-        with open_pillow(io.BytesIO(content)) as image:
-            if image.width * image.height > 64_000_000:
-                return None
-            small = image.convert("RGB")
-    except BROKEN:
-        return None
-    small.thumbnail((SIDE, SIDE))
-    if max(small.size) <= SIDE // 2:
-        factor = SIDE // max(small.size)
-        small = small.resize((small.width * factor, small.height * factor), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    small.save(buffer, format="WEBP", quality=82)
-    return buffer.getvalue()

@@ -18,6 +18,7 @@ from lora_engine.errors import DataError, SettingsError
 from lora_engine.inference.image_files import (
     ImageFormat,
     ImageOptions,
+    convert_png,
     encode_image,
     encode_marked,
     read_used_adapters,
@@ -83,6 +84,22 @@ def test_the_same_image_gives_the_same_bytes_and_its_pixels_come_back(tmp_path: 
     assert change.max() <= (4 if kind == "jpeg" else 0)
     if kind != "png":
         assert len(encode_image(image, drawing, 7, ImageOptions(kind, 30))) < len(content)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("source", [None, UsedImage("0" * 64, 0.5, "1" * 64)])
+def test_a_stored_png_in_another_format_has_the_bytes_of_one_that_was_written_so(
+    tmp_path: Path, kind: ImageFormat, source: UsedImage | None
+) -> None:
+    image, options = make_image(), ImageOptions(kind, 80)
+    drawing = make_drawing(PROMPT, [make_adapter(tmp_path, name) for name in ("zorb@3", "other@1")], source=source)
+    assert convert_png(encode_image(image, drawing, 7), options) == encode_image(image, drawing, 7, options)
+
+
+def test_an_unfinished_image_keeps_its_mark_in_another_format(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(convert_png(encode_marked(make_image(), source_type_of(True)), ImageOptions("webp")))
+    assert read_evidence(path, tmp_path) == ("digital-source-type-composite-with-trained-algorithmic-media",)
 
 
 @pytest.mark.parametrize("kind", ["webp", "jpeg"])
