@@ -69,6 +69,7 @@ def serve_once(monkeypatch: pytest.MonkeyPatch, home: Path, *arguments: str) -> 
         has_ended.set()
         asking.join()
     assert completed.returncode == 0, completed.stderr
+    assert "Traceback" not in completed.stderr
     return applications[0], answers[0]
 
 

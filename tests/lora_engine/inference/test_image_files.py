@@ -23,7 +23,7 @@ from lora_engine.inference.image_files import (
     encode_marked,
     read_used_adapters,
 )
-from lora_engine.inference.image_metadata import UsedImage
+from lora_engine.inference.image_metadata import UsedImage, source_type_of
 from tests.lora_engine.inference.drawings import make_adapter, make_drawing, make_image
 
 FORMATS: tuple[ImageFormat, ...] = get_args(ImageFormat)
