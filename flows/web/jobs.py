@@ -62,7 +62,7 @@ def read_format(
     return ImageOptions(format, quality)
 
 
-Format = Annotated[ImageOptions, Depends(read_format)]
+AnswerFormat = Annotated[ImageOptions, Depends(read_format)]
 
 
 def responses(*codes: int) -> dict[int | str, dict[str, Any]]:
@@ -95,7 +95,7 @@ async def read_job(request: Request, job_id: JobId) -> JobBody:
 
 
 @job_routes.delete("/jobs/{job_id}", responses=_FIND)
-async def cancel_job(request: Request, job_id: JobId) -> JobBody:
+async def stop_job(request: Request, job_id: JobId) -> JobBody:
     """Cancel a job that waits or runs. A job that has ended stays as it is."""
     await find_job(request, job_id)
     return job_body(await to_thread.run_sync(service_of(request).cancel, job_id))
@@ -103,7 +103,7 @@ async def cancel_job(request: Request, job_id: JobId) -> JobBody:
 
 @job_routes.get("/jobs/{job_id}/images/{index}", response_class=Response, responses={200: _IMAGE, **_FIND})
 async def read_image(
-    request: Request, job_id: JobId, index: Annotated[int, Path(ge=0, le=63)], options: Format
+    request: Request, job_id: JobId, index: Annotated[int, Path(ge=0, le=63)], options: AnswerFormat
 ) -> Response:
     """Return an image of a completed job, a file with its settings."""
     await find_job(request, job_id)
@@ -162,7 +162,7 @@ async def stream_job(request: Request, job_id: JobId) -> StreamingResponse:
 
 @job_routes.post("/images", responses=_ACCEPT | responses(500))
 async def create_images(
-    request: Request, body: ImageRequest, options: Format, key: IdempotencyKey = None
+    request: Request, body: ImageRequest, options: AnswerFormat, key: IdempotencyKey = None
 ) -> ImagesBody:
     """Draw images and return them. A client that goes away cancels its job."""
     job, images = await draw_images(request, _submission(request, body, key))

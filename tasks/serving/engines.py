@@ -35,6 +35,13 @@ def load_engine(settings: ServiceSettings, adapters: Sequence[tuple[Path, str, f
     if "adapters" in settings.engine_options:
         raise SpecError("adapters is no option here", where=where, allowed=allowed, remedy="name them by --adapter")
     values = {"max_images": settings.batch_images, **settings.engine_options}
+    if adapters and kind is not engines.StaticOptions:
+        raise SpecError(
+            f"the engine {settings.engine!r} takes adapters by request",
+            where="--adapter",
+            allowed="adapters at the start with the engine 'static'",
+            remedy="leave --adapter out, or choose --engine static",
+        )
     if adapters:
         values["adapters"] = " ".join(f"<lora:{reference}:{weight:g}>" for _, reference, weight in adapters)
     try:

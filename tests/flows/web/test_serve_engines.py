@@ -79,7 +79,17 @@ def serve_once(monkeypatch: pytest.MonkeyPatch, home: Path, *arguments: str) -> 
         (("static", "--adapter", "zorb:0.5"), ["zorb@1"], {"max_images": 3, "adapters": "<lora:zorb@1:0.5>"}),
         (("dynamic", "--set", "cache_bytes=1000"), [], {"max_images": 3, "cache_bytes": 1000}),
         (
-            ("compiled", "--set", "backend=eager", "--set", "rank=2", "--set", "max_images=1", "--set", "targets=none"),
+            (
+                "compiled",
+                "--set",
+                "backend=eager",
+                "--set",
+                "rank=2",
+                "--set",
+                "max_images=1",
+                "--set",
+                "targets=unet.conv_in",
+            ),
             [],
             {"max_images": 1, "backend": "eager", "rank": 2},
         ),
@@ -105,7 +115,7 @@ def test_the_options_of_the_verb_reach_the_engine_which_draws(
 @pytest.mark.parametrize(
     ("arguments", "messages"),
     [
-        (("dynamic", "--set", "rank=3"), ("rank", "allowed: max_images, cache_bytes")),
+        (("dynamic", "--set", "rank=3"), ("rank", "Allowed: max_images, cache_bytes")),
         (("compiled", "--set", "rank=0"), ("rank", "greater than or equal to 1")),
         (("compiled", "--set", "rank=many"), ("rank", "valid integer")),
         (("static", "--set", "adapters=<lora:zorb:1>"), ("adapters", "--adapter")),

@@ -128,7 +128,7 @@ def test_images_of_other_programs_name_no_adapters(tmp_path: Path) -> None:
 def test_changed_metadata_is_refused(tmp_path: Path) -> None:
     drawing = make_drawing("a <lora:zorb@3>", [make_adapter(tmp_path, "zorb@3")])
     content = encode_image(make_image(), drawing, 7, ImageOptions("jpeg"))
-    changed = content.replace(b'"sha256": "', b'"sha256": "x')
+    changed = content.replace(b'"sha256":"', b'"sha256":"x')
     assert changed != content
     (tmp_path / "a.jpg").write_bytes(changed)
     with pytest.raises(DataError, match=r"a\.jpg: the metadata 'loraline' names no adapters"):
