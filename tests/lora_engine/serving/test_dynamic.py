@@ -204,9 +204,9 @@ def test_values_that_are_not_numbers_are_the_error_of_their_job_alone(
 def test_an_image_that_the_decoder_breaks_is_an_error_with_its_seed(
     base: BaseModel, engine: DynamicEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode = base.decode
+    decode = base.decode_latents
     monkeypatch.setattr(
-        base, "decode", lambda latents: decode(latents) * torch.tensor([1.0, torch.nan])[:, None, None, None]
+        base, "decode_latents", lambda latents: decode(latents) * torch.tensor([1.0, torch.nan])[:, None, None, None]
     )
     (broken,) = engine.draw([job_of("a ring", seeds=(4, 5))])
     assert isinstance(broken, EngineError)
@@ -312,6 +312,6 @@ def test_images_that_need_more_than_the_free_memory_are_refused_by_the_engine(
     monkeypatch.setattr("lora_engine.serving.batch.measure_free", lambda device: (1, 1))
     for result in DynamicEngine(base).draw(jobs):
         assert isinstance(result, EngineError)
-        assert "memory" in str(result)
+        assert "has 0 MiB left" in str(result)
     monkeypatch.undo()
     assert not any(isinstance(result, EngineError) for result in DynamicEngine(base).draw(jobs))
