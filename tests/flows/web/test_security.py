@@ -450,6 +450,12 @@ def test_a_file_of_tokens_that_cannot_be_used_is_refused_with_its_line(file: Pat
         Tokens(file)
 
 
+@pytest.fixture(scope="module")
+def idle_home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """Returns a home that nobody serves."""
+    return copy_home(tmp_path_factory, tmp_path_factory.mktemp("idle") / "home")
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -465,11 +471,10 @@ def test_a_file_of_tokens_that_cannot_be_used_is_refused_with_its_line(file: Pat
     ],
 )
 def test_a_server_that_would_be_open_or_cannot_work_does_not_start(
-    tmp_path_factory: pytest.TempPathFactory, file: Path, options: list[str], match: str
+    idle_home: Home, file: Path, options: list[str], match: str
 ) -> None:
     write_tokens(file, ("ann@example.com", "lab"))
-    folder = file.parent / "home"
-    copy_home(tmp_path_factory, folder)
+    folder = idle_home.path
     line = [str(file) if option == "FILE" else option for option in options]
     completed = loraline_here("serve", "--port", "0", "--no-studio", *line, home=folder)
     assert completed.returncode in {1, 2}, completed.stderr

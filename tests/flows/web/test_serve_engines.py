@@ -17,11 +17,15 @@ from fastapi import FastAPI
 
 from flows.web.app import create_app
 from lora_engine.serving.engines import ENGINES
+from registry.home import Home
 from tasks.serving import EngineName
 from tests.flows.commands import loraline_here
 from tests.flows.web.server import copy_home
 
 PAGE = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
+COMPILED = [
+    part for option in ("backend=eager", "rank=2", "max_images=1", "targets=unet.conv_in") for part in ("--set", option)
+]
 BODY = {"prompt": "a ring", "steps": 1, "seed": 5}
 
 
@@ -78,20 +82,11 @@ def serve_once(monkeypatch: pytest.MonkeyPatch, home: Path, *arguments: str) -> 
     [
         (("static", "--adapter", "zorb:0.5"), ["zorb@1"], {"max_images": 3, "adapters": "<lora:zorb@1:0.5>"}),
         (("dynamic", "--set", "cache_bytes=1000"), [], {"max_images": 3, "cache_bytes": 1000}),
-        (
-            (
-                "compiled",
-                "--set",
-                "backend=eager",
-                "--set",
-                "rank=2",
-                "--set",
-                "max_images=1",
-                "--set",
-                "targets=unet.conv_in",
-            ),
+        pytest.param(
+            ("compiled", *COMPILED),
             [],
-            {"max_images": 1, "backend": "eager", "rank": 2},
+            {"max_images": 1, "backend": "eager", "rank": 2, "targets": "unet.conv_in"},
+            marks=pytest.mark.nightly,  # compiling takes seconds
         ),
     ],
 )
@@ -112,6 +107,28 @@ def test_the_options_of_the_verb_reach_the_engine_which_draws(
     assert {name: getattr(engine.options, name) for name in options} == options
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """Returns a home that no test changes."""
+    return copy_home(tmp_path_factory, tmp_path_factory.mktemp("engines") / "home")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("backend=no-such-backend", "torch.compile failed"),
+        ("sizes=[[15, 16]]", "cannot generate images of 16 x 15"),
+        ("sizes=[[32, 8], [32, 16], [32, 24], [32, 32], [32, 40], [32, 48], [32, 56], [32, 64], [32, 72]]", "9 sizes"),
+        ("targets=nothing", "target 'nothing' matches no module"),
+    ],
+)
+def test_the_compiled_engine_refuses_what_the_verb_asks_of_it(home: Home, option: str, message: str) -> None:
+    line = ["serve", "--port", "0", "--no-studio", "--engine", "compiled", *COMPILED, "--set", option]
+    completed = loraline_here(*line, home=home.path)
+    assert completed.returncode in {1, 2}
+    assert message in completed.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "messages"),
     [
@@ -125,9 +142,8 @@ def test_the_options_of_the_verb_reach_the_engine_which_draws(
     ],
 )
 def test_an_option_that_the_engine_does_not_have_is_refused(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, arguments: tuple[str, ...], messages: tuple[str, ...]
+    home: Home, arguments: tuple[str, ...], messages: tuple[str, ...]
 ) -> None:
-    home = copy_home(tmp_path_factory, tmp_path / "home")
     completed = loraline_here("serve", "--port", "0", "--no-studio", "--engine", *arguments, home=home.path)
     assert (completed.returncode, completed.stdout) == (2, "")
     assert [message for message in messages if message not in completed.stderr] == []

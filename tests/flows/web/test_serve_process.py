@@ -29,6 +29,7 @@ def check(images, job):
 """
 
 
+@pytest.mark.nightly
 def test_a_server_that_is_killed_loses_no_accepted_job_and_an_alias_moves_while_it_serves(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:

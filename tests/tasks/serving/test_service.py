@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -89,6 +90,14 @@ def served(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Home:
     return copy_home(tmp_path_factory, tmp_path / "home")
 
 
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory: pytest.TempPathFactory, engine: HeldEngine) -> Iterator[ImageService]:
+    """Yields a service that no test gives a job."""
+    home = copy_home(tmp_path_factory, tmp_path_factory.mktemp("idle") / "home")
+    with service_on(home, engine) as service:
+        yield service
+
+
 @contextmanager
 def service_on(home: Home, engine: HeldEngine, **settings: object) -> Iterator[ImageService]:
     service = ImageService(home, ServiceSettings(**settings), engine)
@@ -125,6 +134,18 @@ def test_accepted_jobs_are_drawn_by_the_next_service_if_this_one_stops(served: H
         with pytest.raises(KeyReused):
             second.submit(PLAIN, tenant="ann", key="k1")
         assert second.submit(PLAIN, tenant="ben", key="k1").id != waiting.id, "keys are those of a tenant"
+
+
+def test_jobs_of_a_killed_server_are_drawn_by_the_next_and_their_keys_count(
+    served: Home, engine: HeldEngine, tmp_path: Path
+) -> None:
+    with service_on(served, engine, batch_images=1) as service:
+        jobs = [hold(service, engine), service.submit(REQUEST, key="k1")]
+        shutil.copytree(served.path, tmp_path / "killed")  # the files as they are if the process ends here
+    with service_on(Home.open(tmp_path / "killed"), engine) as service:
+        assert [service.wait(job.id, 60).state for job in jobs] == [JobState.COMPLETED] * 2
+        assert [len(service.images(job.id)) for job in jobs] == [1, 1]
+        assert service.submit(REQUEST, key="k1").id == jobs[1].id
 
 
 @pytest.mark.parametrize(
@@ -368,10 +389,11 @@ def test_a_safety_hook_that_cannot_be_loaded_keeps_the_server_from_starting(
     ],
 )
 def test_a_request_outside_of_the_limits_is_refused_before_it_waits(
-    served: Home, engine: HeldEngine, changes: dict[str, object], match: str
+    idle: ImageService, changes: dict[str, object], match: str
 ) -> None:
-    with service_on(served, engine) as service, pytest.raises(SettingsError, match=match):
-        service.submit(replace(PLAIN, **changes))  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match=match):
+        idle.submit(replace(PLAIN, **changes))  # type: ignore[arg-type]
+    assert idle.jobs() == []
 
 
 def test_adapters_are_named_by_reference_only(served: Home, tmp_path: Path) -> None:
