@@ -117,7 +117,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     ("option", "message"),
     [
         ("backend=no-such-backend", "torch.compile failed"),
-        ("sizes=[[15, 16]]", "cannot generate images of 16 x 15"),
+        ("sizes=[[15, 16]]", "cannot generate images of 15 x 16"),
         ("sizes=[[32, 8], [32, 16], [32, 24], [32, 32], [32, 40], [32, 48], [32, 56], [32, 64], [32, 72]]", "9 sizes"),
         ("targets=nothing", "target 'nothing' matches no module"),
     ],
