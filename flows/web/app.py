@@ -9,18 +9,19 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
-from flows.web import a1111, a1111_lists, openai_images
+from flows.web.a1111 import draw_routes
+from flows.web.a1111_lists import list_routes, ping_routes
 from flows.web.adapters import adapter_routes
 from flows.web.callers import Sessions
 from flows.web.errors import add_error_handlers
 from flows.web.jobs import job_routes
 from flows.web.login import login_routes
+from flows.web.openai_images import openai_routes
 from flows.web.security import Guard, GuardSettings
 from flows.web.tokens import Tokens
 from registry.identity import program_version
 from registry.policy.actors import refusing_own_user
 from tasks.errors import SpecError
-from tasks.serving.cards import AdapterCards
 from tasks.serving.service import ImageService
 
 
@@ -77,10 +78,10 @@ def create_app(service: ImageService, settings: WebSettings | None = None) -> Fa
         lifespan=lifespan,
     )
     app.state.service, app.state.settings = service, settings
-    app.state.cards, app.state.tokens, app.state.sessions = AdapterCards(service.home), tokens, sessions
+    app.state.tokens, app.state.sessions = tokens, sessions
     add_error_handlers(app)
     own = (job_routes, adapter_routes, login_routes)
-    compatible = (a1111.router, a1111_lists.router, a1111_lists.internal, openai_images.router)
+    compatible = (draw_routes, list_routes, ping_routes, openai_routes)
     for routes in (*own, *compatible):
         app.include_router(routes)
     if settings.studio:

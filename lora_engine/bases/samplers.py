@@ -191,7 +191,7 @@ def titles_of(scheduler: str, options: Mapping[str, Any]) -> tuple[str, str | No
     return title or (candidates[0].title if candidates else scheduler), schedule
 
 
-def name_of(scheduler: str, options: Mapping[str, Any]) -> str | None:
+def sampler_name_of(scheduler: str, options: Mapping[str, Any]) -> str | None:
     """Returns the name for `find_sampler` of a class of diffusers with options; None if no sampler has the class."""
     matches = {
         name: len(each.options)

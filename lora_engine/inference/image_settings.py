@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_engine.bases.samplers import find_sampler, name_of
+from lora_engine.bases.samplers import find_sampler, sampler_name_of
 from lora_engine.data.containers import read_png_texts
 from lora_engine.data.folder import open_inside
 from lora_engine.documents import parse_json
@@ -118,7 +118,7 @@ def _read_facts(text: str, name: str) -> ImageSettings:
             seed=int(facts["seed"]),
             steps=int(facts["steps"]),
             guidance=float(facts["guidance"]),
-            sampler=name_of(str(sampler["class"]), sampler),
+            sampler=sampler_name_of(str(sampler["class"]), sampler),
             size=(round(height / (factor or 1)), round(width / (factor or 1))),
             strength=None if source is None else float(source["strength"]),
             enlarge=factor,
@@ -150,7 +150,7 @@ def _find_sampler(name: str) -> tuple[str | None, tuple[str, ...]]:
         sampler = find_sampler(name)
     except SettingsError:
         return None, (f"the sampler {name[:60]!r} is unknown here",)
-    return name_of(sampler.scheduler, sampler.options), ()
+    return sampler_name_of(sampler.scheduler, sampler.options), ()
 
 
 def _with_references(prompt: str) -> str:

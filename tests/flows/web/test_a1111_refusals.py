@@ -62,7 +62,9 @@ def refused(client: httpx.Client, path: str, body: dict[str, Any]) -> tuple[int,
         ({"script_name": "X/Y/Z plot"}, 422, "Script 'X/Y/Z plot' not found"),
         ({"restore_faces": True}, 422, "restore_faces"),
         ({"tiling": True}, 422, "tiling"),
-        ({"subseed_strength": 0.5}, 422, "subseed_strength"),
+        ({"subseed_strength": 1.5}, 422, "subseed_strength"),
+        ({"seed_resize_from_w": 16_000, "seed_resize_from_h": 16_000}, 422, "pixels of an image"),
+        ({"seed_resize_from_w": 33, "seed_resize_from_h": 32}, 422, "33 pixels"),
         ({"styles": ["film"]}, 422, "styles"),
         ({"eta": 0.5}, 422, "eta"),
         ({"s_churn": 1}, 422, "s_churn"),
@@ -138,7 +140,6 @@ def test_neutral_values_and_unknown_fields_change_nothing_and_are_named(client: 
     assert answer["images"] == plain["images"]
     assert json.loads(answer["info"])["ignored"] == [
         "do_not_save_grid",
-        "subseed",
         "override_settings.samples_format",
     ]
     assert json.loads(plain["info"])["ignored"] == []
