@@ -16,7 +16,7 @@ from flows.web.errors import ErrorBody, describe_failure
 from lora_engine.errors import DataError, SettingsError
 from lora_engine.files import sha256_bytes
 from tasks.operations.draw_request import DrawRequest
-from tasks.serving.cards import AdapterCard
+from tasks.serving.cards import ServedVersion
 from tasks.serving.job import Job, JobState
 from tasks.serving.results import MAX_INPUT_BYTES
 from tasks.serving.service import ImageService
@@ -144,7 +144,7 @@ def job_body(job: Job) -> JobBody:
     )
 
 
-def adapter_body(card: AdapterCard) -> AdapterBody:
+def adapter_body(card: ServedVersion) -> AdapterBody:
     """Returns the body of a card."""
     ref = f"{card.name}@{card.version}"
     return AdapterBody(

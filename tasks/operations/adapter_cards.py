@@ -110,7 +110,7 @@ def choose_cards(cards: Sequence[AdapterCard], text: str = "", base: str = "") -
     return tuple(card for card in cards if fits(card))
 
 
-def read_sample(home: Home, reference: str) -> bytes | None:
+def read_card_sample(home: Home, reference: str) -> bytes | None:
     """Returns a sample image of a version as WebP of at most `SIDE` pixels; None if it has none or it is damaged.
 
     It is the first image of the evaluation with the trigger word, or the last one of the training.

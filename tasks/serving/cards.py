@@ -15,7 +15,7 @@ _SAMPLES = "pictures/"
 
 
 @dataclass(frozen=True)
-class AdapterCard:
+class ServedVersion:
     """A version for those who choose one.
 
     Attributes:
@@ -50,7 +50,7 @@ class AdapterCards:
         self._versions, self._lock = Versions(home), threading.Lock()
         self._samples: dict[str, str | None] = {}
 
-    def cards(self, name: str | None = None) -> tuple[AdapterCard, ...]:
+    def cards(self, name: str | None = None) -> tuple[ServedVersion, ...]:
         """Returns the cards of the active versions of an adapter, or of all, by name and number."""
         with self._lock:
             return tuple(self._card(version) for version in self._versions.list(name) if version.state == "ACTIVE")
@@ -73,10 +73,10 @@ class AdapterCards:
         """Closes the registry."""
         self._versions.close()
 
-    def _card(self, version: AdapterVersion) -> AdapterCard:
+    def _card(self, version: AdapterVersion) -> ServedVersion:
         card = version.card
         triggers = [word.strip() for word in str(card.get("trigger") or "").split(",")]
-        return AdapterCard(
+        return ServedVersion(
             version.name,
             version.version,
             version.aliases,

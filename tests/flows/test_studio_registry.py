@@ -14,7 +14,6 @@ import pytest
 from lora_engine.progress import Point
 from registry.entities import Event
 from registry.home import Home
-from registry.identity import Actor
 from registry.lineage.record import Lineage
 from registry.versions.promotion import promote, read_log
 from registry.versions.versions import Versions
@@ -25,7 +24,7 @@ from tests.flows.browser import Page, browsed
 from tests.flows.compared import PROMPTS, compared_home
 from tests.flows.made import bring_in, write_random
 from tests.flows.shared import copy_trained, draw_noise
-from tests.flows.studio_server import Caller, studio_served
+from tests.flows.web.studio_server import ServedStudio, served_studio
 
 __all__ = ["compared_home"]
 
@@ -48,7 +47,7 @@ roles:
   trainer: {may: [train], members: [carl]}
 """
 WITHOUT_VOTES = ROLES.replace("votes: {against: base, at_least: 6}, ", "")
-KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Backspace": 8}
+USERS = ("ann", "ben", "carl", "eve")
 
 
 @dataclass
@@ -57,23 +56,23 @@ class StudioPage:
 
     Attributes:
         page: The browser's page.
-        address: The address of the studio.
+        served: The studio.
         home: The home.
         digest: Digest of the comparison of small@1 against the base.
         project: The folder with the images.
     """
 
     page: Page
-    address: str
+    served: ServedStudio
     home: Home
     digest: str
     project: Path
 
     def open(self, user: str, tab: str) -> None:
         """Loads the page as a user, and opens a tab."""
-        self.page._send("Network.setCookie", name="user", value=user, url=self.address)
+        self.served.sign_in(self.page, user)
         self.page.open("about:blank")
-        self.page.open(self.address)
+        self.page.open(self.served.address)
         self.show(tab)
 
     def show(self, tab: str) -> None:
@@ -89,11 +88,6 @@ class StudioPage:
         )
         script = f"(b => {{ if (b) b.click(); return Boolean(b); }})({find})".replace("TITLE", json.dumps(title))
         self.page._wait(script, f"no accordion {title}")
-
-    def press(self, key: str) -> None:
-        """Presses a key."""
-        for kind in ("rawKeyDown", "keyUp"):
-            self.page._send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key])
 
     def wait(self, condition: Callable[[], object]) -> None:
         """Waits until a condition is met."""
@@ -118,10 +112,9 @@ def studio(compared_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     bring_in(home, write_random(project / "other.safetensors", 3), "small")
     (home.path / "policy.yaml").write_text(ROLES)
     digest = json.loads((project / "comparison.json").read_text())["comparison"]
-    callers = {name: Caller(name, Actor(name)) for name in ("ann", "ben", "carl", "eve")}
-    with studio_served(home, callers) as address, browsed(tmp_path_factory.mktemp("browser")) as page:
-        page._send("Network.enable")
-        yield StudioPage(page, address, home, digest, project)
+    users = [(user, f"lab-{user}") for user in USERS]
+    with served_studio(home, users) as served, browsed(tmp_path_factory.mktemp("browser")) as page:
+        yield StudioPage(page, served, home, digest, project)
 
 
 def test_a_voter_judges_pairs_by_keyboard_and_the_page_never_says_which_image_is_whose(studio):
@@ -135,11 +128,11 @@ def test_a_voter_judges_pairs_by_keyboard_and_the_page_never_says_which_image_is
         assert html.count("<img") == 2
         assert not [word for word in ("candidate", "small@1", "lora:", ".png") if word in html]
         if number == 1:
-            studio.press("Backspace")
+            studio.page.press("Backspace")
             studio.page.wait_for_text(f"Pair 1 of {len(PROMPTS)}")
-            studio.press("ArrowRight")
+            studio.page.press("ArrowRight")
             studio.page.wait_for_text(f"Pair 2 of {len(PROMPTS)}")
-        studio.press(key)
+        studio.page.press(key)
     studio.page.wait_for_text("All pairs are judged. Your votes are final, and count.")
     votes = {event.details["pair"]: event.details for event in studio.events("vote") if event.actor == "ann"}
     answers = ["right", "right", "tie", "skip", "left", "right"]
@@ -156,7 +149,7 @@ def test_a_user_without_a_role_sees_pairs_and_cannot_vote_or_learn_results(studi
     studio.page.wait_for_text("pairs judged")
     studio.expand("Results")
     studio.page.wait_for_text("Results are shown once you have judged every pair")
-    studio.press("ArrowLeft")
+    studio.page.press("ArrowLeft")
     studio.page.wait_for_text("eve has no role that may vote small")
     assert not [event for event in studio.events("vote") if event.actor == "eve"]
     assert studio.events("refuse")[-1].actor == "eve"
@@ -183,14 +176,6 @@ def test_a_comparison_is_drawn_with_the_queue_of_the_server(studio):
     studio.page.click("Draw the pairs")
     studio.page.wait_for_text("eve has no role that may vote small")
     assert studio.events("compare")[-1] == event
-
-
-def test_nobody_is_served_whom_the_application_did_not_establish(studio):
-    studio.open("mallory", "Votes")
-    studio.page.wait_for_text("no user is established")
-    studio.show("Releases")
-    studio.page.wait_for_text("no user is established")
-    assert "small@1" not in str(studio.page.evaluate("document.body.innerText"))
 
 
 def test_a_promotion_shows_all_reasons_happens_after_confirmation_and_is_rolled_back(studio):

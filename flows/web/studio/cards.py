@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import gradio
 
 from flows.web.studio.page_messages import data_url, show_error, show_note
+from flows.web.studio.page_style import UNQUEUED
 from lora_engine.errors import WordedError
 from registry.home import Home
-from tasks.operations.adapter_cards import AdapterCard, choose_cards, list_adapter_cards, read_sample
+from tasks.operations.adapter_cards import AdapterCard, choose_cards, list_adapter_cards, read_card_sample
 
 if TYPE_CHECKING:
     from flows.web.studio.page import Studio
@@ -43,7 +44,7 @@ class CardList:
         self.html = gradio.HTML(elem_classes="studio-cards", js_on_load=_ON_LOAD)
         inputs, outputs = [self.search, self.base], [self.base, self.html]
         events = [self.search.change, self.base.input, self.refresh.click, studio.page.load]
-        gradio.on(events, self._show, inputs, outputs, queue=False, show_progress="hidden", api_visibility="private")
+        gradio.on(events, self._show, inputs, outputs, **UNQUEUED)
 
     def _show(self, text: str, base: str) -> tuple[Any, str]:
         try:
@@ -103,7 +104,7 @@ def _button(action: str, card: AdapterCard, text: str, label: str, style: str = 
 def _sample(home: Home, reference: str) -> str | None:
     """Returns the sample of a numbered version, which does not change."""
     try:
-        content = read_sample(home, reference)
+        content = read_card_sample(home, reference)
     except WordedError:
         return None
     return None if content is None else data_url(content, "image/webp")
