@@ -40,7 +40,7 @@ class CardList:
         with gradio.Row():
             self.search = gradio.Textbox(label="Search adapters", placeholder="name, trigger word, license")
             self.base = gradio.Dropdown([ALL], value=ALL, label="Base or family")
-            self.refresh = gradio.Button("Refresh", scale=0, min_width=110)
+            self.refresh = gradio.Button("Refresh", scale=0, min_width=110, elem_classes="studio-refresh")
         self.html = gradio.HTML(elem_classes="studio-cards", js_on_load=_ON_LOAD)
         inputs, outputs = [self.search, self.base], [self.base, self.html]
         events = [self.search.change, self.base.input, self.refresh.click, studio.page.load]
@@ -83,7 +83,8 @@ def _card(home: Home, card: AdapterCard) -> str:
         for version in card.versions
         for alias in version.aliases
     )
-    about = " · ".join(filter(None, (card.base, card.family, card.kind, card.license or "no license stated")))
+    name = card.name if card.name != card.title else ""
+    about = " · ".join(filter(None, (name, card.base, card.family, card.kind, card.license or "no license stated")))
     count = f"{len(card.versions)} version{'s' if len(card.versions) > 1 else ''}"
     weight = f"recommended weight {card.weight:g}" if card.weight is not None else ""
     facts = " · ".join(filter(None, (count, f"gates of {card.shown}: {card.gates}", weight)))

@@ -119,7 +119,7 @@ def _add_results(studio: Studio) -> tuple[DrawResults, gradio.Button, gradio.But
     with gradio.Row():
         reuse = gradio.Button("Use its settings", size="sm")
         start_from = gradio.Button("Start from it", size="sm")
-    files = gradio.File(label="PNG files with their settings", file_count="multiple", interactive=False)
+    files = gradio.File(label="PNG files with their settings", file_count="multiple", interactive=False, height=140)
     chosen = gradio.State(0)
     gallery.select(choose_image, None, [chosen], **UNQUEUED)
     return DrawResults(status, gallery, files, gradio.State(""), chosen), reuse, start_from

@@ -146,8 +146,14 @@ def add_schedule(form: DrawForm) -> None:
             min_width=240,
         )
         curve = gradio.HTML(draw_curve(constant(1), 20), elem_classes="studio-curve")
+    with gradio.Row():
+        add = gradio.Button("Add a point", size="sm")
+        remove = gradio.Button("Remove the last point", size="sm")
     message = gradio.HTML()
     apply = gradio.Button("Use this schedule")
+    # The menu of a cell, which also adds and removes rows, cannot be reached with the keyboard.
+    add.click(_add_point, [table, unit], [table], **UNQUEUED)
+    remove.click(lambda rows: rows[:-1] if len(rows) > 1 else rows, [table], [table], **UNQUEUED)
     gradio.on(
         [table.change, unit.change, form.steps.change],
         _show_curve,
@@ -184,6 +190,15 @@ def _take_preset(name: str, chosen: str | None, used: list[Used]) -> tuple[Any, 
     weights = ((0.0, 1.0),) if place is None else used[place].tag.denoiser.points
     largest = max((weight for _, weight in weights), key=abs)
     return (preset_rows(name, largest), PERCENT) if name in SCHEDULE_PRESETS else (gradio.skip(), gradio.skip())
+
+
+def _add_point(rows: list[list[Any]], unit: str) -> list[list[Any]]:
+    """Returns the rows with one at the end, or behind the last step, which has the last weight."""
+    try:
+        position, weight = schedule_rows(schedule_weights(rows, unit))[0][-1]
+    except WordedError:
+        return [*rows, [None, None]]
+    return [*rows, [100 if unit == PERCENT else position + 1, weight]]
 
 
 def _show_curve(rows: list[list[Any]], unit: str, steps: float) -> tuple[Any, str]:

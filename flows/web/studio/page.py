@@ -109,7 +109,7 @@ def mount_studio(app: fastapi.FastAPI, service: ImageService) -> None:
         ssr_mode=False,
         enable_monitoring=False,
         mcp_server=False,
-        footer_links=["settings"],
+        footer_links=[],
         theme=theme(),
         css=CSS + REGISTRY_CSS,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from html import escape
@@ -32,8 +33,9 @@ def show_refusal(problem: str, reasons: Iterable[str], fix: str = "") -> str:
 
 
 def show_note(text: str) -> str:
-    """Returns a short message; an empty one is hidden."""
-    return f'<p class="studio-note" role="status">{escape(text)}</p>' if text else ""
+    """Returns a short message, with commands between backticks as code; an empty one is hidden."""
+    shown = re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
+    return f'<p class="studio-note" role="status">{shown}</p>' if text else ""
 
 
 def show_done(text: str) -> str:
