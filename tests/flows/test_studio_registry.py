@@ -2,119 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from lora_engine.progress import Point
-from registry.entities import Event
-from registry.home import Home
 from registry.lineage.record import Lineage
-from registry.versions.promotion import promote, read_log
+from registry.versions.promotion import promote
 from registry.versions.versions import Versions
 from tasks.operations.ballots import open_ballot
 from tasks.progress import StepEvent, publish
 from tasks.run_entry import recording
-from tests.flows.browser import Page, browsed
 from tests.flows.compared import PROMPTS, compared_home
-from tests.flows.made import bring_in, write_random
-from tests.flows.shared import copy_trained, draw_noise
-from tests.flows.web.studio_server import ServedStudio, served_studio
+from tests.flows.shared import draw_noise
+from tests.flows.studio_page import ROLES, WITHOUT_VOTES, studio
+from tests.flows.web.studio_server import UNLABELED
 
-__all__ = ["compared_home"]
+__all__ = ["compared_home", "studio"]
 
-pytestmark = [
-    pytest.mark.needs("chromium"),
-    # Gradio uses an option and an argument of pandas that are deprecated, and does not close its event loops.
-    pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated"),
-    pytest.mark.filterwarnings("ignore:The copy keyword is deprecated"),
-    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
-]
-
-ROLES = """\
-aliases:
-  production:
-    {votes: {against: base, at_least: 6}, needs_consent: none, needs_licence: none,
-     needs_evaluation: false, needs_gate: false}
-roles:
-  voter: {may: [vote], members: [ann, ben]}
-  releaser: {may: [stage, promote, revoke, endorse], members: [carl]}
-  trainer: {may: [train], members: [carl]}
-"""
-WITHOUT_VOTES = ROLES.replace("votes: {against: base, at_least: 6}, ", "")
-USERS = ("ann", "ben", "carl", "eve")
-
-
-@dataclass
-class StudioPage:
-    """The page of a served home in a browser.
-
-    Attributes:
-        page: The browser's page.
-        served: The studio.
-        home: The home.
-        digest: Digest of the comparison of small@1 against the base.
-        project: The folder with the images.
-    """
-
-    page: Page
-    served: ServedStudio
-    home: Home
-    digest: str
-    project: Path
-
-    def open(self, user: str, tab: str) -> None:
-        """Loads the page as a user, and opens a tab."""
-        self.served.sign_in(self.page, user)
-        self.page.open("about:blank")
-        self.page.open(self.served.address)
-        self.show(tab)
-
-    def show(self, tab: str) -> None:
-        """Opens a tab."""
-        find = "[...document.querySelectorAll('button[role=tab]')].find(tab => tab.innerText.trim() === TAB)"
-        script = f"(tab => {{ if (tab) tab.click(); return Boolean(tab); }})({find})"
-        self.page._wait(script.replace("TAB", json.dumps(tab)), f"no tab {tab}")
-
-    def expand(self, title: str) -> None:
-        """Opens an accordion."""
-        find = (
-            "[...document.querySelectorAll('button')].find(b => b.offsetParent && b.innerText.trim().startsWith(TITLE))"
-        )
-        script = f"(b => {{ if (b) b.click(); return Boolean(b); }})({find})".replace("TITLE", json.dumps(title))
-        self.page._wait(script, f"no accordion {title}")
-
-    def wait(self, condition: Callable[[], object]) -> None:
-        """Waits until a condition is met."""
-        deadline = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < deadline, self.page.evaluate("document.body.innerText")
-            time.sleep(0.2)
-
-    def events(self, *actions: str) -> list[Event]:
-        """Returns the events of these actions."""
-        with closing(Versions(self.home)) as versions:
-            return [event for event in read_log(versions) if event.action in actions]
-
-
-@pytest.fixture(scope="module")
-def studio(compared_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioPage]:
-    """Yields the page of a copy of the home with a comparison; all tests of the module share it."""
-    copy = copy_trained(compared_home, tmp_path_factory.mktemp("studio") / "project")
-    project = copy.spec.parent
-    (copy.home.path / "loraline.yaml").write_text(f"datasets: [{json.dumps(str(project))}]\n")
-    home = Home.open(copy.home.path)
-    bring_in(home, write_random(project / "other.safetensors", 3), "small")
-    (home.path / "policy.yaml").write_text(ROLES)
-    digest = json.loads((project / "comparison.json").read_text())["comparison"]
-    users = [(user, f"lab-{user}") for user in USERS]
-    with served_studio(home, users) as served, browsed(tmp_path_factory.mktemp("browser")) as page:
-        yield StudioPage(page, served, home, digest, project)
+pytestmark = pytest.mark.needs("chromium")
 
 
 def test_a_voter_judges_pairs_by_keyboard_and_the_page_never_says_which_image_is_whose(studio):
@@ -142,6 +50,50 @@ def test_a_voter_judges_pairs_by_keyboard_and_the_page_never_says_which_image_is
     assert [votes[one.pair]["left"] for one in positions] == [one.left for one in positions]
     studio.expand("Results")
     studio.page.wait_for_text("small@1 against base: win rate")
+
+
+def test_pairs_are_judged_by_touch_at_390_pixels(studio):
+    studio.open("ben", "Votes")
+    studio.page.wait_for_text("0 of 6 pairs judged")
+    studio.page.resize(390, 844)
+    image = "document.querySelector('#votes-ballot [data-vote=left] img').getBoundingClientRect()"
+    studio.page.wait_for(f"{image}.width > 0 && {image}.width < 195", "the images are not beside each other")
+    assert studio.page.evaluate("document.documentElement.scrollWidth") <= 390
+    heights = studio.page.evaluate(
+        "[...document.querySelectorAll('.votes-keys button')].map(one => one.getBoundingClientRect())"
+        ".map(one => [one.height, one.bottom])"
+    )
+    assert len(heights) == 4
+    assert all(height >= 44 and bottom <= 844 for height, bottom in heights)
+    place = studio.page.evaluate(f"({{x: {image}.x + 20, y: {image}.y + 20}})")
+    studio.page.click_at(place["x"], place["y"])
+    studio.page.wait_for_text("1 of 6 pairs judged")
+    (vote,) = [event for event in studio.events("vote") if event.actor == "ben"]
+    assert vote.details["choice"] == vote.details["left"]
+
+
+def test_the_tabs_of_the_registry_fit_390_pixels_and_label_their_controls(studio):
+    studio.open("carl", "Releases")
+    studio.page.wait_for_text("small@staging")
+    studio.page.resize(390, 844)
+    for tab in ("Votes", "Releases", "Trainings", "Datasets"):
+        studio.show_from_menu(tab)
+        studio.page.wait_for(f"document.querySelector('[role=tab][aria-selected=true]').innerText.trim() === '{tab}'")
+        assert studio.page.evaluate("document.documentElement.scrollWidth") <= 390, tab
+        assert studio.page.evaluate(UNLABELED) == [], tab
+
+
+def test_trainings_are_read_again_only_while_their_tab_is_shown(studio):
+    studio.open("ann", "Trainings")
+    studio.page.wait_for_text("No training yet")
+    count = "performance.getEntriesByType('resource').filter(one => one.name.includes('/queue/join')).length"
+    before = studio.page.evaluate(count)
+    studio.page.wait_for(f"{count} > {before} + 2", "the timer does not run")
+    studio.show("Draw")
+    time.sleep(1)
+    before = studio.page.evaluate(count)
+    time.sleep(2)
+    assert studio.page.evaluate(count) == before
 
 
 def test_a_user_without_a_role_sees_pairs_and_cannot_vote_or_learn_results(studio):

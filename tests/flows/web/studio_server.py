@@ -20,6 +20,14 @@ from tasks.serving.service import ImageService, ServiceSettings
 from tests.flows.browser import Page
 from tests.flows.web.server import write_tokens
 
+UNLABELED = """[...document.querySelectorAll("input, textarea, select, button")].filter(field => {
+  if (field.offsetParent === null || field.type === "file") return false;
+  const labels = field.labels && [...field.labels].map(label => label.innerText).join("");
+  const name = labels || field.innerText || field.ariaLabel || field.title || field.getAttribute("aria-labelledby");
+  return !String(name || "").trim();
+}).map(field => field.outerHTML.slice(0, 300))"""
+"""Script that returns the visible controls without a name."""
+
 
 @dataclass(frozen=True)
 class ServedStudio:

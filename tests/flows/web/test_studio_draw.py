@@ -17,20 +17,9 @@ from registry.home import Home
 from tests.flows.browser import Page, browsed
 from tests.flows.made import bring_in, write_random
 from tests.flows.shared import copy_trained
-from tests.flows.web.studio_server import ServedStudio, served_studio
+from tests.flows.web.studio_server import UNLABELED, ServedStudio, served_studio
 
-pytestmark = [
-    pytest.mark.needs("chromium"),
-    # An event loop that Gradio opens while the page is built is closed by the garbage collection.
-    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning"),
-]
-_UNLABELED = """[...document.querySelectorAll("input, textarea, select, button")].filter(field => {
-  if (field.offsetParent === null || field.type === "file") return false;
-  const labels = field.labels && [...field.labels].map(label => label.innerText).join("");
-  const name = labels || field.innerText || field.ariaLabel || field.title || field.getAttribute("aria-labelledby");
-  return !String(name || "").trim();
-}).map(field => field.outerHTML.slice(0, 300))"""
+pytestmark = pytest.mark.needs("chromium")
 _FOCUSED = """(() => {
   const field = document.activeElement;
   const labels = field.labels && [...field.labels].map(label => label.innerText).join(" ");
@@ -216,7 +205,7 @@ def test_every_tab_fits_390_pixels_and_labels_its_controls(page: Page, is_dark: 
         if tab == "Draw":
             use_first_card(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        assert page.evaluate(_UNLABELED) == []
+        assert page.evaluate(UNLABELED) == []
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, background.strip("rgba()").split(",")[:3])) < 384) is is_dark
 

@@ -1,4 +1,4 @@
-"""What the studio makes of its fields: schedules, requests, columns, axes, cards, files, cancellation."""
+"""What the studio makes of its fields: schedules, requests, columns, axes, cards, files, messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from flows.web.studio.draw_adapters import constant
 from flows.web.studio.draw_form import Used, compose_prompt, fill, request_of, split_prompt, whole_prompt
 from flows.web.studio.grids import ADAPTER, WEIGHT, WORD, axes_of, prompt_of
 from flows.web.studio.page_files import PageFiles
-from flows.web.studio.page_messages import cancel_own_job, show_error
+from flows.web.studio.page_messages import show_error, show_note
 from flows.web.studio.schedule import (
     PERCENT,
     SCHEDULE_PRESETS,
@@ -37,7 +36,6 @@ from tasks.operations.adapter_cards import choose_cards, list_adapter_cards, rea
 from tasks.operations.draw_request import DrawRequest
 from tasks.operations.image_grids import requests_of_grid
 from tasks.operations.source_images import prepare_source
-from tasks.serving.job import UnknownJob
 from tests.flows.made import bring_in, register_zorb, write_random
 from tests.flows.shared import Trained
 
@@ -193,23 +191,7 @@ def test_files_of_the_page_keep_their_bytes_and_are_deleted_when_they_are_old(tm
     assert not new.exists()
 
 
-def test_only_the_own_jobs_are_canceled_and_errors_are_escaped() -> None:
-    canceled = []
-
-    class Service:
-        def job(self, job_id: str) -> Any:
-            if job_id != "one":
-                raise UnknownJob("unknown")
-            return SimpleNamespace(tenant="anna")
-
-        def cancel(self, job_id: str) -> None:
-            canceled.append(job_id)
-
-    service: Any = Service()
-    for job_id, tenant in (("one", "ben"), ("two", "anna")):
-        assert "Nothing is drawn" in cancel_own_job(service, job_id, tenant=tenant)
-    assert canceled == []
-    assert "Canceling" in cancel_own_job(service, "one", tenant="anna")
-    assert canceled == ["one"]
+def test_errors_and_notes_are_escaped() -> None:
     assert "<b>" not in show_error(SettingsError("a <b>"))
+    assert "a.com&lt;b&gt; <code>run x</code>" in show_note("a.com<b> `run x`")
     assert constant(0.5).is_constant
