@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from flows.web.security import Guard, GuardSettings
 from flows.web.tokens import Tokens
 from registry.identity import program_version
 from registry.policy.actors import refusing_own_user
+from tasks.errors import SpecError
 from tasks.serving.service import ImageService
 
 
@@ -84,9 +85,27 @@ def create_app(service: ImageService, settings: WebSettings | None = None) -> Fa
     for routes in (*own, *compatible):
         app.include_router(routes)
     if settings.studio:
-        from flows.web.studio.page import mount_studio
-
+        mount_studio = _find_studio()
         mount_studio(app, service)
     bounds = GuardSettings(settings.hosts, settings.max_body, settings.body_seconds, settings.requests_per_minute)
     app.add_middleware(Guard, settings=bounds, tokens=tokens, sessions=sessions)
     return app
+
+
+def _find_studio() -> Callable[..., None]:
+    """Returns the function that mounts the page.
+
+    Raises:
+        SpecError: Gradio is not installed.
+    """
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise SpecError(
+            "the studio page needs Gradio, which is not installed",
+            where="--studio",
+            remedy="pip install 'loraline[studio]' and then 'pillow>=13', or serve with --no-studio",
+        ) from None
+    from flows.web.studio.page import mount_studio
+
+    return mount_studio

@@ -119,8 +119,8 @@ def choose_cards(cards: Sequence[AdapterCard], text: str = "", base: str = "") -
     return tuple(card for card in cards if fits(card))
 
 
-def read_sample(home: Home, reference: str) -> bytes | None:
-    """Returns a sample image of a version as WebP of at most 192 pixels; None if it has none or it is damaged.
+def read_card_sample(home: Home, reference: str) -> bytes | None:
+    """Returns a sample image of a version as WebP of at most `SIDE` pixels; None if it has none or it is damaged.
 
     It is the first image of the evaluation with the trigger word, or the last one of the training.
 
@@ -138,7 +138,7 @@ def read_sample(home: Home, reference: str) -> bytes | None:
 
 
 def read_sample_png(home: Home, reference: str) -> bytes | None:
-    """Returns the whole sample image of a version as the PNG that is stored; see `read_sample`."""
+    """Returns the whole sample image of a version as the PNG that is stored; see `read_card_sample`."""
     with closing(RegistryContext(home)) as context:
         version = _find_usable(context, reference)
         try:

@@ -26,7 +26,7 @@ from registry.versions.versions import Versions
 from registry.versions.voting import Choice, ballot_of, list_compared, list_comparisons, vote
 from tasks.operations.votes import SIDES, ComparedSide, ComparisonIndex, read_index
 
-Answer = Literal["left", "right", "tie", "skip"]
+VoteAnswer = Literal["left", "right", "tie", "skip"]
 TABLE = "ballot.csv"
 _COLUMNS = ("pair", "vote")
 _MAX_TABLE = 1_000_000
@@ -44,7 +44,7 @@ class Position:
     pair: int
     left: ComparedSide
 
-    def choice_of(self, answer: Answer) -> Choice:
+    def choice_of(self, answer: VoteAnswer) -> Choice:
         """Returns what an answer means."""
         if answer in {"tie", "skip"}:
             return answer
@@ -122,7 +122,7 @@ def read_pair(versions: Versions, opened: OpenBallot, position: int) -> tuple[by
 
 
 def record_answer(
-    versions: Versions, opened: OpenBallot, position: int, answer: Answer, *, actor: str | None = None
+    versions: Versions, opened: OpenBallot, position: int, answer: VoteAnswer, *, actor: str | None = None
 ) -> Event:
     """Records the vote of a user on a position of the user's ballot; see `registry.versions.voting.vote`.
 
@@ -133,8 +133,8 @@ def record_answer(
     """
     if not 0 <= position < len(opened.positions):
         raise VoteError(f"no pair {position + 1}", allowed=f"1 to {len(opened.positions)}")
-    if answer not in get_args(Answer):
-        raise VoteError(f"vote {str(answer)[:40]!r}", allowed=", ".join(get_args(Answer)))
+    if answer not in get_args(VoteAnswer):
+        raise VoteError(f"vote {str(answer)[:40]!r}", allowed=", ".join(get_args(VoteAnswer)))
     name, _, number = opened.comparison.candidate.partition("@")
     shown = opened.positions[position]
     return vote(
@@ -198,7 +198,7 @@ def find_comparison(versions: Versions, digest: str) -> tuple[BlindComparison, l
     return found[0]
 
 
-def read_answers(path: Path, count: int) -> Mapping[int, Answer]:
+def read_answers(path: Path, count: int) -> Mapping[int, VoteAnswer]:
     """Returns position -> answer of each row of a table with a vote.
 
     Args:
@@ -215,7 +215,7 @@ def read_answers(path: Path, count: int) -> Mapping[int, Answer]:
         raise VoteError(f"the table cannot be read ({error.strerror})", where=str(path)) from None
     if len(content) > _MAX_TABLE:
         raise VoteError("the table is too large", where=str(path), allowed=f"{_MAX_TABLE:,} bytes")
-    answers: dict[int, Answer] = {}
+    answers: dict[int, VoteAnswer] = {}
     for row in read_table(content, str(path), _COLUMNS, VoteError):
         pair, answer = (row.cells.get(column, "").strip().lower() for column in _COLUMNS)
         if not answer and pair:
@@ -228,9 +228,9 @@ def read_answers(path: Path, count: int) -> Mapping[int, Answer]:
             or int(pair) - 1 in answers
         ):
             raise VoteError(f"pair {pair[:40]!r}", where=row.where, allowed=f"each of 1 to {count} once")
-        if answer not in get_args(Answer):
-            raise VoteError(f"vote {answer[:40]!r}", where=row.where, allowed=", ".join(get_args(Answer)))
-        answers[int(pair) - 1] = cast("Answer", answer)
+        if answer not in get_args(VoteAnswer):
+            raise VoteError(f"vote {answer[:40]!r}", where=row.where, allowed=", ".join(get_args(VoteAnswer)))
+        answers[int(pair) - 1] = cast("VoteAnswer", answer)
     if not answers:
         raise VoteError("the table has no vote", where=str(path), allowed=f"a row per pair: {', '.join(_COLUMNS)}")
     return answers

@@ -36,7 +36,9 @@ class Ingest(StepSpec, IngestSettings):
     consent_policy: Annotated[ConsentPolicy | None, AddedLater()] = None
 
 
-def find_revoked(spec: Ingest, folder: Path, files: Mapping[str, PathDigest], revoked: Collection[str]) -> set[str]:
+def find_revoked_images(
+    spec: Ingest, folder: Path, files: Mapping[str, PathDigest], revoked: Collection[str]
+) -> set[str]:
     """Returns the revoked images in the folder and the revoked consents in its consent file.
 
     Args:
@@ -80,7 +82,7 @@ def find_revision(spec: Ingest, files: Mapping[str, PathDigest]) -> int:
     revision=7,
     revisions=find_revision,
     summary="manifest.json",
-    find_excluded=find_revoked,
+    find_excluded=find_revoked_images,
     imports=always("lora_engine.data.ingest"),
 )
 def ingest(spec: Ingest, context: Context) -> None:

@@ -43,6 +43,7 @@ _KEYS = {
     "Escape": 27,
     " ": 32,
     "ArrowLeft": 37,
+    "ArrowUp": 38,
     "ArrowRight": 39,
     "ArrowDown": 40,
     "Backspace": 8,
@@ -100,6 +101,10 @@ class Page:
         self._send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
         self._send("Emulation.setEmulatedMedia", features=[scheme])
+
+    def set_cookie(self, name: str, value: str, origin: str) -> None:
+        """Gives the browser a cookie that scripts do not see."""
+        self._send("Network.setCookie", name=name, value=value, url=origin, httpOnly=True)
 
     def press(self, key: str, *, shift: bool = False) -> None:
         """Presses a key of `_KEYS`, or a character, in the focused element."""

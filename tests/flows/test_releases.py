@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
-from starlette.requests import Request
 
-from flows.web.studio.acting import find_actor, render_error
-from registry.errors import Conflict, IdentityError, PromotionError, Refused
-from registry.identity import Actor
+from flows.web.studio.page_messages import show_error
+from registry.errors import Conflict, PromotionError, Refused
 from registry.versions.endorsement import list_endorsements
 from registry.versions.promotion import promote, read_log
 from registry.versions.versions import Versions
@@ -98,7 +95,7 @@ def test_a_review_has_every_reason_and_a_refusal_is_logged(two):
         carry_out(two.home, review, "r", actor="ann")
     assert set(review.reasons) <= set(refusal.value.reasons)
     assert (last_event(two).action, last_event(two).actor) == ("refuse", "ann")
-    text = render_error(refusal.value)
+    text = show_error(refusal.value)
     assert text.count("<li>") == len(refusal.value.reasons)
     assert "(1)" not in text
 
@@ -118,17 +115,6 @@ def test_a_version_without_earlier_ones_cannot_be_rolled_back(two):
         review_release(two.home, "rollback", "small", "", "staging")
 
 
-def test_a_page_acts_as_the_established_caller_and_as_nobody_else():
-    def request(**state: object) -> Request:
-        return Request({"type": "http", "headers": [], "state": state})
-
-    assert find_actor(request(caller=SimpleNamespace(tenant="a", actor=Actor("ann")))) == "ann"
-    assert find_actor(SimpleNamespace(request=request(caller=SimpleNamespace(tenant="a", actor=None)))) is None
-    for unknown in (request(), request(user="ann"), SimpleNamespace(request=None), None):
-        with pytest.raises(IdentityError, match="no user is established"):
-            find_actor(unknown)
-
-
 def test_an_error_is_shown_as_text():
-    assert "<script>" not in render_error(PromotionError("<script>alert(1)</script>", where="<b>"))
-    assert "<img" not in render_error(Refused("no", reasons=("<img src=x>",), where="a@1"))
+    assert "<script>" not in show_error(PromotionError("<script>alert(1)</script>", where="<b>"))
+    assert "<img" not in show_error(Refused("no", reasons=("<img src=x>",), where="a@1"))

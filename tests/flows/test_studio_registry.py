@@ -2,126 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from lora_engine.progress import Point
-from registry.entities import Event
-from registry.home import Home
-from registry.identity import Actor
 from registry.lineage.record import Lineage
-from registry.versions.promotion import promote, read_log
+from registry.versions.promotion import promote
 from registry.versions.versions import Versions
 from tasks.operations.ballots import open_ballot
 from tasks.progress import StepEvent, publish
 from tasks.run_entry import recording
-from tests.flows.browser import Page, browsed
 from tests.flows.compared import PROMPTS, compared_home
-from tests.flows.made import bring_in, write_random
-from tests.flows.shared import copy_trained, draw_noise
-from tests.flows.studio_server import Caller, studio_served
+from tests.flows.shared import draw_noise
+from tests.flows.studio_page import ROLES, WITHOUT_VOTES, studio
+from tests.flows.web.studio_server import UNLABELED
 
-__all__ = ["compared_home"]
+__all__ = ["compared_home", "studio"]
 
-pytestmark = [
-    pytest.mark.needs("chromium"),
-    # Gradio uses an option and an argument of pandas that are deprecated, and does not close its event loops.
-    pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated"),
-    pytest.mark.filterwarnings("ignore:The copy keyword is deprecated"),
-    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
-]
-
-ROLES = """\
-aliases:
-  production:
-    {votes: {against: base, at_least: 6}, needs_consent: none, needs_licence: none,
-     needs_evaluation: false, needs_gate: false}
-roles:
-  voter: {may: [vote], members: [ann, ben]}
-  releaser: {may: [stage, promote, revoke, endorse], members: [carl]}
-  trainer: {may: [train], members: [carl]}
-"""
-WITHOUT_VOTES = ROLES.replace("votes: {against: base, at_least: 6}, ", "")
-KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Backspace": 8}
-
-
-@dataclass
-class StudioPage:
-    """The page of a served home in a browser.
-
-    Attributes:
-        page: The browser's page.
-        address: The address of the studio.
-        home: The home.
-        digest: Digest of the comparison of small@1 against the base.
-        project: The folder with the images.
-    """
-
-    page: Page
-    address: str
-    home: Home
-    digest: str
-    project: Path
-
-    def open(self, user: str, tab: str) -> None:
-        """Loads the page as a user, and opens a tab."""
-        self.page._send("Network.setCookie", name="user", value=user, url=self.address)
-        self.page.open("about:blank")
-        self.page.open(self.address)
-        self.show(tab)
-
-    def show(self, tab: str) -> None:
-        """Opens a tab."""
-        find = "[...document.querySelectorAll('button[role=tab]')].find(tab => tab.innerText.trim() === TAB)"
-        script = f"(tab => {{ if (tab) tab.click(); return Boolean(tab); }})({find})"
-        self.page._wait(script.replace("TAB", json.dumps(tab)), f"no tab {tab}")
-
-    def expand(self, title: str) -> None:
-        """Opens an accordion."""
-        find = (
-            "[...document.querySelectorAll('button')].find(b => b.offsetParent && b.innerText.trim().startsWith(TITLE))"
-        )
-        script = f"(b => {{ if (b) b.click(); return Boolean(b); }})({find})".replace("TITLE", json.dumps(title))
-        self.page._wait(script, f"no accordion {title}")
-
-    def press(self, key: str) -> None:
-        """Presses a key."""
-        for kind in ("rawKeyDown", "keyUp"):
-            self.page._send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key])
-
-    def wait(self, condition: Callable[[], object]) -> None:
-        """Waits until a condition is met."""
-        deadline = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < deadline, self.page.evaluate("document.body.innerText")
-            time.sleep(0.2)
-
-    def events(self, *actions: str) -> list[Event]:
-        """Returns the events of these actions."""
-        with closing(Versions(self.home)) as versions:
-            return [event for event in read_log(versions) if event.action in actions]
-
-
-@pytest.fixture(scope="module")
-def studio(compared_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioPage]:
-    """Yields the page of a copy of the home with a comparison; all tests of the module share it."""
-    copy = copy_trained(compared_home, tmp_path_factory.mktemp("studio") / "project")
-    project = copy.spec.parent
-    (copy.home.path / "loraline.yaml").write_text(f"datasets: [{json.dumps(str(project))}]\n")
-    home = Home.open(copy.home.path)
-    bring_in(home, write_random(project / "other.safetensors", 3), "small")
-    (home.path / "policy.yaml").write_text(ROLES)
-    digest = json.loads((project / "comparison.json").read_text())["comparison"]
-    callers = {name: Caller(name, Actor(name)) for name in ("ann", "ben", "carl", "eve")}
-    with studio_served(home, callers) as address, browsed(tmp_path_factory.mktemp("browser")) as page:
-        page._send("Network.enable")
-        yield StudioPage(page, address, home, digest, project)
+pytestmark = pytest.mark.needs("chromium")
 
 
 def test_a_voter_judges_pairs_by_keyboard_and_the_page_never_says_which_image_is_whose(studio):
@@ -135,11 +36,11 @@ def test_a_voter_judges_pairs_by_keyboard_and_the_page_never_says_which_image_is
         assert html.count("<img") == 2
         assert not [word for word in ("candidate", "small@1", "lora:", ".png") if word in html]
         if number == 1:
-            studio.press("Backspace")
+            studio.page.press("Backspace")
             studio.page.wait_for_text(f"Pair 1 of {len(PROMPTS)}")
-            studio.press("ArrowRight")
+            studio.page.press("ArrowRight")
             studio.page.wait_for_text(f"Pair 2 of {len(PROMPTS)}")
-        studio.press(key)
+        studio.page.press(key)
     studio.page.wait_for_text("All pairs are judged. Your votes are final, and count.")
     votes = {event.details["pair"]: event.details for event in studio.events("vote") if event.actor == "ann"}
     answers = ["right", "right", "tie", "skip", "left", "right"]
@@ -151,12 +52,56 @@ def test_a_voter_judges_pairs_by_keyboard_and_the_page_never_says_which_image_is
     studio.page.wait_for_text("small@1 against base: win rate")
 
 
+def test_pairs_are_judged_by_touch_at_390_pixels(studio):
+    studio.open("ben", "Votes")
+    studio.page.wait_for_text("0 of 6 pairs judged")
+    studio.page.resize(390, 844)
+    image = "document.querySelector('#votes-ballot [data-vote=left] img').getBoundingClientRect()"
+    studio.page.wait_for(f"{image}.width > 0 && {image}.width < 195", "the images are not beside each other")
+    assert studio.page.evaluate("document.documentElement.scrollWidth") <= 390
+    heights = studio.page.evaluate(
+        "[...document.querySelectorAll('.votes-keys button')].map(one => one.getBoundingClientRect())"
+        ".map(one => [one.height, one.bottom])"
+    )
+    assert len(heights) == 4
+    assert all(height >= 44 and bottom <= 844 for height, bottom in heights)
+    place = studio.page.evaluate(f"({{x: {image}.x + 20, y: {image}.y + 20}})")
+    studio.page.click_at(place["x"], place["y"])
+    studio.page.wait_for_text("1 of 6 pairs judged")
+    (vote,) = [event for event in studio.events("vote") if event.actor == "ben"]
+    assert vote.details["choice"] == vote.details["left"]
+
+
+def test_the_tabs_of_the_registry_fit_390_pixels_and_label_their_controls(studio):
+    studio.open("carl", "Releases")
+    studio.page.wait_for_text("small@staging")
+    studio.page.resize(390, 844)
+    for tab in ("Votes", "Releases", "Trainings", "Datasets"):
+        studio.show_from_menu(tab)
+        studio.page.wait_for(f"document.querySelector('[role=tab][aria-selected=true]').innerText.trim() === '{tab}'")
+        assert studio.page.evaluate("document.documentElement.scrollWidth") <= 390, tab
+        assert studio.page.evaluate(UNLABELED) == [], tab
+
+
+def test_trainings_are_read_again_only_while_their_tab_is_shown(studio):
+    studio.open("ann", "Trainings")
+    studio.page.wait_for_text("No training yet")
+    count = "performance.getEntriesByType('resource').filter(one => one.name.includes('/queue/join')).length"
+    before = studio.page.evaluate(count)
+    studio.page.wait_for(f"{count} > {before} + 2", "the timer does not run")
+    studio.show("Draw")
+    time.sleep(1)
+    before = studio.page.evaluate(count)
+    time.sleep(2)
+    assert studio.page.evaluate(count) == before
+
+
 def test_a_user_without_a_role_sees_pairs_and_cannot_vote_or_learn_results(studio):
     studio.open("eve", "Votes")
     studio.page.wait_for_text("pairs judged")
     studio.expand("Results")
     studio.page.wait_for_text("Results are shown once you have judged every pair")
-    studio.press("ArrowLeft")
+    studio.page.press("ArrowLeft")
     studio.page.wait_for_text("eve has no role that may vote small")
     assert not [event for event in studio.events("vote") if event.actor == "eve"]
     assert studio.events("refuse")[-1].actor == "eve"
@@ -183,14 +128,6 @@ def test_a_comparison_is_drawn_with_the_queue_of_the_server(studio):
     studio.page.click("Draw the pairs")
     studio.page.wait_for_text("eve has no role that may vote small")
     assert studio.events("compare")[-1] == event
-
-
-def test_nobody_is_served_whom_the_application_did_not_establish(studio):
-    studio.open("mallory", "Votes")
-    studio.page.wait_for_text("no user is established")
-    studio.show("Releases")
-    studio.page.wait_for_text("no user is established")
-    assert "small@1" not in str(studio.page.evaluate("document.body.innerText"))
 
 
 def test_a_promotion_shows_all_reasons_happens_after_confirmation_and_is_rolled_back(studio):

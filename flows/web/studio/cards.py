@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import gradio
 
 from flows.web.studio.page_messages import data_url, show_error, show_note
+from flows.web.studio.page_style import UNQUEUED
 from lora_engine.errors import WordedError
 from registry.home import Home
-from tasks.operations.adapter_cards import AdapterCard, choose_cards, list_adapter_cards, read_sample
+from tasks.operations.adapter_cards import AdapterCard, choose_cards, list_adapter_cards, read_card_sample
 
 if TYPE_CHECKING:
     from flows.web.studio.page import Studio
@@ -39,11 +40,11 @@ class CardList:
         with gradio.Row():
             self.search = gradio.Textbox(label="Search adapters", placeholder="name, trigger word, license")
             self.base = gradio.Dropdown([ALL], value=ALL, label="Base or family")
-            self.refresh = gradio.Button("Refresh", scale=0, min_width=110)
+            self.refresh = gradio.Button("Refresh", scale=0, min_width=110, elem_classes="studio-refresh")
         self.html = gradio.HTML(elem_classes="studio-cards", js_on_load=_ON_LOAD)
         inputs, outputs = [self.search, self.base], [self.base, self.html]
         events = [self.search.change, self.base.input, self.refresh.click, studio.page.load]
-        gradio.on(events, self._show, inputs, outputs, queue=False, show_progress="hidden", api_visibility="private")
+        gradio.on(events, self._show, inputs, outputs, **UNQUEUED)
 
     def _show(self, text: str, base: str) -> tuple[Any, str]:
         try:
@@ -82,7 +83,8 @@ def _card(home: Home, card: AdapterCard) -> str:
         for version in card.versions
         for alias in version.aliases
     )
-    about = " · ".join(filter(None, (card.base, card.family, card.kind, card.license or "no license stated")))
+    name = card.name if card.name != card.title else ""
+    about = " · ".join(filter(None, (name, card.base, card.family, card.kind, card.license or "no license stated")))
     count = f"{len(card.versions)} version{'s' if len(card.versions) > 1 else ''}"
     weight = f"recommended weight {card.weight:g}" if card.weight is not None else ""
     facts = " · ".join(filter(None, (count, f"gates of {card.shown}: {card.gates}", weight)))
@@ -103,7 +105,7 @@ def _button(action: str, card: AdapterCard, text: str, label: str, style: str = 
 def _sample(home: Home, reference: str) -> str | None:
     """Returns the sample of a numbered version, which does not change."""
     try:
-        content = read_sample(home, reference)
+        content = read_card_sample(home, reference)
     except WordedError:
         return None
     return None if content is None else data_url(content, "image/webp")

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import gradio
 
+from flows.web.callers import caller_of
 from flows.web.studio.draw_adapters import constant
-from flows.web.studio.draw_events import AT_ONCE, QUIET, add_send_back
+from flows.web.studio.draw_events import add_send_back
 from flows.web.studio.draw_form import DrawForm, request_of
-from flows.web.studio.page_messages import cancel_job, follow, show_error, show_note, user_of
-from flows.web.studio.page_style import image_classes
+from flows.web.studio.page_messages import cancel_own_job, follow, show_error, show_note
+from flows.web.studio.page_style import QUIET, UNQUEUED, image_classes
 from lora_engine.errors import SettingsError, WordedError
 from lora_engine.inference.prompts.prompt import parse_prompt
 from lora_engine.inference.prompts.tags import AdapterTag
@@ -24,10 +25,10 @@ from tasks.operations.draw_request import DrawRequest
 if TYPE_CHECKING:
     from flows.web.studio.page import Studio
 
-BASE = "base"
+_BASE = "base"
 _MOST = 6
 """Versions that are compared at once."""
-Drawn = dict[str, list[str]]
+_Files = dict[str, list[str]]
 """Column (`base` or `name@version`) -> its files, one per seed."""
 
 
@@ -39,8 +40,8 @@ def add_compare(studio: Studio) -> None:
     with gradio.Row():
         adapter = gradio.Dropdown([], label="Adapter to compare", min_width=180)
         versions = gradio.Dropdown(
-            [BASE],
-            value=[BASE],
+            [_BASE],
+            value=[_BASE],
             multiselect=True,
             label="Columns",
             info="the base and versions",
@@ -79,10 +80,10 @@ def add_compare(studio: Studio) -> None:
     metrics = gradio.HTML(elem_classes="studio-metrics")
 
     events = _CompareEvents(studio)
-    studio.page.load(events.list_adapters, None, [adapter, versions], **AT_ONCE)
-    adapter.focus(events.list_names, [adapter], [adapter], **AT_ONCE)
-    adapter.input(events.list_versions, [adapter], [versions], **AT_ONCE)
-    take.click(events.take_prompt, [form.prompt, adapter], [text], **AT_ONCE)
+    studio.page.load(events.list_adapters, None, [adapter, versions], **UNQUEUED)
+    adapter.focus(events.list_names, [adapter], [adapter], **UNQUEUED)
+    adapter.input(events.list_versions, [adapter], [versions], **UNQUEUED)
+    take.click(events.take_prompt, [form.prompt, adapter], [text], **UNQUEUED)
     gradio.on(
         [start.click, text.submit],
         events.compare,
@@ -91,8 +92,8 @@ def add_compare(studio: Studio) -> None:
         trigger_mode="once",
         **QUIET,
     )
-    cancel.click(events.cancel, [job], [status], **AT_ONCE)
-    gradio.on([left.input, right.input, row.input], choose_pair, [drawn, left, right, row], [slider], **AT_ONCE)
+    cancel.click(events.cancel, [job], [status], **UNQUEUED)
+    gradio.on([left.input, right.input, row.input], choose_pair, [drawn, left, right, row], [slider], **UNQUEUED)
 
 
 class _CompareEvents:
@@ -114,9 +115,9 @@ class _CompareEvents:
         """Returns the choices of the columns: base, production and staging (or the newest version) are chosen."""
         cards = {card.name: card for card in list_adapter_cards(self._studio.service.home)}
         if name not in cards:
-            return gradio.update(choices=[BASE], value=[BASE])
+            return gradio.update(choices=[_BASE], value=[_BASE])
         references = cards[name].references
-        return gradio.update(choices=[BASE, *references], value=[BASE, *references[:2]])
+        return gradio.update(choices=[_BASE, *references], value=[_BASE, *references[:2]])
 
     def take_prompt(self, prompt: str, name: str | None) -> str:
         """Returns the prompt of the tab Draw without the compared adapter."""
@@ -128,7 +129,7 @@ class _CompareEvents:
 
     def cancel(self, job_id: str, request: gradio.Request) -> str:
         """Cancels the job of this page; returns the status."""
-        return cancel_job(self._studio.service, job_id, tenant=user_of(request))
+        return cancel_own_job(self._studio.service, job_id, tenant=caller_of(request).tenant)
 
     def compare(
         self, request: gradio.Request, name: str, columns: list[str], weight: float, text: str, *values: Any
@@ -142,7 +143,7 @@ class _CompareEvents:
             )
             requests = requests_of_columns(wanted, name, columns, weight)
             yield _outputs(show_note("Sending the requests."), seed=wanted.seed)
-            for status, progress in follow(studio.service, requests, tenant=user_of(request)):
+            for status, progress in follow(studio.service, requests, tenant=caller_of(request).tenant):
                 if progress.job is not None:
                     yield _outputs(status, job=progress.job.id)
             drawn = {
@@ -154,7 +155,7 @@ class _CompareEvents:
             yield _outputs(show_error(error), job="")
 
     def _metrics(self, columns: Sequence[str]) -> str:
-        references = [column for column in columns if column != BASE]
+        references = [column for column in columns if column != _BASE]
         rows = tabulate_metrics(self._studio.service.home, references) if references else []
         if not rows:
             return show_note("No metrics: the versions were not evaluated.")
@@ -182,14 +183,14 @@ def requests_of_columns(request: DrawRequest, name: str, columns: Sequence[str],
         raise SettingsError(f"columns {', '.join(map(str, columns))[:80]!r}", allowed=f"1 to {_MOST} different columns")
     requests = []
     for column in columns:
-        if column != BASE and str(column).partition("@")[0] != name:
-            raise SettingsError(f"column {column!r}", allowed=f"{BASE}, or versions of {name!r}")
-        tags = [] if column == BASE else [AdapterTag(column, constant(weight), constant(weight))]
+        if column != _BASE and str(column).partition("@")[0] != name:
+            raise SettingsError(f"column {column!r}", allowed=f"{_BASE}, or versions of {name!r}")
+        tags = [] if column == _BASE else [AdapterTag(column, constant(weight), constant(weight))]
         requests.append(replace(request, prompt=write_prompt(request.prompt, tags)))
     return requests
 
 
-def choose_pair(drawn: Drawn, left: str, right: str, row: str) -> Any:
+def choose_pair(drawn: _Files, left: str, right: str, row: str) -> Any:
     """Returns the two images of the slider."""
     place = int(row) - 1 if str(row).isdigit() else 0
     pair = [drawn.get(column, []) for column in (left, right)]
@@ -205,7 +206,7 @@ def _outputs(status: str, *, seed: int | None = None, job: str | None = None) ->
     return values
 
 
-def _show_columns(drawn: Drawn, request: DrawRequest, metrics: str) -> list[Any]:
+def _show_columns(drawn: _Files, request: DrawRequest, metrics: str) -> list[Any]:
     columns = list(drawn)
     order = [(column, place) for place in range(request.count) for column in columns]
     paths = [drawn[column][place] for column, place in order]

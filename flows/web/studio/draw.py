@@ -8,9 +8,9 @@ import gradio
 
 from flows.web.studio.cards import CardList
 from flows.web.studio.draw_adapters import add_rows, add_schedule
-from flows.web.studio.draw_events import AT_ONCE, QUIET, DrawEvents, Results, choose_image, recompose
+from flows.web.studio.draw_events import DrawEvents, DrawResults, choose_image, recompose
 from flows.web.studio.draw_form import OWN_SAMPLER, SAMPLER_CHOICES, DrawForm
-from flows.web.studio.page_style import image_classes
+from flows.web.studio.page_style import QUIET, UNQUEUED, image_classes
 
 if TYPE_CHECKING:
     from flows.web.studio.page import Studio
@@ -55,7 +55,7 @@ def add_draw(studio: Studio) -> None:
     dropped.upload(events.restore, [dropped, form.layout], [*form.components, results.status], **QUIET)
     inputs = [results.files, results.chosen]
     reuse.click(events.restore_chosen, [*inputs, form.layout], [*form.components, results.status], **QUIET)
-    start_from.click(events.start_from, inputs, [form.source, results.status], **AT_ONCE)
+    start_from.click(events.start_from, inputs, [form.source, results.status], **UNQUEUED)
 
 
 def _add_settings() -> dict[str, Any]:
@@ -63,7 +63,14 @@ def _add_settings() -> dict[str, Any]:
         with gradio.Row():
             size = gradio.Textbox(label="Size", placeholder="base's own", info="WIDTHxHEIGHT in pixels", min_width=130)
             count = gradio.Slider(1, 16, 2, step=1, label="Number of images", min_width=150)
-            sampler = gradio.Dropdown(SAMPLER_CHOICES, value=OWN_SAMPLER, label="Sampler", min_width=150)
+            sampler = gradio.Dropdown(
+                SAMPLER_CHOICES,
+                value=OWN_SAMPLER,
+                label="Sampler",
+                info="Or a name with a schedule type, such as DPM++ 2M Karras",
+                allow_custom_value=True,
+                min_width=150,
+            )
         with gradio.Row():
             steps = gradio.Slider(1, 150, 20, step=1, label="Steps", min_width=130)
             guidance = gradio.Slider(1, 30, 3, step=0.1, label="Guidance", min_width=130)
@@ -104,7 +111,7 @@ def _add_source() -> dict[str, Any]:
     return {"source": source, "strength": strength, "enlarge": enlarge, "enlarged_strength": enlarged_strength}
 
 
-def _add_results(studio: Studio) -> tuple[Results, gradio.Button, gradio.Button]:
+def _add_results(studio: Studio) -> tuple[DrawResults, gradio.Button, gradio.Button]:
     status = gradio.HTML(elem_classes="studio-status", elem_id="draw-status")
     gallery = gradio.Gallery(
         label="Images",
@@ -119,14 +126,14 @@ def _add_results(studio: Studio) -> tuple[Results, gradio.Button, gradio.Button]
     with gradio.Row():
         reuse = gradio.Button("Use its settings", size="sm")
         start_from = gradio.Button("Start from it", size="sm")
-    files = gradio.File(label="PNG files with their settings", file_count="multiple", interactive=False)
+    files = gradio.File(label="PNG files with their settings", file_count="multiple", interactive=False, height=140)
     chosen = gradio.State(0)
-    gallery.select(choose_image, None, [chosen], **AT_ONCE)
-    return Results(status, gallery, files, gradio.State(""), chosen), reuse, start_from
+    gallery.select(choose_image, None, [chosen], **UNQUEUED)
+    return DrawResults(status, gallery, files, gradio.State(""), chosen), reuse, start_from
 
 
 def _connect_drawing(
-    form: DrawForm, results: Results, events: DrawEvents, start: gradio.Button, cancel: gradio.Button
+    form: DrawForm, results: DrawResults, events: DrawEvents, start: gradio.Button, cancel: gradio.Button
 ) -> None:
     outputs = [results.status, results.gallery, results.files, results.job, form.seed]
     gradio.on(
@@ -137,12 +144,12 @@ def _connect_drawing(
         trigger_mode="once",
         **QUIET,
     )
-    cancel.click(events.cancel, [results.job], [results.status], **AT_ONCE)
+    cancel.click(events.cancel, [results.job], [results.status], **UNQUEUED)
 
 
-def _connect_form(form: DrawForm, results: Results, events: DrawEvents, cards: CardList) -> None:
+def _connect_form(form: DrawForm, results: DrawResults, events: DrawEvents, cards: CardList) -> None:
     whole = [form.prompt, form.composed]
-    form.text.input(recompose, [form.text, form.used], whole, trigger_mode="always_last", **AT_ONCE)
+    form.text.input(recompose, [form.text, form.used], whole, trigger_mode="always_last", **UNQUEUED)
     form.prompt.blur(
         events.edit_prompt,
         [form.prompt, form.composed, form.layout],

@@ -8,9 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import gradio
 
-from flows.web.studio.draw_form import DrawForm, Used, compose
+from flows.web.studio.draw_form import DrawForm, Used, compose_prompt
 from flows.web.studio.page_messages import show_error, show_note
-from flows.web.studio.schedule import PERCENT, PRESETS, UNITS, draw_curve, preset_rows, rows_of, weights_of
+from flows.web.studio.page_style import QUIET, UNQUEUED
+from flows.web.studio.schedule import (
+    PERCENT,
+    SCHEDULE_PRESETS,
+    UNITS,
+    draw_curve,
+    preset_rows,
+    schedule_rows,
+    schedule_weights,
+)
 from lora_engine.errors import WordedError
 from lora_engine.inference.prompts.step_weights import StepWeights
 from registry.home import Home
@@ -21,9 +30,6 @@ if TYPE_CHECKING:
 
 LOWEST, HIGHEST = -2.0, 3.0
 """Range of the sliders of weights."""
-_QUEUED: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-"""Options of events that change the layout: changes of a state trigger further events only from the queue."""
-_QUIET: dict[str, Any] = {"queue": False, **_QUEUED}
 
 
 def constant(weight: float) -> StepWeights:
@@ -62,8 +68,8 @@ def _add_row(form: DrawForm, outputs: list[Any], index: int, entry: Used, cards:
         (denoiser, "denoiser", entry.tag.denoiser),
         (text, "text_encoder", entry.tag.text_encoder),
     ]
-    is_on.input(partial(_turn, index), [is_on, form.text, form.used], outputs, **_QUIET)
-    version.input(partial(_change, index, "name"), [version, form.text, form.used], outputs, **_QUIET)
+    is_on.input(partial(_turn, index), [is_on, form.text, form.used], outputs, **UNQUEUED)
+    version.input(partial(_change, index, "name"), [version, form.text, form.used], outputs, **UNQUEUED)
     for slider, part, weights in sliders:
         if weights.is_constant:
             slider.change(
@@ -71,9 +77,9 @@ def _add_row(form: DrawForm, outputs: list[Any], index: int, entry: Used, cards:
                 [slider, form.text, form.used],
                 outputs,
                 trigger_mode="always_last",
-                **_QUIET,
+                **UNQUEUED,
             )
-    remove.click(partial(_remove, index), [form.text, form.used, form.layout], [*outputs, form.layout], **_QUEUED)
+    remove.click(partial(_remove, index), [form.text, form.used, form.layout], [*outputs, form.layout], **QUIET)
 
 
 def _slider(label: str, weights: StepWeights) -> gradio.Slider:
@@ -97,19 +103,19 @@ def _change(index: int, part: str, value: Any, text: str, used: list[Used]) -> t
     used = [*used]
     new: dict[str, Any] = {part: str(value) if part == "name" else constant(float(value))}
     used[index] = replace(used[index], tag=replace(used[index].tag, **new))
-    composed = compose(text, used)
+    composed = compose_prompt(text, used)
     return used, composed, composed
 
 
 def _turn(index: int, is_on: bool, text: str, used: list[Used]) -> tuple[list[Used], Any, Any]:
     used = [replace(entry, is_on=bool(is_on)) if place == index else entry for place, entry in enumerate(used)]
-    composed = compose(text, used)
+    composed = compose_prompt(text, used)
     return used, composed, composed
 
 
 def _remove(index: int, text: str, used: list[Used], layout: int) -> tuple[list[Used], Any, Any, int]:
     used = [entry for place, entry in enumerate(used) if place != index]
-    composed = compose(text, used)
+    composed = compose_prompt(text, used)
     return used, composed, composed, layout + 1
 
 
@@ -125,7 +131,7 @@ def add_schedule(form: DrawForm) -> None:
     with gradio.Row():
         chosen = gradio.Dropdown([], label="Schedule of adapter", interactive=True, scale=2)
         unit = gradio.Radio(UNITS, value=PERCENT, label="Positions are", scale=2)
-        preset = gradio.Dropdown([*PRESETS], value=None, label="Preset", interactive=True, scale=1)
+        preset = gradio.Dropdown([*SCHEDULE_PRESETS], value=None, label="Preset", interactive=True, scale=1)
     with gradio.Row():
         table = gradio.Dataframe(
             [[0, 1]],
@@ -140,21 +146,27 @@ def add_schedule(form: DrawForm) -> None:
             min_width=240,
         )
         curve = gradio.HTML(draw_curve(constant(1), 20), elem_classes="studio-curve")
+    with gradio.Row():
+        add = gradio.Button("Add a point", size="sm")
+        remove = gradio.Button("Remove the last point", size="sm")
     message = gradio.HTML()
     apply = gradio.Button("Use this schedule")
+    # The menu of a cell, which also adds and removes rows, cannot be reached with the keyboard.
+    add.click(_add_point, [table, unit], [table], **UNQUEUED)
+    remove.click(lambda rows: rows[:-1] if len(rows) > 1 else rows, [table], [table], **UNQUEUED)
     gradio.on(
         [table.change, unit.change, form.steps.change],
         _show_curve,
         [table, unit, form.steps],
         [curve, message],
         trigger_mode="always_last",
-        **_QUIET,
+        **UNQUEUED,
     )
-    form.layout.change(_list_used, [form.used, chosen], [chosen], **_QUIET)
-    chosen.input(_read_points, [chosen, form.used], [table, unit], **_QUIET)
-    preset.input(_take_preset, [preset, chosen, form.used], [table, unit], **_QUIET)
+    form.layout.change(_list_used, [form.used, chosen], [chosen], **UNQUEUED)
+    chosen.input(_read_points, [chosen, form.used], [table, unit], **UNQUEUED)
+    preset.input(_take_preset, [preset, chosen, form.used], [table, unit], **UNQUEUED)
     outputs = [form.used, form.prompt, form.composed, form.layout, message]
-    apply.click(_apply, [chosen, table, unit, form.text, form.used, form.layout], outputs, **_QUEUED)
+    apply.click(_apply, [chosen, table, unit, form.text, form.used, form.layout], outputs, **QUIET)
 
 
 def _list_used(used: list[Used], chosen: str | None) -> Any:
@@ -170,19 +182,28 @@ def _place(chosen: str | None, used: list[Used]) -> int | None:
 
 def _read_points(chosen: str | None, used: list[Used]) -> tuple[Any, Any]:
     place = _place(chosen, used)
-    return (gradio.skip(), gradio.skip()) if place is None else rows_of(used[place].tag.denoiser)
+    return (gradio.skip(), gradio.skip()) if place is None else schedule_rows(used[place].tag.denoiser)
 
 
 def _take_preset(name: str, chosen: str | None, used: list[Used]) -> tuple[Any, Any]:
     place = _place(chosen, used)
     weights = ((0.0, 1.0),) if place is None else used[place].tag.denoiser.points
     largest = max((weight for _, weight in weights), key=abs)
-    return (preset_rows(name, largest), PERCENT) if name in PRESETS else (gradio.skip(), gradio.skip())
+    return (preset_rows(name, largest), PERCENT) if name in SCHEDULE_PRESETS else (gradio.skip(), gradio.skip())
+
+
+def _add_point(rows: list[list[Any]], unit: str) -> list[list[Any]]:
+    """Returns the rows with one at the end, or behind the last step, which has the last weight."""
+    try:
+        position, weight = schedule_rows(schedule_weights(rows, unit))[0][-1]
+    except WordedError:
+        return [*rows, [None, None]]
+    return [*rows, [100 if unit == PERCENT else position + 1, weight]]
 
 
 def _show_curve(rows: list[list[Any]], unit: str, steps: float) -> tuple[Any, str]:
     try:
-        return draw_curve(weights_of(rows, unit), int(steps)), ""
+        return draw_curve(schedule_weights(rows, unit), int(steps)), ""
     except WordedError as error:
         return gradio.skip(), show_error(error)
 
@@ -194,10 +215,10 @@ def _apply(
     if place is None:
         return *[gradio.skip()] * 4, show_note("Choose an adapter first.")
     try:
-        weights = weights_of(rows, unit)
+        weights = schedule_weights(rows, unit)
     except WordedError as error:
         return *[gradio.skip()] * 4, show_error(error)
     used = [*used]
     used[place] = replace(used[place], tag=replace(used[place].tag, denoiser=weights))
-    composed = compose(text, used)
+    composed = compose_prompt(text, used)
     return used, composed, composed, layout + 1, show_note("The prompt has the schedule.")

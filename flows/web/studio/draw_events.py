@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import gradio
 
+from flows.web.callers import caller_of
 from flows.web.studio.cards import CardList
-from flows.web.studio.draw_form import DrawForm, Used, compose, fill, request_of, split, updates
-from flows.web.studio.page_messages import cancel_job, follow, show_error, show_note, user_of
+from flows.web.studio.draw_form import DrawForm, Used, compose_prompt, fill, request_of, split_prompt, updates
+from flows.web.studio.page_messages import cancel_own_job, follow, show_error, show_note
+from flows.web.studio.page_style import QUIET, UNQUEUED
 from lora_engine.errors import WordedError
 from lora_engine.inference.image_settings import read_image_settings
 from lora_engine.inference.prompts.step_weights import StepWeights
@@ -21,12 +23,9 @@ from tasks.serving.batch import DrawingFailed
 if TYPE_CHECKING:
     from flows.web.studio.page import Studio
 
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-AT_ONCE: dict[str, Any] = {**QUIET, "queue": False}
-
 
 @dataclass(frozen=True)
-class Results:
+class DrawResults:
     """Components with what was drawn.
 
     Attributes:
@@ -61,7 +60,7 @@ class DrawEvents:
         try:
             wanted = request_of(DrawForm.values(values), studio.service.settings.base, studio.files.folder)
             yield show_note("Sending the request."), skip, skip, "", wanted.seed
-            for status, progress in follow(studio.service, [wanted], tenant=user_of(request)):
+            for status, progress in follow(studio.service, [wanted], tenant=caller_of(request).tenant):
                 if progress.job is not None:
                     yield status, skip, skip, progress.job.id, skip
             files = [
@@ -78,7 +77,7 @@ class DrawEvents:
 
     def cancel(self, job_id: str, request: gradio.Request) -> str:
         """Cancels the job of this page; returns the status."""
-        return cancel_job(self._studio.service, job_id, tenant=user_of(request))
+        return cancel_own_job(self._studio.service, job_id, tenant=caller_of(request).tenant)
 
     def choose_card(
         self, text: str, used: list[Used], layout: int, event: gradio.EventData
@@ -86,7 +85,7 @@ class DrawEvents:
         """Uses the adapter of a card, or adds its trigger words to the text."""
         action, card = self._cards.find(event)
         if card is None:
-            composed = compose(text, used)
+            composed = compose_prompt(text, used)
             return text, used, layout, composed, composed, show_note("The adapter does not exist any more.")
         if action == "words":
             missing = [word for word in card.triggers if word not in text]
@@ -96,7 +95,7 @@ class DrawEvents:
             weights = StepWeights(((0.0, card.weight if card.weight is not None else 1.0),))
             used = [*used, Used(AdapterTag(card.references[0], weights, weights))]
             layout, note = layout + 1, f"{card.references[0]} is used."
-        composed = compose(text, used)
+        composed = compose_prompt(text, used)
         return text, used, layout, composed, composed, show_note(note)
 
     def edit_prompt(self, prompt: str, composed: str, layout: int) -> list[Any]:
@@ -104,10 +103,10 @@ class DrawEvents:
         if prompt == composed:
             return [gradio.skip()] * 6
         try:
-            text, used = split(prompt)
+            text, used = split_prompt(prompt)
         except WordedError as error:
             return [*[gradio.skip()] * 5, show_error(error)]
-        composed = compose(text, used)
+        composed = compose_prompt(text, used)
         return [text, used, layout + 1, composed, composed, ""]
 
     def restore(self, path: str | None, layout: int) -> list[Any]:
@@ -138,7 +137,7 @@ class DrawEvents:
 
 def recompose(text: str, used: list[Used]) -> tuple[str, str]:
     """Returns the whole prompt of a text and the chosen adapters, twice."""
-    composed = compose(text, used)
+    composed = compose_prompt(text, used)
     return composed, composed
 
 
@@ -165,7 +164,7 @@ def add_send_back(studio: Studio, gallery: gradio.Gallery, paths: gradio.State, 
     if form is None:
         return
     chosen = gradio.State(0)
-    gallery.select(choose_image, None, [chosen], **AT_ONCE)
+    gallery.select(choose_image, None, [chosen], **UNQUEUED)
 
     def send(files: list[str], number: int, layout: int) -> list[Any]:
         path = _path_of(files, number)

@@ -90,12 +90,12 @@ class DrawForm:
         return dict(zip((field.name for field in fields(cls)), values, strict=True))
 
 
-def compose(text: str, used: Sequence[Used]) -> str:
+def compose_prompt(text: str, used: Sequence[Used]) -> str:
     """Returns the whole prompt."""
     return write_prompt(text.strip(), [entry.tag for entry in used if entry.is_on])
 
 
-def split(prompt: str) -> tuple[str, list[Used]]:
+def split_prompt(prompt: str) -> tuple[str, list[Used]]:
     """Returns the text and the adapters of a whole prompt.
 
     Raises:
@@ -109,7 +109,7 @@ def whole_prompt(values: Mapping[str, Any]) -> str:
     """Returns the prompt to draw: as the user edited it, or else composed from text and adapters."""
     if values["prompt"] != values["composed"]:
         return str(values["prompt"])
-    return compose(str(values["text"] or ""), values["used"])
+    return compose_prompt(str(values["text"] or ""), values["used"])
 
 
 def request_of(values: Mapping[str, Any], base: str, folder: Path) -> DrawRequest:
@@ -152,8 +152,8 @@ def fill(settings: ImageSettings, layout: int) -> dict[str, Any]:
     Raises:
         SettingsError: The prompt cannot be read.
     """
-    text, used = split(settings.prompt)
-    composed = compose(text, used)
+    text, used = split_prompt(settings.prompt)
+    composed = compose_prompt(text, used)
     stated = {
         "steps": settings.steps,
         "guidance": settings.guidance,

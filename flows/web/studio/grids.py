@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import gradio
 
-from flows.web.studio.draw_events import AT_ONCE, QUIET, add_send_back
+from flows.web.callers import caller_of
+from flows.web.studio.draw_events import add_send_back
 from flows.web.studio.draw_form import DrawForm, request_of
-from flows.web.studio.page_messages import cancel_job, follow, show_error, show_note, user_of
-from flows.web.studio.page_style import image_classes
+from flows.web.studio.page_messages import cancel_own_job, follow, show_error, show_note
+from flows.web.studio.page_style import QUIET, UNQUEUED, image_classes
 from lora_engine.errors import SettingsError, WordedError
 from lora_engine.inference.grid import SETTINGS, Axis, parse_axis
 from tasks.operations.adapter_cards import list_adapter_cards
@@ -74,8 +75,8 @@ def add_grids(studio: Studio) -> None:
     )
 
     events = _GridEvents(studio)
-    gradio.on([studio.page.load, adapter.focus], events.list_adapters, [adapter], [adapter], **AT_ONCE)
-    take.click(lambda prompt: prompt, [form.prompt], [text], **AT_ONCE)
+    gradio.on([studio.page.load, adapter.focus], events.list_adapters, [adapter], [adapter], **UNQUEUED)
+    take.click(lambda prompt: prompt, [form.prompt], [text], **UNQUEUED)
     gradio.on(
         [start.click, text.submit],
         events.draw,
@@ -84,7 +85,7 @@ def add_grids(studio: Studio) -> None:
         trigger_mode="once",
         **QUIET,
     )
-    cancel.click(events.cancel, [job], [status], **AT_ONCE)
+    cancel.click(events.cancel, [job], [status], **UNQUEUED)
 
 
 class _GridEvents:
@@ -100,7 +101,7 @@ class _GridEvents:
 
     def cancel(self, job_id: str, request: gradio.Request) -> str:
         """Cancels the job of this page; returns the status."""
-        return cancel_job(self._studio.service, job_id, tenant=user_of(request))
+        return cancel_own_job(self._studio.service, job_id, tenant=caller_of(request).tenant)
 
     def draw(
         self,
@@ -131,7 +132,7 @@ class _GridEvents:
             flat = [one for row in rows for one in row]
             if len(flat) > _MOST:
                 raise SettingsError(f"{len(flat)} images", allowed=f"at most {_MOST}", remedy="give fewer values")
-            for status, progress in follow(studio.service, flat, tenant=user_of(request)):
+            for status, progress in follow(studio.service, flat, tenant=caller_of(request).tenant):
                 if progress.job is not None:
                     yield status, skip, skip, skip, progress.job.id
             files = [images[0] for images in progress.images if images]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import fastapi
 import gradio
 
+from flows.web.studio import trainings
 from flows.web.studio.compare import add_compare
 from flows.web.studio.datasets import add_datasets
 from flows.web.studio.draw import add_draw
@@ -20,7 +21,6 @@ from flows.web.studio.page_files import PageFiles
 from flows.web.studio.page_style import CSS, theme
 from flows.web.studio.registry_style import REGISTRY_CSS
 from flows.web.studio.releases import add_releases
-from flows.web.studio.trainings import add_trainings
 from flows.web.studio.votes import add_votes
 from lora_engine.errors import EngineError
 from tasks.serving.service import ImageService
@@ -34,9 +34,6 @@ MAX_UPLOAD = 32 << 20
 _WAITING, _AT_ONCE = 64, 8
 _CLEAN_EVERY, _KEEP = 15 * 60, 6 * 60 * 60
 """Seconds between cleanings of the cache, and age of the files that they delete."""
-
-Login = Callable[[fastapi.Request], str | None]
-"""Returns the user of a request; None refuses it."""
 
 
 @dataclass
@@ -64,7 +61,7 @@ TABS: dict[str, Callable[[Studio], None]] = {
     "Grid": add_grids,
     "Votes": add_votes,
     "Releases": add_releases,
-    "Trainings": add_trainings,
+    trainings.TITLE: trainings.add_trainings,
     "Datasets": add_datasets,
 }
 """Title of each tab, and the function that adds its components and events to the open `gradio.Blocks`.
@@ -74,13 +71,12 @@ itself.
 """
 
 
-def mount_studio(app: fastapi.FastAPI, service: ImageService, *, login: Login | None = None) -> None:
-    """Mounts the page on the application at `PATH`.
+def mount_studio(app: fastapi.FastAPI, service: ImageService) -> None:
+    """Mounts the page on the application at `PATH`; `flows.web.security.Guard` establishes the caller of its requests.
 
     Args:
         app: The application.
         service: Draws the images.
-        login: Returns the user of a request, or None to refuse it; None lets every request in as `local`.
     """
     if service.home.read_only:
         raise EngineError("the studio writes into the home", where=str(service.home.path), remedy="make it writable")
@@ -106,7 +102,6 @@ def mount_studio(app: fastapi.FastAPI, service: ImageService, *, login: Login | 
         app,
         page,
         path=PATH,
-        auth_dependency=login,
         allowed_paths=[],
         blocked_paths=[],
         show_error=False,
@@ -114,7 +109,7 @@ def mount_studio(app: fastapi.FastAPI, service: ImageService, *, login: Login | 
         ssr_mode=False,
         enable_monitoring=False,
         mcp_server=False,
-        footer_links=["settings"],
+        footer_links=[],
         theme=theme(),
         css=CSS + REGISTRY_CSS,
     )

@@ -1,34 +1,59 @@
-"""Shows the state of jobs, and the project's errors, as HTML."""
+"""Shows messages, errors with all reasons, tables and the state of jobs as HTML."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from html import escape
 
-import gradio
-
 from lora_engine.errors import WordedError
+from registry.errors import Refused
 from tasks.operations.draw_request import DrawRequest
 from tasks.serving.batch import BatchProgress, draw_all
 from tasks.serving.job import Job, JobState, UnknownJob
 from tasks.serving.service import ImageService
 
 
-def user_of(request: gradio.Request | None) -> str:
-    """Returns the user of an event, for whom images are drawn; `local` on a server without login."""
-    return str(getattr(request, "username", None) or "local")
-
-
 def show_error(error: WordedError) -> str:
-    """Returns an error as an alert, which screen readers speak."""
-    return f'<div class="studio-error" role="alert">{escape(str(error))}</div>'
+    """Returns an error as an alert, which screen readers speak; each reason of a refusal has its own line."""
+    if not isinstance(error, Refused):
+        return f'<div class="studio-error" role="alert">{escape(str(error))}</div>'
+    where = f"{error.where}: " if error.where else ""
+    problem = error.problem.partition(": (1)")[0]
+    fix = f'<div class="fix">Fix: {escape(error.remedy)}.</div>' if error.remedy else ""
+    return show_refusal(where + problem, error.reasons, fix)
+
+
+def show_refusal(problem: str, reasons: Iterable[str], fix: str = "") -> str:
+    """Returns a refusal as an alert with its reasons; `fix` is HTML."""
+    items = "".join(f"<li>{escape(reason)}</li>" for reason in reasons)
+    return f'<div class="studio-error" role="alert">{escape(problem)}<ul>{items}</ul>{fix}</div>'
 
 
 def show_note(text: str) -> str:
-    """Returns a short message."""
-    return f'<p class="studio-note" role="status">{escape(text)}</p>' if text else ""
+    """Returns a short message, with commands between backticks as code; an empty one is hidden."""
+    shown = re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
+    return f'<p class="studio-note" role="status">{shown}</p>' if text else ""
+
+
+def show_done(text: str) -> str:
+    """Returns the message of a change that was made."""
+    return f'<div class="studio-done" role="status">{escape(text)}</div>'
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, label: str) -> str:
+    """Returns a table that scrolls on narrow screens; empty without rows. Cells are HTML, which the caller escapes."""
+    listed = list(rows)
+    if not listed:
+        return ""
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in listed)
+    return (
+        f'<div class="studio-scroll" tabindex="0" role="region" aria-label="{escape(label)}">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 def data_url(content: bytes, kind: str = "image/png") -> str:
@@ -72,11 +97,11 @@ def follow(
         yield show_job(progress.job, preview, done=progress.done, total=len(requests)), progress
 
 
-def cancel_job(service: ImageService, job_id: str, *, tenant: str) -> str:
+def cancel_own_job(service: ImageService, job_id: str, *, tenant: str) -> str:
     """Cancels a job of a tenant; returns what happened as HTML."""
-    is_own = False
-    with suppress(UnknownJob):
-        is_own = service.job(job_id).tenant == tenant
-        if is_own:
-            service.cancel(job_id)
-    return show_note("Canceling." if is_own else "Nothing is drawn at the moment.")
+    try:
+        service.job(job_id, tenant=tenant)
+        service.cancel(job_id)
+    except UnknownJob:
+        return show_note("Nothing is drawn at the moment.")
+    return show_note("Canceling.")

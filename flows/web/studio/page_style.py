@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gradio
+
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+"""Options of events that wait in the queue. Only these trigger `change` of a state that they return."""
+UNQUEUED: dict[str, Any] = {**QUIET, "queue": False}
+"""Options of events that answer at once, also while all images of the queue are drawn."""
 
 
 def theme() -> gradio.themes.Base:
@@ -36,15 +43,19 @@ CSS = """
 .studio-sheet .image-container, .studio-sheet .image-frame { padding-top: 1.2rem; }
 .studio-title h1 { font-size: 1.5rem; font-weight: 650; margin: 0; }
 .studio-title { display: flex; gap: .75rem; align-items: baseline; flex-wrap: wrap; }
-.studio-title p, .studio-note { color: var(--body-text-color-subdued); margin: 0; }
+.gradio-container { --studio-soft: color-mix(in srgb, var(--body-text-color) 65%, transparent); }
+.studio-title p { color: var(--studio-soft); margin: 0; }
+.studio-note { color: var(--studio-soft); margin: .25rem 0; }
 .studio-small img, .studio-status img, .studio-cards img { image-rendering: pixelated; }
 .studio-small .grid-wrap img, .studio-small .preview img { width: 100%; height: 100%; object-fit: contain; }
 .studio-status { min-height: 1.6rem; }
 .studio-status progress { width: 100%; height: .6rem; accent-color: var(--color-accent); }
 .studio-status img { display: block; margin: .5rem auto 0; width: min(100%, 384px); border-radius: var(--radius-md); }
-.studio-error { border-left: 4px solid var(--error-border-color); padding: .5rem .75rem; white-space: pre-wrap;
-  overflow-wrap: anywhere; background: var(--error-background-fill); color: var(--body-text-color);
-  border-radius: var(--radius-sm); }
+.studio-error { border-left: 4px solid #b3261e; padding: .5rem .75rem; margin: .25rem 0; white-space: pre-wrap;
+  overflow-wrap: anywhere; background: color-mix(in srgb, #b3261e 9%, transparent); border-radius: 6px; }
+.studio-error ul { margin: .25rem 0 0; padding-left: 1.2rem; } .studio-error .fix { margin-top: .35rem; opacity: .85; }
+.studio-done { border-left: 4px solid #1a7f4b; padding: .5rem .75rem; margin: .25rem 0; overflow-wrap: anywhere;
+  background: color-mix(in srgb, #1a7f4b 10%, transparent); border-radius: 6px; }
 .studio-cards ul { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: .75rem;
   list-style: none; margin: 0; padding: 0; }
 .studio-cards li { display: grid; grid-template-columns: 96px 1fr; gap: .25rem .75rem; margin: 0; padding: .6rem;

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 import gradio
 
-from flows.web.studio.acting import done, find_actor, note, render_error, table
+from flows.web.callers import caller_of
+from flows.web.studio.page_messages import show_done, show_error, show_note, show_refusal, show_table
+from flows.web.studio.page_style import QUIET
 from flows.web.studio.releases_waiting import add_waiting
 from lora_engine.errors import WordedError
 from registry.errors import PromotionError
@@ -41,14 +43,13 @@ _ALIASES = ["production", "staging"]
 def add_releases(studio: Studio) -> None:
     """Adds the tab to the open `gradio.Blocks`."""
     tab = _Releases(studio)
-    options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     with gradio.Row():
         name = gradio.Dropdown([], label="Adapter", interactive=True, scale=4)
-        refresh = gradio.Button("Refresh", scale=0, min_width=110, elem_classes="reg-refresh")
+        refresh = gradio.Button("Refresh", scale=0, min_width=110, elem_classes="studio-refresh")
     aliases = gradio.HTML(apply_default_css=False, padding=False)
     with gradio.Group():
         with gradio.Row():
-            action = gradio.Radio(_LABELS, value="promote", label="ReleaseAction")
+            action = gradio.Radio(_LABELS, value="promote", label="Action")
         with gradio.Row():
             version = gradio.Dropdown([], label="Version to change", interactive=True)
             alias = gradio.Dropdown(_ALIASES, value="production", label="Alias", allow_custom_value=True)
@@ -63,19 +64,19 @@ def add_releases(studio: Studio) -> None:
     with gradio.Accordion("History", open=True):
         history = gradio.HTML(apply_default_css=False, padding=False)
     shown: list[Any] = [name, aliases, version, versions, history]
-    gradio.on([refresh.click, studio.page.load, name.input], tab.show, name, shown, **options)
+    gradio.on([refresh.click, studio.page.load, name.input], tab.show, name, shown, **QUIET)
     inputs = [name, action, version, alias, reason]
-    review.click(tab.review, inputs, [reviewed, message, confirm], **options)
+    review.click(tab.review, inputs, [reviewed, message, confirm], **QUIET)
     # What changes after a review is not what was reviewed.
     gradio.on(
         [action.input, version.input, alias.input, name.input],
         tab.forget,
         None,
         [reviewed, message, confirm],
-        **options,
+        **QUIET,
     )
-    event = confirm.click(tab.confirm, [reviewed, reason], [reviewed, message, confirm], **options)
-    event.then(tab.show, name, shown, **options)
+    event = confirm.click(tab.confirm, [reviewed, reason], [reviewed, message, confirm], **QUIET)
+    event.then(tab.show, name, shown, **QUIET)
     add_waiting(studio)
 
 
@@ -89,10 +90,9 @@ class _Releases:
     def __init__(self, studio: Studio) -> None:
         self._home = studio.service.home
 
-    def show(self, name: str | None, request: gradio.Request) -> tuple[Any, str, Any, str, str]:
+    def show(self, name: str | None) -> tuple[Any, str, Any, str, str]:
         """Returns the adapters, the aliases of all, and versions and history of one."""
         try:
-            find_actor(request)
             states = read_releases(self._home)
             with closing(Versions(self._home)) as versions:
                 names = list(dict.fromkeys(version.name for version in versions.list()))
@@ -101,7 +101,7 @@ class _Releases:
                 votes = {version.ref: results_of(versions, version).against for version in own}
             moves = read_release_events(self._home, chosen) if chosen else []
         except WordedError as error:
-            return gradio.skip(), render_error(error), gradio.skip(), "", ""
+            return gradio.skip(), show_error(error), gradio.skip(), "", ""
         active = [(_label(version), str(version.version)) for version in reversed(own) if version.state == "ACTIVE"]
         summaries = {
             ref: "<br>".join(
@@ -111,7 +111,7 @@ class _Releases:
         }
         return (
             gradio.update(choices=names, value=chosen),
-            _aliases(states) or note("No alias yet. Promote a version below."),
+            _aliases(states) or show_note("No alias yet. Promote a version below."),
             gradio.update(choices=active, value=active[0][1] if active else None),
             _versions(own, summaries),
             _history(moves),
@@ -129,7 +129,7 @@ class _Releases:
         """Shows what would be done, with every reason against it; only without one it can be confirmed."""
         blocked = gradio.update(interactive=False)
         try:
-            actor = find_actor(request)
+            actor = caller_of(request).actor
             if not str(reason or "").strip():
                 raise PromotionError("there is no reason", remedy="write the reason, which the log stores")
             if (
@@ -142,30 +142,27 @@ class _Releases:
                 self._home, cast("ReleaseAction", action), name, str(version), str(alias or ""), actor=actor
             )
         except WordedError as error:
-            return None, render_error(error), blocked
+            return None, show_error(error), blocked
         if found.reasons:
-            items = "".join(f"<li>{escape(reason)}</li>" for reason in found.reasons)
-            text = f'<div class="reg-error" role="alert">Refused: {escape(found.summary)}<ul>{items}</ul></div>'
-            return None, text, blocked
+            return None, show_refusal(f"Refused: {found.summary}", found.reasons), blocked
         warnings = "".join(f"<li>{escape(warning)}</li>" for warning in found.warnings)
-        text = f'<div class="reg-done" role="status">As {escape(found.actor)}: <b>{escape(found.summary)}</b>. '
+        text = f'<div class="studio-done" role="status">As {escape(found.actor)}: <b>{escape(found.summary)}</b>. '
         return found, f"{text}Confirm to do it.<ul>{warnings}</ul></div>", gradio.update(interactive=True)
 
-    def forget(self, request: gradio.Request) -> tuple[None, str, Any]:
+    def forget(self) -> tuple[None, str, Any]:
         """Forgets a review, because the form changed."""
-        find_actor(request)
         return None, "", gradio.update(interactive=False)
 
     def confirm(self, found: ReleaseReview | None, reason: str, request: gradio.Request) -> tuple[None, str, Any]:
         """Does what was reviewed, if the state is still that of the review."""
         try:
-            actor = find_actor(request)
+            actor = caller_of(request).actor
             if found is None:
                 raise PromotionError("nothing was reviewed", remedy="review the action first")
             event = carry_out(self._home, found, str(reason or ""), actor=actor)
         except WordedError as error:
-            return None, render_error(error), gradio.update(interactive=False)
-        return None, done(f"Done: {found.summary} (event {event.seq})."), gradio.update(interactive=False)
+            return None, show_error(error), gradio.update(interactive=False)
+        return None, show_done(f"Done: {found.summary} (event {event.seq})."), gradio.update(interactive=False)
 
 
 def _label(version: AdapterVersion) -> str:
@@ -176,16 +173,16 @@ def _label(version: AdapterVersion) -> str:
 def _aliases(states: list[AliasState]) -> str:
     rows = []
     for state in states:
-        policy = '<span class="reg-tag reg-good">met</span>'
+        policy = '<span class="studio-tag studio-good">met</span>'
         if state.reasons:
             reasons = "".join(f"<li>{escape(reason)}</li>" for reason in state.reasons)
-            policy = f'<span class="reg-tag reg-bad">not met</span><ul>{reasons}</ul>'
+            policy = f'<span class="studio-tag studio-bad">not met</span><ul>{reasons}</ul>'
         elif state.overridden:
             policy += f" overridden: {escape('; '.join(state.overridden))}"
         since = f"{state.since:%Y-%m-%d %H:%M}" if state.since else ""
         ref = f"<b>{escape(state.name)}@{escape(state.alias)}</b>"
         rows.append((ref, str(state.version), since, escape(state.actor), escape(state.moved_because), policy))
-    return table(("Alias", "Version", "Since (UTC)", "By", "Because", "Policy"), rows, label="Aliases")
+    return show_table(("Alias", "Version", "Since (UTC)", "By", "Because", "Policy"), rows, label="Aliases")
 
 
 def _versions(versions: list[AdapterVersion], votes: dict[str, str]) -> str:
@@ -200,7 +197,7 @@ def _versions(versions: list[AdapterVersion], votes: dict[str, str]) -> str:
         )
         for version in reversed(versions)
     ]
-    return table(("Version", "Aliases", "Gates", "Votes", "Created (UTC)", "sha256"), rows, label="Versions")
+    return show_table(("Version", "Aliases", "Gates", "Votes", "Created (UTC)", "sha256"), rows, label="Versions")
 
 
 def _history(events: list[Event]) -> str:
@@ -219,4 +216,4 @@ def _history(events: list[Event]) -> str:
         )
         for event in events
     ]
-    return table(("Event", "Time (UTC)", "ReleaseAction", "Version", "User", "Reason"), rows, label="History")
+    return show_table(("Event", "Time (UTC)", "Action", "Version", "User", "Reason"), rows, label="History")

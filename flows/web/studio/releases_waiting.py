@@ -9,7 +9,8 @@ import gradio
 import httpx
 
 from flows.approving import decide_waiting, list_waiting
-from flows.web.studio.acting import done, find_actor, note, render_error, table
+from flows.web.callers import caller_of
+from flows.web.studio.page_messages import show_done, show_error, show_note, show_table
 from lora_engine.errors import WordedError
 from registry.errors import PromotionError
 
@@ -47,20 +48,23 @@ class _Waiting:
     def __init__(self, studio: Studio) -> None:
         self._home = studio.service.home
 
-    def show(self, request: gradio.Request) -> tuple[str, Any]:
+    def show(self) -> tuple[str, Any]:
         """Returns the waiting runs."""
         try:
-            find_actor(request)
             waiting = list_waiting(self._home)
         except WordedError as error:
-            return render_error(error), gradio.skip()
+            return show_error(error), gradio.skip()
         except (OSError, httpx.HTTPError) as error:
-            return note(f"Prefect's server cannot be reached: {error}"), gradio.update(choices=[], value=None)
+            return show_note(f"Prefect's server cannot be reached: {error}"), gradio.update(choices=[], value=None)
         if waiting is None:
-            return note("No Prefect server is configured (PREFECT_API_URL)."), gradio.update(choices=[], value=None)
+            return show_note("No Prefect server is configured (PREFECT_API_URL)."), gradio.update(
+                choices=[], value=None
+            )
         choices = [(run.request.message, _key(run)) for run in waiting]
         rows = [(escape(run.name), escape(run.request.message)) for run in waiting]
-        listed = table(("Run", "Waits for"), rows, label="Waiting runs") or note("No run waits for an approval.")
+        listed = show_table(("Run", "Waits for"), rows, label="Waiting runs") or show_note(
+            "No run waits for an approval."
+        )
         return listed, gradio.update(choices=choices, value=choices[0][1] if choices else None)
 
     def approve(self, chosen: str | None, reason: str, request: gradio.Request) -> str:
@@ -79,12 +83,12 @@ class _Waiting:
             if not digest:
                 raise PromotionError("no run is chosen", remedy="choose the run to decide about")
             version, run, _ = decide_waiting(
-                self._home, ref, decision, str(reason or ""), expect=digest, actor=find_actor(request)
+                self._home, ref, decision, str(reason or ""), expect=digest, actor=caller_of(request).actor
             )
         except WordedError as error:
-            return render_error(error)
+            return show_error(error)
         word = "Approved" if decision == "approve" else "Rejected"
-        return done(
+        return show_done(
             f"{word} {version.ref} for {run.request.alias}. The run {run.name} continues once a worker is free."
         )
 

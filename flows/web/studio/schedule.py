@@ -10,7 +10,7 @@ from lora_engine.inference.prompts.step_weights import StepWeights, parse_step_w
 
 PERCENT, STEPS = "percent of the run", "steps from 0"
 UNITS = (PERCENT, STEPS)
-PRESETS: dict[str, tuple[tuple[float, float], ...]] = {
+SCHEDULE_PRESETS: dict[str, tuple[tuple[float, float], ...]] = {
     "Constant": ((0.0, 1.0),),
     "Fade in": ((0.0, 0.0), (50.0, 1.0)),
     "Fade out": ((50.0, 1.0), (100.0, 0.0)),
@@ -20,10 +20,10 @@ PRESETS: dict[str, tuple[tuple[float, float], ...]] = {
 """Name -> points (percent, share of the adapter's weight)."""
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 480, 160, 34, 22
 
-Cell = str | float | int | None
+_Cell = str | float | int | None
 
 
-def weights_of(rows: Sequence[Sequence[Cell]], unit: str) -> StepWeights:
+def schedule_weights(rows: Sequence[Sequence[_Cell]], unit: str) -> StepWeights:
     """Returns the weights of a table of (position, weight); empty rows do not count.
 
     Raises:
@@ -54,7 +54,7 @@ def weights_of(rows: Sequence[Sequence[Cell]], unit: str) -> StepWeights:
     return parse_step_weights(",".join(f"{weight:.6g}@{position:.6g}" for position, weight in points))
 
 
-def rows_of(weights: StepWeights) -> tuple[list[list[float]], str]:
+def schedule_rows(weights: StepWeights) -> tuple[list[list[float]], str]:
     """Returns the table of weights, and its unit."""
     if weights.in_steps:
         return [[position, weight] for position, weight in weights.points], STEPS
@@ -63,7 +63,7 @@ def rows_of(weights: StepWeights) -> tuple[list[list[float]], str]:
 
 def preset_rows(name: str, weight: float) -> list[list[float]]:
     """Returns the table of a preset, in percent, for an adapter with a weight."""
-    return [[position, round(share * weight, 4)] for position, share in PRESETS[name]]
+    return [[position, round(share * weight, 4)] for position, share in SCHEDULE_PRESETS[name]]
 
 
 def draw_curve(weights: StepWeights, steps: int) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import gradio
 
-from flows.web.studio.acting import find_actor, note, render_error, table
+from flows.web.studio.page_messages import data_url, show_error, show_note, show_table
+from flows.web.studio.page_style import QUIET
 from lora_engine.errors import WordedError
 from tasks.operations.training_view import TrainingView, list_trainings, view_training
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flows.web.studio.page import Studio
     from tasks.operations.status import RunState, StepStatus
 
+TITLE = "Trainings"
 _SECONDS = 3
 
 
@@ -28,12 +29,12 @@ def add_trainings(studio: Studio) -> None:
     shown = gradio.HTML(apply_default_css=False, padding=False)
     with gradio.Accordion("All runs", open=False):
         runs = gradio.HTML(apply_default_css=False, padding=False)
-    timer = gradio.Timer(_SECONDS)
-    options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    timer = gradio.Timer(_SECONDS, active=False)
     outputs = [chosen, shown, runs]
-    gradio.on([studio.page.load, timer.tick], tab.show, chosen, outputs, trigger_mode="once", **options)
-    chosen.input(tab.show, chosen, outputs, **options)
-    follow.input(lambda active: gradio.Timer(active=bool(active)), follow, timer, **options)
+    studio.tabs.select(tab.select_tab, [chosen, follow], [timer, *outputs], **QUIET)
+    timer.tick(tab.show, chosen, outputs, trigger_mode="once", **QUIET)
+    chosen.input(tab.show, chosen, outputs, **QUIET)
+    follow.input(lambda active: gradio.Timer(active=bool(active)), follow, timer, **QUIET)
 
 
 class _Trainings:
@@ -46,19 +47,24 @@ class _Trainings:
     def __init__(self, studio: Studio) -> None:
         self._home = studio.service.home
 
-    def show(self, chosen: str | None, request: gradio.Request) -> tuple[Any, str, str]:
+    def select_tab(self, chosen: str | None, follow: bool, event: gradio.SelectData) -> tuple[Any, ...]:
+        """Shows the trainings and starts the timer if the user opens this tab; stops the timer for other tabs."""
+        if event.value != TITLE:
+            return gradio.Timer(active=False), *[gradio.skip()] * 3
+        return gradio.Timer(active=bool(follow)), *self.show(chosen)
+
+    def show(self, chosen: str | None) -> tuple[Any, str, str]:
         """Returns the trainings, the chosen one or the latest, and all runs."""
         try:
-            find_actor(request)
             found = list_trainings(self._home)
             if not found:
                 empty = "No training yet. `loraline run pipeline.yaml` starts one, and it appears here."
-                return gradio.update(choices=[], value=None), note(empty), ""
+                return gradio.update(choices=[], value=None), show_note(empty), ""
             keyed = {f"{state.run.id}/{step.name}": (state, step) for state, step in found}
             value = chosen if chosen in keyed else next(iter(keyed))
             shown = show_training(view_training(self._home, *keyed[value]))
         except WordedError as error:
-            return gradio.skip(), render_error(error), ""
+            return gradio.skip(), show_error(error), ""
         choices = [(_label(*entry), key) for key, entry in keyed.items()]
         return gradio.update(choices=choices, value=value), shown, _runs([state for state, _ in found])
 
@@ -74,12 +80,12 @@ def show_training(view: TrainingView) -> str:
         for title, drawing in view.curves.items()
     )
     bar = f'<progress class="train-bar" aria-label="Steps" max="{max(step.total, 1)}" value="{step.done}"></progress>'
-    problem = f'<div class="reg-error" role="alert">{escape(step.text)}</div>' if step.state == "failed" else ""
-    waits = note(step.text) if step.text and step.state != "failed" else ""
+    problem = f'<div class="studio-error" role="alert">{escape(step.text)}</div>' if step.state == "failed" else ""
+    waits = show_note(step.text) if step.text and step.state != "failed" else ""
     warnings = "".join(f"<li>{escape(text)}</li>" for text in step.warnings)
     return (
         f'<div class="train-head"><h3>{escape(view.state.run.name)}: {escape(step.name)}</h3>'
-        f'<span class="reg-tag">{escape(step.state)}</span></div>{bar}{problem}{waits}'
+        f'<span class="studio-tag">{escape(step.state)}</span></div>{bar}{problem}{waits}'
         f'<dl class="train-facts">{facts}</dl><div class="train-curves">{curves}</div>'
         f"{_samples(view)}{f'<ul>{warnings}</ul>' if warnings else ''}"
     )
@@ -106,7 +112,7 @@ def _samples(view: TrainingView) -> str:
 def _image(content: bytes | None, step: int) -> str:
     if content is None:
         return ""
-    return f'<img alt="Sample of step {step}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+    return f'<img alt="Sample of step {step}" src="{data_url(content)}">'
 
 
 def _label(state: RunState, step: StepStatus) -> str:
@@ -125,4 +131,4 @@ def _runs(states: list[RunState]) -> str:
         )
         for state in seen.values()
     ]
-    return table(("Run", "Status", "Started (UTC)", "Steps", "Versions"), rows, label="Runs")
+    return show_table(("Run", "Status", "Started (UTC)", "Steps", "Versions"), rows, label="Runs")

@@ -5,20 +5,21 @@ A client gets the pixels of two images and its position in its own ballot. Which
 
 from __future__ import annotations
 
-import base64
 from contextlib import closing
 from html import escape
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import gradio
 
-from flows.web.studio.acting import done, find_actor, note, render_error, table
+from flows.web.callers import caller_of
+from flows.web.studio.page_messages import data_url, show_done, show_error, show_note, show_table
+from flows.web.studio.page_style import QUIET
 from flows.web.studio.votes_prepare import add_prepare
 from lora_engine.errors import WordedError
 from registry.errors import VoteError
 from registry.versions.versions import Versions
 from registry.versions.voting import list_compared, list_comparisons
-from tasks.operations.ballots import Answer, OpenBallot, open_ballot, read_pair, record_answer
+from tasks.operations.ballots import OpenBallot, VoteAnswer, open_ballot, read_pair, record_answer
 from tasks.operations.vote_results import VoteResults, describe_summary, results_of
 
 if TYPE_CHECKING:
@@ -61,17 +62,16 @@ def add_votes(studio: Studio) -> None:
     tab = _Votes(studio)
     with gradio.Row():
         chosen = gradio.Dropdown([], label="Comparison", interactive=True, scale=4)
-        refresh = gradio.Button("Refresh", scale=0, min_width=110, elem_classes="reg-refresh")
+        refresh = gradio.Button("Refresh", scale=0, min_width=110, elem_classes="studio-refresh")
     ballot = gradio.HTML(apply_default_css=False, js_on_load=_ON_LOAD, elem_id="votes-ballot")
     message = gradio.HTML(apply_default_css=False, padding=False)
     with gradio.Accordion("Results", open=False) as results:
         shown = gradio.HTML(apply_default_css=False, padding=False)
     outputs: list[Any] = [ballot, message]
-    options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    gradio.on([refresh.click, studio.page.load], tab.list_choices, chosen, [chosen, *outputs], **options)
-    chosen.input(tab.open, chosen, outputs, **options)
-    ballot.select(tab.vote, chosen, outputs, **options)
-    results.expand(tab.show_results, chosen, shown, **options)
+    gradio.on([refresh.click, studio.page.load], tab.list_choices, chosen, [chosen, *outputs], **QUIET)
+    chosen.input(tab.open, chosen, outputs, **QUIET)
+    ballot.select(tab.vote, chosen, outputs, **QUIET)
+    results.expand(tab.show_results, chosen, shown, **QUIET)
     add_prepare(studio, chosen, tab.list_choices, [chosen, *outputs])
 
 
@@ -88,7 +88,6 @@ class _Votes:
     def list_choices(self, chosen: str | None, request: gradio.Request) -> tuple[Any, str, str]:
         """Returns the comparisons, the latest first, and opens the chosen one or the first."""
         try:
-            find_actor(request)
             with closing(Versions(self._home)) as versions:
                 choices = [
                     (f"{entry.candidate} against {entry.against}, {len(entry.prompts)} pairs", entry.artifact.sha256)
@@ -96,10 +95,10 @@ class _Votes:
                     for entry, _ in reversed(list_comparisons(versions, version))
                 ]
         except WordedError as error:
-            return gradio.skip(), "", render_error(error)
+            return gradio.skip(), "", show_error(error)
         if not choices:
             empty = "No comparison yet. Prepare one below, or with `loraline vote prepare NAME@REF --prompts FILE`."
-            return gradio.update(choices=[], value=None), note(empty), ""
+            return gradio.update(choices=[], value=None), show_note(empty), ""
         value = chosen if chosen in {digest for _, digest in choices} else choices[0][1]
         return gradio.update(choices=choices, value=value), *self.open(value, request)
 
@@ -109,48 +108,48 @@ class _Votes:
             return "", ""
         try:
             with closing(Versions(self._home)) as versions:
-                opened = open_ballot(versions, chosen, actor=find_actor(request))
+                opened = open_ballot(versions, chosen, actor=caller_of(request).actor)
                 return self._show(versions, opened, opened.next_position)
         except WordedError as error:
-            return "", render_error(error)
+            return "", show_error(error)
 
     def vote(self, chosen: str | None, event: gradio.EventData, request: gradio.Request) -> tuple[Any, str]:
         """Records an answer to the pair that is shown, and shows the next one; `back` shows the one before."""
         answer, shown = str(getattr(event, "choice", "")), str(getattr(event, "position", ""))
         try:
-            actor = find_actor(request)
+            actor = caller_of(request).actor
             with closing(Versions(self._home)) as versions:
                 opened = open_ballot(versions, str(chosen or ""), actor=actor)
                 position = int(shown) if shown.isascii() and shown.isdecimal() and len(shown) < 7 else -1
                 if answer == "back":
                     is_open = 0 < position < len(opened.positions) and not opened.ballot.is_finished
                     return self._show(versions, opened, position - 1 if is_open else opened.next_position)
-                if answer not in get_args(Answer):
-                    raise VoteError(f"vote {answer[:40]!r}", allowed=", ".join(get_args(Answer)))
-                record_answer(versions, opened, position, cast("Answer", answer), actor=actor)
+                if answer not in get_args(VoteAnswer):
+                    raise VoteError(f"vote {answer[:40]!r}", allowed=", ".join(get_args(VoteAnswer)))
+                record_answer(versions, opened, position, cast("VoteAnswer", answer), actor=actor)
                 opened = open_ballot(versions, str(chosen), actor=actor)
                 return self._show(versions, opened, opened.next_position)
         except WordedError as error:
-            return gradio.skip(), render_error(error)
+            return gradio.skip(), show_error(error)
 
     def show_results(self, chosen: str | None, request: gradio.Request) -> str:
         """Returns the votes that count, once the user's own ballot is finished: others would sway it."""
         if not chosen:
-            return note("Choose a comparison.")
+            return show_note("Choose a comparison.")
         try:
             with closing(Versions(self._home)) as versions:
-                opened = open_ballot(versions, chosen, actor=find_actor(request))
+                opened = open_ballot(versions, chosen, actor=caller_of(request).actor)
                 if not opened.ballot.is_finished:
-                    return note("Results are shown once you have judged every pair of this comparison.")
+                    return show_note("Results are shown once you have judged every pair of this comparison.")
                 (version,) = (v for v in list_compared(versions, chosen) if v.ref == opened.comparison.candidate)
                 return show_results(results_of(versions, version, opened.comparison.against))
         except WordedError as error:
-            return render_error(error)
+            return show_error(error)
 
     def _show(self, versions: Versions, opened: OpenBallot, position: int | None) -> tuple[str, str]:
         total, voted = len(opened.positions), len(opened.ballot.choices)
         if position is None:
-            return _progress(voted, total), done("All pairs are judged. Your votes are final, and count.")
+            return _progress(voted, total), show_done("All pairs are judged. Your votes are final, and count.")
         images = read_pair(versions, opened, position)
         return _pair(opened, position, images) + _progress(voted, total), ""
 
@@ -166,7 +165,7 @@ def show_results(results: VoteResults) -> str:
         for against, summary in results.against.items()
         for voter, rate in summary.voters.items()
     ]
-    parts.append(table(("Against", "Voter", "Votes", "Win rate", "Left"), rows, label="Votes by voter"))
+    parts.append(show_table(("Against", "Voter", "Votes", "Win rate", "Left"), rows, label="Votes by voter"))
     for alias, reasons in results.unmet.items():
         items = "".join(f"<li>{escape(reason)}</li>" for reason in reasons) or "<li>enough votes</li>"
         parts.append(f"<p>For <b>{escape(alias)}</b>:</p><ul>{items}</ul>")
@@ -177,7 +176,7 @@ def _pair(opened: OpenBallot, position: int, images: tuple[bytes, bytes]) -> str
     entry = opened.index.pairs[opened.positions[position].pair]
     shown = [
         f'<button data-vote="{side}" aria-label="{side} image is better"><img alt="{side} image" draggable="false" '
-        f'src="data:image/png;base64,{base64.b64encode(image).decode()}"></button>'
+        f'src="{data_url(image)}"></button>'
         for side, image in zip(("left", "right"), images, strict=True)
     ]
     keys = "".join(
@@ -196,7 +195,7 @@ def _pair(opened: OpenBallot, position: int, images: tuple[bytes, bytes]) -> str
 def _progress(voted: int, total: int) -> str:
     return (
         f'<div class="votes-progress"><progress aria-label="Judged pairs" max="{total}" value="{voted}"></progress>'
-        f'<p class="reg-note" role="status">{voted} of {total} pairs judged. Votes count once all are.</p></div>'
+        f'<p class="studio-note" role="status">{voted} of {total} pairs judged. Votes count once all are.</p></div>'
     )
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import gradio
 
-from flows.web.studio.acting import done, find_actor, render_error, tenant_of
+from flows.web.callers import caller_of
+from flows.web.studio.page_messages import show_done, show_error
 from lora_engine.errors import SettingsError, WordedError
 from registry.errors import VoteError
 from registry.versions.versions import Versions
@@ -64,18 +65,16 @@ class _Prepare:
         self._service = studio.service
         self._home = studio.service.home
 
-    def list_versions(self, request: gradio.Request) -> tuple[Any, Any]:
+    def list_versions(self) -> tuple[Any, Any]:
         """Returns the active versions, the latest first, and what the first can be compared with."""
-        find_actor(request)
         with closing(Versions(self._home)) as versions:
             active = [version for version in versions.list() if version.state == "ACTIVE"]
         refs = [version.ref for version in sorted(active, key=lambda version: version.created_at, reverse=True)]
         value = refs[0] if refs else None
-        return gradio.update(choices=refs, value=value), self.list_others(value, request)
+        return gradio.update(choices=refs, value=value), self.list_others(value)
 
-    def list_others(self, ref: str | None, request: gradio.Request) -> Any:
+    def list_others(self, ref: str | None) -> Any:
         """Returns what a version can be compared with: aliases first, then versions, then the base alone."""
-        find_actor(request)
         name = (ref or "").partition("@")[0]
         with closing(Versions(self._home)) as versions:
             own = [version for version in versions.list(name) if version.state == "ACTIVE" and version.ref != ref]
@@ -105,18 +104,20 @@ class _Prepare:
 
             def draw_each(requests: Sequence[DrawRequest]) -> Iterator[Sequence[bytes]]:
                 total = len(requests)
-                for number, images in enumerate(draw_in_queue(self._service, requests, tenant_of(request)), 1):
+                for number, images in enumerate(draw_in_queue(self._service, requests, caller_of(request).tenant), 1):
                     progress((number, total), desc="Drawing")
                     yield images
 
-            artifact, index = prepare_comparison(self._home, ref, against, wanted, draw_each, actor=find_actor(request))
+            artifact, index = prepare_comparison(
+                self._home, ref, against, wanted, draw_each, actor=caller_of(request).actor
+            )
         except WordedError as error:
-            return gradio.skip(), render_error(error)
+            return gradio.skip(), show_error(error)
         equal = len(lines) * int(count) - len(index.pairs)
         left_out = f", {equal} left out because both images are equal" if equal else ""
         text = f"{index.candidate} against {index.against}: {len(index.pairs)} pairs{left_out}."
         choice = (text, artifact.sha256)
-        return gradio.update(choices=[choice], value=artifact.sha256), done(text)
+        return gradio.update(choices=[choice], value=artifact.sha256), show_done(text)
 
 
 def draw_in_queue(service: ImageService, requests: Sequence[DrawRequest], tenant: str) -> Iterator[list[bytes]]:

@@ -1,31 +1,31 @@
-"""The studio behind the checks of the server, in a real browser: signing in, Gradio's events, the content policy."""
+"""The studio behind the checks of the server, in a real browser: signing in, roles, tenants, the content policy."""
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import gradio
 import httpx
 import pytest
-import uvicorn
 
-from flows.web.app import WebSettings, create_app
 from flows.web.callers import caller_of
-from flows.web.server import Listening, open_socket
 from flows.web.studio import page as studio_page
-from lora_engine.serving.engine import PlainEngine
+from flows.web.studio.page_messages import cancel_own_job
+from registry.entities import Event
 from registry.errors import IdentityError
 from registry.policy.actors import acting_as, establish_actor
+from registry.versions.promotion import read_log
 from registry.versions.versions import Versions
-from tasks.serving.service import ImageService, ServiceSettings
-from tests.flows.browser import browsed
-from tests.flows.web.server import copy_home, write_tokens
+from tasks.operations.draw_request import DrawRequest
+from tests.flows.browser import Page, browsed
+from tests.flows.web.server import copy_home
+from tests.flows.web.studio_server import ServedStudio, served_studio
+
+ANN, EVE = "ann@example.com", "eve@example.com"
+ROLES = f"roles: {{releaser: {{may: [stage, promote], members: [{ANN}]}}}}\n"
 
 
 def _add_probe(studio: Any) -> None:
@@ -45,81 +45,137 @@ def _add_probe(studio: Any) -> None:
     gradio.Button("Who").click(ask, None, shown)
 
 
-@pytest.fixture
-def address(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[str, str]]:
-    """Yields the address of a server with the studio, and a token."""
-    monkeypatch.setitem(studio_page.TABS, "Probe", _add_probe)
-    home = copy_home(tmp_path_factory, tmp_path / "home")
-    (token,) = write_tokens(tmp_path / "tokens.yaml", ("ann@example.com", "lab"))
-    service = ImageService(home, ServiceSettings(), PlainEngine("tiny"))
-    sock = open_socket(Listening(port=0))
-    running = threading.Event()
-    servers: list[uvicorn.Server] = []
-
-    async def serve() -> None:
-        # Gradio makes an event loop that it does not close where none runs.
-        app = create_app(service, WebSettings(tokens=tmp_path / "tokens.yaml", studio=True))
-        servers.append(uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none")))
-        running.set()
-        await servers[0]._serve([sock])
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    try:
-        assert running.wait(120)
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}", token
-    finally:
-        servers[0].should_exit = True
-        thread.join()
-        service.close()
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedStudio]:
+    """Yields a studio with `zorb@1` in production, `zorb@2`, and two users, of whom Ann alone may promote."""
+    home = copy_home(tmp_path_factory, tmp_path_factory.mktemp("access") / "home")
+    policy = home.path / "policy.yaml"
+    policy.write_text(policy.read_text() + ROLES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(studio_page.TABS, "Probe", _add_probe)
+        with served_studio(home, [(ANN, "lab"), (EVE, "guests")]) as served:
+            yield served
 
 
-@pytest.mark.nightly
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with browsed(tmp_path_factory.mktemp("browser")) as page:
+        yield page
+
+
+def sign_in(page: Page, studio: ServedStudio, user: str) -> None:
+    """Signs in with the form, as a user does."""
+    page.open(studio.address)
+    page.wait_for_text("Sign in")
+    page.type("Token", studio.tokens[user])
+    page.click("Sign in")
+    page.wait_for_text("Loraline studio")
+    page.wait_for("document.querySelector('[role=tab]')")
+
+
+def sign_out(page: Page, studio: ServedStudio, user: str) -> None:
+    page.open(f"{studio.origin}/logout")
+    page.click(f"Sign out {user}")
+    page.wait_for_text("Token")
+
+
+def events(studio: ServedStudio, *actions: str) -> list[Event]:
+    with closing(Versions(studio.service.home)) as versions:
+        return [event for event in read_log(versions) if event.action in actions]
+
+
 @pytest.mark.needs("chromium")
-def test_a_user_signs_in_on_the_page_and_its_events_act_as_the_user(address: tuple[str, str], tmp_path: Path) -> None:
-    url, token = address
-    with browsed(tmp_path / "browser") as page:
-        page.open(f"{url}/studio")
-        page.wait_for_text("Sign in")
-        page.type("Token", "wrong")
-        page.click("Sign in")
-        page.wait_for_text("This token is not valid.")
-        page.type("Token", token)
-        page.click("Sign in")
-        page.wait_for_text("Probe")
-        page.evaluate(
-            "window.refused = []; document.addEventListener('securitypolicyviolation', "
-            "event => window.refused.push(event.violatedDirective + ' ' + event.blockedURI))"
-        )
-        page.click("Probe")
-        page.click("Who")
-        expected = "acts as ann@example.com of lab, by itself as nobody"
-        field = "[...document.querySelectorAll('textarea, input')].map(field => field.value).join('|')"
-        deadline = time.monotonic() + 60
-        while expected not in page.evaluate(field):
-            assert time.monotonic() < deadline, page.evaluate(field)
-            time.sleep(0.3)
-        assert [line for line in page.evaluate("window.refused") if "font" not in line] == []
-        assert page.evaluate("document.cookie") == "", "scripts do not see the session"
-        page.open(f"{url}/logout")
-        page.click("Sign out ann@example.com")
-        page.wait_for_text("Token")
-        page.open(f"{url}/studio")
-        page.wait_for_text("Sign in")
+def test_a_user_signs_in_on_the_page_and_its_events_act_as_the_user(page: Page, studio: ServedStudio) -> None:
+    page.open(studio.address)
+    page.wait_for_text("Sign in")
+    page.type("Token", "wrong")
+    page.click("Sign in")
+    page.wait_for_text("This token is not valid.")
+    sign_in(page, studio, ANN)
+    page.evaluate(
+        "window.refused = []; document.addEventListener('securitypolicyviolation', "
+        "event => window.refused.push(event.violatedDirective + ' ' + event.blockedURI))"
+    )
+    page.click("Probe")
+    page.click("Who")
+    expected = f"acts as {ANN} of lab, by itself as nobody"
+    field = "[...document.querySelectorAll('textarea, input')].map(field => field.value).join('|')"
+    deadline = time.monotonic() + 60
+    while expected not in page.evaluate(field):
+        assert time.monotonic() < deadline, page.evaluate(field)
+        time.sleep(0.3)
+    assert [line for line in page.evaluate("window.refused") if "font" not in line] == []
+    assert page.evaluate("document.cookie") == "", "scripts do not see the session"
+    sign_out(page, studio, ANN)
+    page.open(studio.address)
+    page.wait_for_text("Sign in")
 
 
-def test_the_routes_of_the_studio_are_behind_the_checks(address: tuple[str, str]) -> None:
-    url, token = address
-    bearer = {"Authorization": f"Bearer {token}"}
-    for path in ("/studio/", "/studio/config", "/studio/gradio_api/info"):
-        assert httpx.get(url + path).status_code == 401, path
-        assert httpx.get(url + path, headers={**bearer, "Host": "evil.example"}).status_code == 400
-    page = httpx.get(f"{url}/studio/", headers=bearer)
-    assert page.status_code == 200
-    assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
+@pytest.mark.needs("chromium")
+def test_a_signed_in_user_without_a_role_is_refused_with_reasons_and_another_promotes(
+    page: Page, studio: ServedStudio
+) -> None:
+    def review() -> None:
+        page.click("Releases")
+        page.wait_for_text("zorb@production")
+        page.wait_for("[...document.querySelectorAll('input')].some(field => field.value === 'zorb@2')")
+        page.type("Reason, stored in the log", "release 12")
+        page.click("Review")
+
+    before = len(events(studio, "promote"))
+    sign_in(page, studio, EVE)
+    review()
+    page.wait_for_text("Refused: move production from zorb@1 to zorb@2")
+    page.wait_for_text(f"{EVE} has no role that may promote zorb")
+    assert page.evaluate(
+        "[...document.querySelectorAll('button')].find(b => b.innerText.trim() === 'Confirm').disabled"
+    )
+    sign_out(page, studio, EVE)
+    assert len(events(studio, "promote")) == before
+    sign_in(page, studio, ANN)
+    review()
+    page.wait_for_text(f"As {ANN}: move production from zorb@1 to zorb@2")
+    page.click("Confirm")
+    page.wait_for_text("Done: move production from zorb@1 to zorb@2")
+    event = events(studio, "promote")[-1]
+    assert (event.actor, event.reason, event.after) == (ANN, "release 12", 2)
+    sign_out(page, studio, ANN)
+
+
+@pytest.mark.needs("chromium")
+def test_images_of_the_page_are_jobs_of_the_users_tenant_which_others_neither_see_nor_cancel(
+    page: Page, studio: ServedStudio
+) -> None:
+    sign_in(page, studio, EVE)
+    page.wait_for("document.querySelector('.studio-cards li')")
+    page.type("Prompt", "a red ring")
+    page.type("Steps", "2")
+    page.click("Draw")
+    page.wait_for_text("Drawn: seed")
+    job = studio.service.jobs("guests")[-1]
+    assert job.request.prompt == "a red ring"
+    headers = {user: {"Authorization": f"Bearer {token}"} for user, token in studio.tokens.items()}
+    seen = {user: httpx.get(f"{studio.origin}/v1/jobs", headers=headers[user]).json() for user in (ANN, EVE)}
+    assert job.id in {one["id"] for one in seen[EVE]}
+    assert job.id not in {one["id"] for one in seen[ANN]}
+    long = studio.service.submit(DrawRequest("a ring", count=16, steps=150), tenant="guests")
+    assert "Nothing is drawn" in cancel_own_job(studio.service, long.id, tenant="lab")
+    assert "Nothing is drawn" in cancel_own_job(studio.service, "0" * 32, tenant="guests")
+    assert not studio.service.job(long.id).state.is_final
+    assert "Canceling" in cancel_own_job(studio.service, long.id, tenant="guests")
+    assert studio.service.wait(long.id, 60).state == "canceled"
+    sign_out(page, studio, EVE)
+
+
+def test_the_routes_of_the_studio_are_behind_the_checks(studio: ServedStudio) -> None:
+    bearer = {"Authorization": f"Bearer {studio.tokens[ANN]}"}
+    for path in ("", "config", "gradio_api/info"):
+        assert httpx.get(studio.address + path).status_code == 401, path
+        assert httpx.get(studio.address + path, headers={**bearer, "Host": "evil.example"}).status_code == 400
+    answer = httpx.get(studio.address, headers=bearer)
+    assert answer.status_code == 200
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
     upload = {"files": ("a.html", b"<script>alert(1)</script>", "text/html")}
     for headers in ({"Origin": "http://evil.example"}, {}, {"Sec-Fetch-Site": "cross-site"}):
-        answer = httpx.post(f"{url}/studio/gradio_api/upload", files=upload, headers=headers)
-        assert answer.status_code in {401, 403}
+        refused = httpx.post(f"{studio.address}gradio_api/upload", files=upload, headers=headers)
+        assert refused.status_code in {401, 403}

@@ -1,4 +1,4 @@
-"""What the studio makes of its fields: schedules, requests, columns, axes, cards, files, cancellation."""
+"""What the studio makes of its fields: schedules, requests, columns, axes, cards, files, messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,21 +14,28 @@ from PIL import Image
 from flows.web.studio.cards import render_cards
 from flows.web.studio.compare import requests_of_columns
 from flows.web.studio.draw_adapters import constant
-from flows.web.studio.draw_form import Used, compose, fill, request_of, split, whole_prompt
+from flows.web.studio.draw_form import Used, compose_prompt, fill, request_of, split_prompt, whole_prompt
 from flows.web.studio.grids import ADAPTER, WEIGHT, WORD, axes_of, prompt_of
 from flows.web.studio.page_files import PageFiles
-from flows.web.studio.page_messages import cancel_job, show_error
-from flows.web.studio.schedule import PERCENT, PRESETS, STEPS, draw_curve, preset_rows, rows_of, weights_of
+from flows.web.studio.page_messages import show_error, show_note
+from flows.web.studio.schedule import (
+    PERCENT,
+    SCHEDULE_PRESETS,
+    STEPS,
+    draw_curve,
+    preset_rows,
+    schedule_rows,
+    schedule_weights,
+)
 from lora_engine.errors import DataError, SettingsError
 from lora_engine.formats import Card
 from lora_engine.inference.image_settings import ImageSettings
 from lora_engine.inference.prompts.step_weights import parse_step_weights
 from registry.home import Home
-from tasks.operations.adapter_cards import choose_cards, list_adapter_cards, read_sample, tabulate_metrics
+from tasks.operations.adapter_cards import choose_cards, list_adapter_cards, read_card_sample, tabulate_metrics
 from tasks.operations.draw_request import DrawRequest
 from tasks.operations.image_grids import requests_of_grid
 from tasks.operations.source_images import prepare_source
-from tasks.serving.job import UnknownJob
 from tests.flows.made import bring_in, register_zorb, write_random
 from tests.flows.shared import Trained
 
@@ -56,32 +62,32 @@ FORM: dict[str, Any] = {
 @pytest.mark.parametrize("text", ["0.7", "0@0,1@0.5", "1@0,0@10", "0.25@0.5,1@1"])
 def test_a_table_of_points_and_the_syntax_of_the_prompt_are_the_same_schedule(text: str) -> None:
     weights = parse_step_weights(text)
-    again = weights_of(*rows_of(weights))
+    again = schedule_weights(*schedule_rows(weights))
     assert [again.at(step, 20) for step in range(20)] == [weights.at(step, 20) for step in range(20)]
 
 
 def test_positions_in_steps_stay_steps_also_when_all_are_small() -> None:
-    weights = weights_of([[0, 0], [1, 1]], STEPS)
+    weights = schedule_weights([[0, 0], [1, 1]], STEPS)
     assert [weights.at(step, 10) for step in range(4)] == [0, 1, 1, 1]
-    assert weights_of([[0, 0], [None, ""], ["50", "1"]], PERCENT).points == ((0.0, 0.0), (0.5, 1.0))
+    assert schedule_weights([[0, 0], [None, ""], ["50", "1"]], PERCENT).points == ((0.0, 0.0), (0.5, 1.0))
 
 
 @pytest.mark.parametrize("rows", [[], [["", ""]], [["x", 1]], [[101, 1]], [[-1, 1]], [[5, ""]]])
 def test_a_table_that_is_no_schedule_is_refused(rows: list[list[Any]]) -> None:
     with pytest.raises(SettingsError):
-        weights_of(rows, PERCENT)
+        schedule_weights(rows, PERCENT)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", SCHEDULE_PRESETS)
 def test_each_preset_is_drawn_at_the_adapters_weight(preset: str) -> None:
-    weights = weights_of(preset_rows(preset, 0.8), PERCENT)
+    weights = schedule_weights(preset_rows(preset, 0.8), PERCENT)
     assert max(weights.at(step, 20) for step in range(20)) == 0.8
     assert draw_curve(weights, 20).count("<circle") == 20
 
 
 def test_the_prompt_that_was_edited_last_is_drawn() -> None:
-    used = split("a <lora:zorb@3:0.5>")[1]
-    assert compose(" a ring ", [*used, replace(used[0], is_on=False)]) == "a ring <lora:zorb@3:0.5>"
+    used = split_prompt("a <lora:zorb@3:0.5>")[1]
+    assert compose_prompt(" a ring ", [*used, replace(used[0], is_on=False)]) == "a ring <lora:zorb@3:0.5>"
     assert whole_prompt({**FORM, "used": used}) == "a ring <lora:zorb@3:0.5>"
     assert whole_prompt({**FORM, "used": used, "prompt": "b <lora:x@1:1>"}) == "b <lora:x@1:1>"
 
@@ -97,7 +103,7 @@ def test_a_filled_form_is_a_request(tmp_path: Path) -> None:
 
 def test_restored_settings_fill_the_form_and_leave_the_rest() -> None:
     values = fill(ImageSettings("a <lora:zorb@3:0.5>", "blue", seed=7, size=(32, 48)), 3)
-    assert values["used"] == [Used(split("<lora:zorb@3:0.5>")[1][0].tag)]
+    assert values["used"] == [Used(split_prompt("<lora:zorb@3:0.5>")[1][0].tag)]
     assert (values["text"], values["seed"], values["is_random"], values["size"]) == ("a", 7, False, "48x32")
     assert values["layout"] == 4
     assert "steps" not in values
@@ -166,10 +172,10 @@ def test_cards_have_what_a_user_chooses_by_and_withdrawn_versions_have_none(tmp_
 
 def test_a_card_shows_the_image_of_the_evaluation_and_metrics_are_compared(trained: Trained, tmp_path: Path) -> None:
     bring_in(trained.home, write_random(tmp_path / "b.safetensors", 2), "small")
-    sample = read_sample(trained.home, "small@staging")
+    sample = read_card_sample(trained.home, "small@staging")
     assert sample is not None
     assert sample[8:12] == b"WEBP"
-    assert read_sample(trained.home, "small@2") is None
+    assert read_card_sample(trained.home, "small@2") is None
     rows = tabulate_metrics(trained.home, ["small@1", "small@2"])
     value = trained.version().metrics["validation_loss"]["adapter"]
     assert ["validation_loss", f"{value:.4g}", ""] in rows
@@ -185,23 +191,7 @@ def test_files_of_the_page_keep_their_bytes_and_are_deleted_when_they_are_old(tm
     assert not new.exists()
 
 
-def test_only_the_own_jobs_are_canceled_and_errors_are_escaped() -> None:
-    canceled = []
-
-    class Service:
-        def job(self, job_id: str) -> Any:
-            if job_id != "one":
-                raise UnknownJob("unknown")
-            return SimpleNamespace(tenant="anna")
-
-        def cancel(self, job_id: str) -> None:
-            canceled.append(job_id)
-
-    service: Any = Service()
-    for job_id, tenant in (("one", "ben"), ("two", "anna")):
-        assert "Nothing is drawn" in cancel_job(service, job_id, tenant=tenant)
-    assert canceled == []
-    assert "Canceling" in cancel_job(service, "one", tenant="anna")
-    assert canceled == ["one"]
+def test_errors_and_notes_are_escaped() -> None:
     assert "<b>" not in show_error(SettingsError("a <b>"))
+    assert "a.com&lt;b&gt; <code>run x</code>" in show_note("a.com<b> `run x`")
     assert constant(0.5).is_constant
