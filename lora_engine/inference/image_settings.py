@@ -68,7 +68,7 @@ def read_image_settings(path: Path) -> ImageSettings:
     if CHUNK in texts:
         return _read_facts(texts[CHUNK], path.name)
     if "parameters" in texts:
-        return parse_parameters(texts["parameters"])
+        return parse_image_settings(texts["parameters"])
     raise DataError(
         "the file states no settings",
         where=path.name,
@@ -77,7 +77,7 @@ def read_image_settings(path: Path) -> ImageSettings:
     )
 
 
-def parse_parameters(text: str) -> ImageSettings:
+def parse_image_settings(text: str) -> ImageSettings:
     """Reads A1111's text: the prompt, the negative prompt, and a line of settings with at least three pairs.
 
     Raises:

@@ -12,7 +12,7 @@ from lora_engine.bases.samplers import SAMPLERS
 from lora_engine.data.pixels import write_png
 from lora_engine.errors import DataError, SettingsError
 from lora_engine.inference.image_metadata import CHUNK, Drawing, UsedAdapter, UsedImage
-from lora_engine.inference.image_settings import parse_parameters, read_image_settings
+from lora_engine.inference.image_settings import parse_image_settings, read_image_settings
 from lora_engine.inference.prompts.prompt import parse_prompt
 from lora_engine.inference.prompts.writing import write_prompt, write_tag
 
@@ -75,7 +75,7 @@ def test_enlarged_images_and_sources_come_back_with_a_note(tmp_path: Path) -> No
 
 
 def test_the_text_of_a1111_is_read() -> None:
-    settings = parse_parameters(
+    settings = parse_image_settings(
         "a red ring\non grass <lora:style:0.8>\nNegative prompt: blue,\nflat\n"
         "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 1234, Size: 512x768, "
         'Model: v1-5, Denoising strength: 0.4, Hires upscale: 2, Lora hashes: "style: 012345678901, b: 1", Version: 1.9'
@@ -89,12 +89,12 @@ def test_the_text_of_a1111_is_read() -> None:
 
 def test_our_text_for_other_programs_names_the_version_again() -> None:
     text = _drawing("a ring <lora:zorb@3:0.5>").texts(7, (8, 16))["parameters"]
-    assert parse_parameters(text).prompt == "a ring <lora:zorb@3:0.5>"
+    assert parse_image_settings(text).prompt == "a ring <lora:zorb@3:0.5>"
 
 
 def test_a_prompt_without_settings_is_a_prompt_and_an_unknown_sampler_is_noted() -> None:
-    assert parse_parameters("one line, with: a pair").prompt == "one line, with: a pair"
-    settings = parse_parameters("a\nSteps: 4, Sampler: Euler Dy, Seed: 1")
+    assert parse_image_settings("one line, with: a pair").prompt == "one line, with: a pair"
+    settings = parse_image_settings("a\nSteps: 4, Sampler: Euler Dy, Seed: 1")
     assert (settings.steps, settings.sampler) == (4, None)
     assert "Euler Dy" in settings.notes[0]
 
