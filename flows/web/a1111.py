@@ -12,17 +12,17 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from flows.web.a1111_answers import ERRORS, INVALID, A1111Route, ImagesAnswer, answer_images
-from flows.web.a1111_infotext import parse_infotext
+from flows.web.a1111_infotext import infotext_values
 from flows.web.a1111_models import ImageToImageBody, TextToImageBody
 from flows.web.a1111_requests import image_request, text_request
 from flows.web.callers import caller_of
-from flows.web.image_requests import draw_images, service_of
+from flows.web.image_requests import draw_images, service_of, submission
 from lora_engine.data.containers import read_png_texts
 from tasks.serving.catalog import describe_base
 from tasks.serving.job import JobState, UnknownJob
 from tasks.serving.uploads import decode_base64, restore_png
 
-router = APIRouter(prefix="/sdapi/v1", route_class=A1111Route, responses=INVALID, tags=["A1111"])
+draw_routes = APIRouter(prefix="/sdapi/v1", route_class=A1111Route, responses=INVALID, tags=["A1111"])
 _TIME = "%Y%m%d%H%M%S"
 
 
@@ -64,29 +64,29 @@ class PngInfoAnswer(BaseModel):
     parameters: dict[str, str]
 
 
-@router.post("/txt2img", responses=ERRORS)
+@draw_routes.post("/txt2img", responses=ERRORS)
 async def draw_from_text(body: TextToImageBody, request: Request) -> ImagesAnswer:
     """Draws images from a prompt."""
     service = service_of(request)
     base = await to_thread.run_sync(describe_base, service.settings.base)
     drawing = await to_thread.run_sync(text_request, body, base, service.home)
-    job, images = await draw_images(request, drawing, None)
+    job, images = await draw_images(request, submission(request, drawing))
     return await to_thread.run_sync(partial(answer_images, includes_sources=False), body, base, job, images)
 
 
-@router.post("/img2img", responses=ERRORS)
+@draw_routes.post("/img2img", responses=ERRORS)
 async def draw_from_image(body: ImageToImageBody, request: Request) -> ImagesAnswer:
     """Draws images from an image, as a whole or under a mask."""
     service = service_of(request)
     base = await to_thread.run_sync(describe_base, service.settings.base)
     drawing, files, prepared = await to_thread.run_sync(image_request, body, base, service.home)
-    job, images = await draw_images(request, drawing, files)
+    job, images = await draw_images(request, submission(request, drawing), files)
     restored = [await to_thread.run_sync(restore_png, image, prepared) for image in images]
     answer = partial(answer_images, includes_sources=body.include_init_images)
     return await to_thread.run_sync(answer, body, base, job, restored)
 
 
-@router.get("/progress")
+@draw_routes.get("/progress")
 def show_progress(request: Request, skip_current_image: bool = False) -> ProgressAnswer:
     """Returns how far the client's running job is, with a preview."""
     service = service_of(request)
@@ -112,24 +112,24 @@ def show_progress(request: Request, skip_current_image: bool = False) -> Progres
     )
 
 
-@router.post("/interrupt")
+@draw_routes.post("/interrupt")
 def interrupt(request: Request) -> None:
     """Cancels the client's running job; its request is answered without images."""
     _cancel_running(request)
 
 
-@router.post("/skip")
+@draw_routes.post("/skip")
 def skip(request: Request) -> None:
     """Cancels the client's running job: a job is drawn as a whole, so there is no single image to skip."""
     _cancel_running(request)
 
 
-@router.post("/png-info")
+@draw_routes.post("/png-info")
 def read_png_info(body: PngInfoBody) -> PngInfoAnswer:
     """Returns the texts of a PNG."""
     texts = dict(read_png_texts(io.BytesIO(decode_base64(body.image, "image"))))
     info = texts.pop("parameters", "")
-    return PngInfoAnswer(info=info, items=texts, parameters=parse_infotext(info) if info else {})
+    return PngInfoAnswer(info=info, items=texts, parameters=infotext_values(info) if info else {})
 
 
 def _cancel_running(request: Request) -> None:

@@ -15,18 +15,16 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from flows.web.a1111_infotext import parse_infotext
+from flows.web.a1111_infotext import infotext_values
 from flows.web.a1111_models import ImageBody
-from flows.web.a1111_requests import MissingImage, UnknownSampler
-from flows.web.errors import headers_of, hide_paths
-from flows.web.image_requests import ClientGone, JobFailed, require_drawn, status_for_clients
+from flows.web.errors import FOR_A1111, JobFailed, headers_of, hide_paths, status_of
+from flows.web.image_requests import require_drawn
 from lora_engine.data.containers import read_png_texts
 from lora_engine.errors import SettingsError, WordedError
+from tasks.operations.draw_request import settings_of
 from tasks.serving.catalog import ServedBase
 from tasks.serving.job import Job, JobState
 
-_CLOSED = 499
-"""The status that nginx logs for a client that closed the connection."""
 _TIME = "%Y%m%d%H%M%S"
 
 
@@ -75,7 +73,7 @@ class A1111Route(APIRoute):
             except HTTPException as error:
                 return _error("HTTPException", str(error.detail), error.status_code)
             except WordedError as error:
-                return _error(_kind(error), str(error), _status(error), headers_of(error))
+                return _error(_kind(error), str(error), status_of(error, FOR_A1111), headers_of(error))
 
         return answer
 
@@ -135,8 +133,12 @@ def read_infotext(image: bytes) -> str:
 
 def _info(body: ImageBody, base: ServedBase, job: Job, texts: Sequence[str]) -> Mapping[str, Any]:
     request = job.request
-    seeds = list(range(request.seed, request.seed + len(texts)))
-    drawn = parse_infotext(texts[0]) if texts else {}
+    settings = settings_of(request)
+    seeds = list(settings.seeds)[: len(texts)]
+    variations = [settings.variation_of(number) for number in range(len(texts))]
+    subseeds = [variation.seed if variation else seed for seed, variation in zip(seeds, variations, strict=True)]
+    from_height, from_width = request.seed_size or (-1, -1)
+    drawn = infotext_values(texts[0]) if texts else {}
     known = {"Prompt", "Negative prompt", "Steps", "Sampler", "CFG scale", "Seed", "Size-1", "Size-2", "Model"}
     return {
         "prompt": body.prompt,
@@ -145,9 +147,9 @@ def _info(body: ImageBody, base: ServedBase, job: Job, texts: Sequence[str]) -> 
         "all_negative_prompts": [body.negative_prompt] * len(texts),
         "seed": request.seed,
         "all_seeds": seeds,
-        "subseed": request.seed,
-        "all_subseeds": seeds,
-        "subseed_strength": 0,
+        "subseed": request.variation.seed if request.variation else request.seed,
+        "all_subseeds": subseeds,
+        "subseed_strength": request.variation.strength if request.variation else 0,
         "width": body.width,
         "height": body.height,
         "sampler_name": drawn.get("Sampler", ""),
@@ -160,8 +162,8 @@ def _info(body: ImageBody, base: ServedBase, job: Job, texts: Sequence[str]) -> 
         "sd_model_hash": base.fingerprint[:10],
         "sd_vae_name": None,
         "sd_vae_hash": None,
-        "seed_resize_from_w": -1,
-        "seed_resize_from_h": -1,
+        "seed_resize_from_w": from_width,
+        "seed_resize_from_h": from_height,
         "denoising_strength": body.denoising_strength,
         "extra_generation_params": {key: value for key, value in drawn.items() if key not in known},
         "index_of_first_image": 0,
@@ -175,12 +177,6 @@ def _info(body: ImageBody, base: ServedBase, job: Job, texts: Sequence[str]) -> 
         "ignored": body.ignored(),
         "adapters": list(job.adapters),
     }
-
-
-def _status(error: WordedError) -> int:
-    if isinstance(error, (UnknownSampler, MissingImage)):
-        return 404
-    return _CLOSED if isinstance(error, ClientGone) else status_for_clients(error)
 
 
 def _kind(error: WordedError) -> str:

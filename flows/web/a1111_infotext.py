@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
 from lora_engine.errors import SettingsError
+from lora_engine.inference.infotext import Infotext
 
-MAX_INFOTEXT = 100_000
-"""Characters of an infotext."""
-_PAIR = re.compile(r'\s*(\w[\w \-/]{0,100}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
-_LEAST = 3
-"""Pairs that make the last line one of settings, as in A1111."""
-_NEGATIVE = "Negative prompt:"
+_SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 
 
-def parse_infotext(text: str) -> dict[str, str]:
+def infotext_values(text: str) -> dict[str, str]:
     """Returns the settings of an infotext, with the keys `Prompt` and `Negative prompt` for its texts.
 
-    A size `WxH` becomes `KEY-1` and `KEY-2`, as in A1111. A last line with fewer than three pairs belongs to the text.
+    A size `WxH` becomes `KEY-1` and `KEY-2`, as in A1111.
+
+    Raises:
+        DataError: The text is too long.
     """
-    lines = text.strip().split("\n")
-    pairs = _PAIR.findall(lines[-1])
-    if len(pairs) < _LEAST:
-        pairs = []
-    else:
-        lines = lines[:-1]
-    lines = [line.strip() for line in lines]
-    first = next((number for number, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
-    negative = "\n".join(lines[first:]).removeprefix(_NEGATIVE).strip()
-    settings = {"Prompt": "\n".join(lines[:first]), "Negative prompt": negative}
-    for key, value in pairs:
-        settings |= _values(key, _unquoted(value.strip()))
+    infotext = Infotext.parse(text)
+    settings = {"Prompt": infotext.prompt, "Negative prompt": infotext.negative}
+    for key, value in infotext.values.items():
+        size = _SIZE.fullmatch(value)
+        settings |= {key: value} if size is None else {f"{key}-1": size[1], f"{key}-2": size[2]}
     return settings
 
 
@@ -48,7 +38,7 @@ def fill_unset(values: Mapping[str, Any], infotext: str) -> dict[str, Any]:
     Raises:
         SettingsError: A setting of the text is no number.
     """
-    settings = parse_infotext(infotext)
+    settings = infotext_values(infotext)
     filled: dict[str, Any] = {}
     for key, (field, kind) in _FIELDS.items():
         if key not in settings or (field in values and values[field] is not None):
@@ -75,6 +65,10 @@ _FIELDS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "Schedule type": ("scheduler", str),
     "CFG scale": ("cfg_scale", float),
     "Seed": ("seed", int),
+    "Variation seed": ("subseed", int),
+    "Variation seed strength": ("subseed_strength", float),
+    "Seed resize from-1": ("seed_resize_from_w", int),
+    "Seed resize from-2": ("seed_resize_from_h", int),
     "Size-1": ("width", int),
     "Size-2": ("height", int),
     "Denoising strength": ("denoising_strength", float),
@@ -84,17 +78,3 @@ _FIELDS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "Mask blur": ("mask_blur", float),
 }
 """Key of the text -> field, and how it is read."""
-
-
-def _values(key: str, value: str) -> dict[str, str]:
-    if (size := re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", value)) is not None:
-        return {f"{key}-1": size[1], f"{key}-2": size[2]}
-    return {key: value}
-
-
-def _unquoted(value: str) -> str:
-    if value.startswith('"'):
-        with suppress(ValueError):
-            read = json.loads(value)
-            return read if isinstance(read, str) else value
-    return value

@@ -13,8 +13,8 @@ from lora_engine.bases.samplers import SAMPLERS, SCHEDULE_TYPES
 from lora_engine.errors import SettingsError
 from tasks.serving.catalog import describe_base, list_named_adapters
 
-router = APIRouter(prefix="/sdapi/v1", route_class=A1111Route, responses=INVALID, tags=["A1111"])
-internal = APIRouter(prefix="/internal", route_class=A1111Route, tags=["A1111"])
+list_routes = APIRouter(prefix="/sdapi/v1", route_class=A1111Route, responses=INVALID, tags=["A1111"])
+ping_routes = APIRouter(prefix="/internal", route_class=A1111Route, tags=["A1111"])
 _FIXED: dict[str, Any] = {
     "sd_vae": "Automatic",
     "CLIP_stop_at_last_layers": 1,
@@ -77,14 +77,14 @@ class UpscalerEntry(BaseModel):
     scale: float = Field(default=4.0, ge=1, le=4)
 
 
-@router.get("/options")
+@list_routes.get("/options")
 def show_options(request: Request) -> dict[str, Any]:
     """Returns the options; only the model is one that clients set."""
     base = describe_base(service_of(request).settings.base)
     return {"sd_model_checkpoint": base.title, "sd_checkpoint_hash": base.fingerprint, **_FIXED}
 
 
-@router.post("/options")
+@list_routes.post("/options")
 def set_options(options: dict[str, Any], request: Request) -> None:
     """Accepts options as they are: a server has one base, and a client does not change the images of others."""
     base = describe_base(service_of(request).settings.base)
@@ -100,7 +100,7 @@ def set_options(options: dict[str, Any], request: Request) -> None:
             )
 
 
-@router.get("/sd-models")
+@list_routes.get("/sd-models")
 def list_models(request: Request) -> list[ModelEntry]:
     """Returns the base of the server."""
     base = describe_base(service_of(request).settings.base)
@@ -115,7 +115,7 @@ def list_models(request: Request) -> list[ModelEntry]:
     ]
 
 
-@router.get("/loras")
+@list_routes.get("/loras")
 def list_loras(request: Request) -> list[AdapterEntry]:
     """Returns the active versions that have an alias; `<lora:NAME:1>` with a name or alias of the list attaches one."""
     return [
@@ -129,43 +129,43 @@ def list_loras(request: Request) -> list[AdapterEntry]:
     ]
 
 
-@router.get("/samplers")
+@list_routes.get("/samplers")
 def list_samplers() -> list[NamedSampler]:
     """Returns the samplers."""
     return [NamedSampler(name=each.title, aliases=[name], options={}) for name, each in SAMPLERS.items()]
 
 
-@router.get("/schedulers")
+@list_routes.get("/schedulers")
 def list_schedulers() -> list[NamedSchedule]:
     """Returns the schedule types."""
     return [NamedSchedule(name=name, label=_label(name)) for name in SCHEDULE_TYPES]
 
 
-@router.get("/upscalers")
+@list_routes.get("/upscalers")
 def list_upscalers() -> list[UpscalerEntry]:
     """Returns the way in which `enable_hr` enlarges."""
     return [UpscalerEntry(name="Lanczos")]
 
 
-@router.get("/cmd-flags")
+@list_routes.get("/cmd-flags")
 def show_flags() -> dict[str, bool]:
     """Returns the flags that clients look for."""
     return {"api": True, "nowebui": True}
 
 
-@router.get("/scripts")
+@list_routes.get("/scripts")
 def list_scripts() -> dict[str, list[str]]:
     """Returns no scripts."""
     return {"txt2img": [], "img2img": []}
 
 
-@router.get("/embeddings")
+@list_routes.get("/embeddings")
 def list_embeddings() -> dict[str, dict[str, Any]]:
     """Returns no embeddings: learned words are part of registered adapters."""
     return {"loaded": {}, "skipped": {}}
 
 
-@router.get("/memory")
+@list_routes.get("/memory")
 def show_memory() -> dict[str, dict[str, Any]]:
     """Returns the memory of the machine in bytes; that of a GPU is a metric of the server."""
     import psutil
@@ -178,7 +178,7 @@ def show_memory() -> dict[str, dict[str, Any]]:
     }
 
 
-@internal.get("/ping", include_in_schema=False)
+@ping_routes.get("/ping", include_in_schema=False)
 def answer_ping() -> dict[str, str]:
     """Returns an empty object."""
     return {}
@@ -197,9 +197,9 @@ for _name in (
     *("latent-upscale-modes", "sd-vae", "sd-modules", "hypernetworks", "face-restorers"),
     *("realesrgan-models", "prompt-styles", "script-info"),
 ):
-    router.add_api_route(f"/{_name}", list_nothing, methods=["GET"], name=_name)
+    list_routes.add_api_route(f"/{_name}", list_nothing, methods=["GET"], name=_name)
 for _name in ("refresh-loras", "refresh-checkpoints", "refresh-vae"):
-    router.add_api_route(f"/{_name}", refresh_nothing, methods=["POST"], name=_name)
+    list_routes.add_api_route(f"/{_name}", refresh_nothing, methods=["POST"], name=_name)
 
 
 def _label(name: str) -> str:

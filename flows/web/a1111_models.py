@@ -10,16 +10,14 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flows.web.a1111_infotext import MAX_INFOTEXT, fill_unset
+from flows.web.a1111_infotext import fill_unset
 from lora_engine.errors import SettingsError
+from lora_engine.inference.infotext import MAX_INFOTEXT
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "restore_faces": (False,),
     "tiling": (False,),
-    "subseed_strength": (0,),
-    "seed_resize_from_h": (0, -1),
-    "seed_resize_from_w": (0, -1),
     "styles": ([],),
     "eta": (0, 1),
     "s_churn": (0,),
@@ -88,6 +86,10 @@ class ImageBody(BaseModel):
     prompt: str = ""
     negative_prompt: str = ""
     seed: int = Field(-1, ge=-1, le=2**63 - 1, description="-1 draws one.")
+    subseed: int = Field(-1, ge=-1, le=2**63 - 1, description="Seed of the variation; -1 draws one.")
+    subseed_strength: Finite = Field(0.0, ge=0.0, le=1.0, description="Share of the variation; 0 has none.")
+    seed_resize_from_w: int = Field(-1, ge=-1, le=16_384, description="Width whose noise is used; needs the height.")
+    seed_resize_from_h: int = Field(-1, ge=-1, le=16_384, description="Height whose noise is used; needs the width.")
     steps: int = Field(50, ge=1, le=1000)
     cfg_scale: Finite = 7.0
     width: int = Field(512, ge=1, le=8192)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from flows.web.a1111_models import ImageBody, ImageToImageBody, TextToImageBody, require_no_scripts
 from lora_engine.bases.samplers import SCHEDULE_TYPES, find_sampler, join_schedule
 from lora_engine.errors import SettingsError
+from lora_engine.inference.variation import NoiseVariation
 from tasks.operations.draw_request import DrawRequest
 from tasks.serving.catalog import ServedBase, adapter_tag, resolve_labels
 from tasks.serving.uploads import SourceFiles, UploadedImage, decode_base64, read_upload
@@ -88,19 +89,26 @@ def _check(body: ImageBody, base: ServedBase) -> None:
 
 def _request(body: ImageBody, home: Home, *, size: tuple[int, int], enlarge: float = 1.0) -> DrawRequest:
     tags = [adapter_tag(entry.reference(), entry.factor()) for entry in body.lora]
+    from_height, from_width = body.seed_resize_from_h, body.seed_resize_from_w
     return DrawRequest(
         resolve_labels(" ".join([body.prompt, *tags]), home),
         negative=body.negative_prompt,
         count=body.count,
-        seed=secrets.randbelow(_MAX_SEED) if body.seed < 0 else body.seed,
+        seed=_seed_of(body.seed),
         steps=body.steps,
         guidance=body.cfg_scale,
         size=size,
         sampler=sampler_of(body),
         clip_skip=body.clip_skip,
+        variation=NoiseVariation(_seed_of(body.subseed), body.subseed_strength) if body.subseed_strength else None,
+        seed_size=(from_height, from_width) if from_height > 0 and from_width > 0 else None,
         enlarge=enlarge,
         enlarged_strength=body.denoising_strength,
     )
+
+
+def _seed_of(seed: int) -> int:
+    return secrets.randbelow(_MAX_SEED) if seed < 0 else seed
 
 
 def _prepare(body: ImageToImageBody) -> PreparedImage:

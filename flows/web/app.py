@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import FastAPI
 
-from flows.web import a1111, a1111_lists, openai_images
+from flows.web.a1111 import draw_routes
+from flows.web.a1111_lists import list_routes, ping_routes
 from flows.web.adapters import adapter_routes
 from flows.web.callers import Sessions
 from flows.web.errors import add_error_handlers
 from flows.web.jobs import job_routes
 from flows.web.login import login_routes
+from flows.web.openai_images import openai_routes
 from flows.web.security import Guard, GuardSettings
 from flows.web.tokens import Tokens
 from registry.identity import program_version
 from registry.policy.actors import refusing_own_user
-from tasks.serving.cards import AdapterCards
+from tasks.errors import SpecError
 from tasks.serving.service import ImageService
 
 
@@ -76,16 +78,34 @@ def create_app(service: ImageService, settings: WebSettings | None = None) -> Fa
         lifespan=lifespan,
     )
     app.state.service, app.state.settings = service, settings
-    app.state.cards, app.state.tokens, app.state.sessions = AdapterCards(service.home), tokens, sessions
+    app.state.tokens, app.state.sessions = tokens, sessions
     add_error_handlers(app)
     own = (job_routes, adapter_routes, login_routes)
-    compatible = (a1111.router, a1111_lists.router, a1111_lists.internal, openai_images.router)
+    compatible = (draw_routes, list_routes, ping_routes, openai_routes)
     for routes in (*own, *compatible):
         app.include_router(routes)
     if settings.studio:
-        from flows.web.studio.page import mount_studio
-
+        mount_studio = _find_studio()
         mount_studio(app, service)
     bounds = GuardSettings(settings.hosts, settings.max_body, settings.body_seconds, settings.requests_per_minute)
     app.add_middleware(Guard, settings=bounds, tokens=tokens, sessions=sessions)
     return app
+
+
+def _find_studio() -> Callable[..., None]:
+    """Returns the function that mounts the page.
+
+    Raises:
+        SpecError: Gradio is not installed.
+    """
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise SpecError(
+            "the studio page needs Gradio, which is not installed",
+            where="--studio",
+            remedy="pip install 'loraline[studio]' and then 'pillow>=13', or serve with --no-studio",
+        ) from None
+    from flows.web.studio.page import mount_studio
+
+    return mount_studio

@@ -48,11 +48,6 @@ def caller_of(request: Any) -> Caller:
     return caller
 
 
-def tenant_of(request: Any) -> str:
-    """Returns whose jobs a request sees; see `caller_of`."""
-    return caller_of(request).tenant
-
-
 class Sessions:
     """The signed-in browsers, in memory: a restart signs all out.
 

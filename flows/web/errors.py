@@ -21,15 +21,20 @@ from tasks.serving.job import Failure, QueueFull, ServiceClosed
 _logger = logging.getLogger(__name__)
 STATUS: Mapping[str, int] = {
     "UnknownJob": 404,
+    "UnknownModel": 404,
+    "UnknownSampler": 404,
+    "MissingImage": 404,
     "UnknownName": 404,
     "UnknownVersion": 404,
     "GoneVersion": 410,
     "Refused": 409,
     "Conflict": 409,
     "KeyReused": 409,
+    "Canceled": 409,
     "ImagesRefused": 403,
     "IdentityError": 403,
     "RightsError": 403,
+    "ClientGone": 499,
     "TenantQueueFull": 429,
     "QueueFull": 503,
     "ServiceClosed": 503,
@@ -50,8 +55,31 @@ STATUS: Mapping[str, int] = {
     "VersionError": 422,
     "PromotionError": 422,
 }
-"""Class of an error -> status; a class that is not listed has that of its nearest listed base, else 500."""
+"""Class of an error -> status; a class that is not listed has that of its nearest listed base, else 500.
+
+499 is what nginx logs for a client that closed the connection.
+"""
+FOR_A1111: Mapping[str, int] = {"QueueFull": 429}
+"""Statuses that clients of A1111's API expect instead: they wait after 429."""
+FOR_OPENAI: Mapping[str, int] = {**FOR_A1111, **{kind: 400 for kind, status in STATUS.items() if status == 422}}
+"""Statuses of OpenAI's API: what a request may not ask is 400."""
 _PATH = re.compile(r"(?<![\w:/.])(?:/[\w.@+~-]+){2,}/?")
+
+
+class ClientGone(WordedError):
+    """The client closed the connection before its images were drawn; nobody reads the answer."""
+
+
+class JobFailed(WordedError):
+    """A job that could not be drawn.
+
+    Args:
+        failure: Why.
+    """
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+        super().__init__(failure.problem, where=failure.where, allowed=failure.allowed, remedy=failure.remedy)
 
 
 class ErrorBody(BaseModel):
@@ -81,11 +109,18 @@ def describe_failure(failure: Failure) -> ErrorBody:
     )
 
 
-def status_of(error: WordedError | Failure) -> int:
-    """Returns the status of an answer."""
-    if isinstance(error, Failure):
-        return STATUS.get(error.kind, 500)
-    return next((STATUS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in STATUS), 500)
+def status_of(error: WordedError | Failure, changes: Mapping[str, int] | None = None) -> int:
+    """Returns the status of an answer.
+
+    Args:
+        error: The error; a `JobFailed` has the status of what failed.
+        changes: Statuses of another API that differ from `STATUS`: `FOR_A1111` or `FOR_OPENAI`.
+    """
+    if isinstance(error, JobFailed):
+        error = error.failure
+    kinds = [error.kind] if isinstance(error, Failure) else [kind.__name__ for kind in type(error).__mro__]
+    table = {**STATUS, **(changes or {})}
+    return next((table[kind] for kind in kinds if kind in table), 500)
 
 
 def headers_of(error: WordedError) -> dict[str, str]:
@@ -109,7 +144,10 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(WordedError)
     async def answer_worded(request: Request, error: WordedError) -> JSONResponse:
         status = status_of(error)
-        request.app.state.service.metrics.rejected.labels(type(error).__name__).inc()
+        if isinstance(error, JobFailed):  # accepted, and logged by the service
+            return answer(error.failure, status)
+        if not isinstance(error, ClientGone):
+            request.app.state.service.metrics.rejected.labels(type(error).__name__).inc()
         if status >= 500:
             _logger.warning("%s", error)
         return answer(Failure.of(error), status, headers_of(error))

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Path, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from flows.web.callers import caller_of
-from flows.web.errors import ErrorAnswer, answer, status_of
+from flows.web.errors import ErrorAnswer, JobFailed
+from flows.web.image_requests import draw_images, find_job, require_drawn, service_of, watched
+from flows.web.openai_answers import encode_base64
 from flows.web.schemas import ImageRequest, ImagesBody, JobBody, job_body
+from lora_engine.inference import ImageFormat
+from lora_engine.inference.image_files import MEDIA_TYPES, ImageOptions, convert_png
 from tasks.serving.job import Failure, Job, JobState, UnknownJob
-from tasks.serving.service import ImageService
 
 job_routes = APIRouter(prefix="/v1", tags=["images"])
 _TEXTS = {
@@ -35,6 +36,9 @@ _TEXTS = {
     507: "The disk is full.",
 }
 _PNG: dict[str, Any] = {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}
+_IMAGE: dict[str, Any] = {
+    "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES.values()}
+}
 _ALIVE = 15.0
 """Seconds between two signs of life of a stream."""
 JobId = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="Identifier of the job.")]
@@ -50,6 +54,17 @@ IdempotencyKey = Annotated[
 ]
 
 
+def read_format(
+    format: Annotated[ImageFormat, Query(description="Format of the images.")] = "png",  # noqa: A002 (its name)
+    quality: Annotated[int, Query(ge=1, le=100, description="Of JPEG and WebP; a WebP of 100 has no loss.")] = 90,
+) -> ImageOptions:
+    """Returns the format that the query of a request asks for."""
+    return ImageOptions(format, quality)
+
+
+AnswerFormat = Annotated[ImageOptions, Depends(read_format)]
+
+
 def responses(*codes: int) -> dict[int | str, dict[str, Any]]:
     """Returns the documented errors of a route."""
     return {code: {"model": ErrorAnswer, "description": _TEXTS[code]} for code in (400, *codes)}
@@ -62,38 +77,42 @@ _FIND = responses(401, 403, 404, 422, 429)
 @job_routes.post("/jobs", status_code=202, responses=_ACCEPT)
 async def create_job(request: Request, body: ImageRequest, key: IdempotencyKey = None) -> JobBody:
     """Accept a request for images. The job is on the disk when this answers, and survives a restart."""
-    return job_body(await _submit(request, body, key))
+    return job_body(await to_thread.run_sync(_submission(request, body, key)))
 
 
 @job_routes.get("/jobs", responses=responses(401, 403, 422, 429))
 async def list_jobs(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> list[JobBody]:
     """List the latest jobs of the tenant, oldest first."""
     tenant = caller_of(request).tenant
-    jobs = await run_in_threadpool(_service(request).jobs, tenant, limit=limit)
+    jobs = await to_thread.run_sync(lambda: service_of(request).jobs(tenant, limit=limit))
     return [job_body(job) for job in jobs]
 
 
 @job_routes.get("/jobs/{job_id}", responses=_FIND)
 async def read_job(request: Request, job_id: JobId) -> JobBody:
     """Return a job as it is now."""
-    return job_body(await _find(request, job_id))
+    return job_body(await find_job(request, job_id))
 
 
 @job_routes.delete("/jobs/{job_id}", responses=_FIND)
-async def cancel_job(request: Request, job_id: JobId) -> JobBody:
+async def stop_job(request: Request, job_id: JobId) -> JobBody:
     """Cancel a job that waits or runs. A job that has ended stays as it is."""
-    await _find(request, job_id)
-    return job_body(await run_in_threadpool(_service(request).cancel, job_id))
+    await find_job(request, job_id)
+    return job_body(await to_thread.run_sync(service_of(request).cancel, job_id))
 
 
-@job_routes.get("/jobs/{job_id}/images/{index}", response_class=Response, responses={200: _PNG, **_FIND})
-async def read_image(request: Request, job_id: JobId, index: Annotated[int, Path(ge=0, le=63)]) -> Response:
-    """Return an image of a completed job, a PNG file with its settings."""
-    await _find(request, job_id)
-    images = await run_in_threadpool(_service(request).images, job_id)
+@job_routes.get("/jobs/{job_id}/images/{index}", response_class=Response, responses={200: _IMAGE, **_FIND})
+async def read_image(
+    request: Request, job_id: JobId, index: Annotated[int, Path(ge=0, le=63)], options: AnswerFormat
+) -> Response:
+    """Return an image of a completed job, a file with its settings."""
+    await find_job(request, job_id)
+    images = await to_thread.run_sync(service_of(request).images, job_id)
     if index >= len(images):
         raise UnknownJob(f"no image {index}", where=f"job {job_id}", allowed=f"{len(images)} images")
-    return Response(images[index], media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
+    content = await to_thread.run_sync(convert_png, images[index], options)
+    headers = {"Cache-Control": "private, max-age=3600"}
+    return Response(content, media_type=MEDIA_TYPES[options.format], headers=headers)
 
 
 @job_routes.get(
@@ -103,8 +122,8 @@ async def read_image(request: Request, job_id: JobId, index: Annotated[int, Path
 )
 async def read_preview(request: Request, job_id: JobId) -> Response:
     """Return the first image of a running job after its current step."""
-    await _find(request, job_id)
-    image = await run_in_threadpool(_service(request).preview, job_id)
+    await find_job(request, job_id)
+    image = await to_thread.run_sync(service_of(request).preview, job_id)
     if image is None:
         return Response(status_code=204)
     return Response(image, media_type="image/png", headers={"Cache-Control": "no-store"})
@@ -117,14 +136,14 @@ async def read_preview(request: Request, job_id: JobId) -> Response:
 )
 async def stream_job(request: Request, job_id: JobId) -> StreamingResponse:
     """Stream the job as server-sent events `job`, one for each change, until it has ended."""
-    await _find(request, job_id)
+    await find_job(request, job_id)
 
     async def events() -> AsyncIterator[str]:
         last = ""
-        async with _watch(request, job_id) as changed:
+        async with watched(request, job_id) as changed:
             while True:
                 changed.clear()
-                body = job_body(await _find(request, job_id))
+                body = job_body(await find_job(request, job_id))
                 text = body.model_dump_json()
                 if text != last:
                     yield f"event: job\ndata: {text}\n\n"
@@ -142,64 +161,18 @@ async def stream_job(request: Request, job_id: JobId) -> StreamingResponse:
 
 
 @job_routes.post("/images", responses=_ACCEPT | responses(500))
-async def create_images(request: Request, body: ImageRequest, key: IdempotencyKey = None) -> ImagesBody:
+async def create_images(
+    request: Request, body: ImageRequest, options: AnswerFormat, key: IdempotencyKey = None
+) -> ImagesBody:
     """Draw images and return them. A client that goes away cancels its job."""
-    job = await _submit(request, body, key)
-    async with _watch(request, job.id) as changed:
-        gone = asyncio.create_task(_wait_for_disconnect(request))
-        try:
-            while not (job := await _find(request, job.id)).state.is_final:
-                changed.clear()
-                waits = [asyncio.create_task(changed.wait()), gone]
-                await asyncio.wait(waits, timeout=_ALIVE, return_when=asyncio.FIRST_COMPLETED)
-                waits[0].cancel()
-                if gone.done():
-                    await run_in_threadpool(_service(request).cancel, job.id)
-        finally:
-            gone.cancel()
-    if job.state is JobState.COMPLETED:
-        images = await run_in_threadpool(_service(request).images, job.id)
-        return ImagesBody(job=job_body(job), images=[base64.b64encode(image).decode() for image in images])
-    failure = job.failure or Failure("Canceled", "the job was canceled", where=f"job {job.id}")
-    status = status_of(failure) if job.failure else 409
-    return answer(failure, status)  # type: ignore[return-value]  # FastAPI sends a response as it is
+    job, images = await draw_images(request, _submission(request, body, key))
+    require_drawn(job)
+    if job.state is not JobState.COMPLETED:
+        raise JobFailed(Failure("Canceled", "the job was canceled", where=f"job {job.id}"))
+    texts = await to_thread.run_sync(lambda: [encode_base64(image, options) for image in images])
+    return ImagesBody(job=job_body(job), images=texts)
 
 
-async def _submit(request: Request, body: ImageRequest, key: str | None) -> Job:
-    service, tenant = _service(request), caller_of(request).tenant
-
-    def submit() -> Job:
-        return service.submit(body.to_request(service), tenant=tenant, key=key, fingerprint=body.fingerprint())
-
-    return await run_in_threadpool(submit)
-
-
-async def _find(request: Request, job_id: str) -> Job:
-    return await run_in_threadpool(_service(request).job, job_id, tenant=caller_of(request).tenant)
-
-
-async def _wait_for_disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-@asynccontextmanager
-async def _watch(request: Request, job_id: str) -> AsyncIterator[asyncio.Event]:
-    """Yields an event that is set whenever a job changes."""
-    changed, loop = asyncio.Event(), asyncio.get_running_loop()
-
-    def listener(changed_id: str) -> None:
-        if changed_id == job_id:
-            loop.call_soon_threadsafe(changed.set)
-
-    service = _service(request)
-    service.listen(listener)
-    try:
-        yield changed
-    finally:
-        service.unlisten(listener)
-
-
-def _service(request: Request) -> ImageService:
-    service: ImageService = request.app.state.service
-    return service
+def _submission(request: Request, body: ImageRequest, key: str | None) -> Callable[[], Job]:
+    service, tenant = service_of(request), caller_of(request).tenant
+    return lambda: service.submit(body.to_request(service), tenant=tenant, key=key, fingerprint=body.fingerprint())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import struct
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Literal
 
@@ -14,13 +15,12 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field, ValidationError
 from starlette.exceptions import HTTPException
 
-from flows.web.errors import headers_of, hide_paths
-from flows.web.image_requests import ClientGone, JobFailed, status_for_clients
-from flows.web.openai_models import UnknownModel
+from flows.web.errors import FOR_OPENAI, JobFailed, headers_of, hide_paths, status_of
 from lora_engine.errors import WordedError
+from lora_engine.inference import ImageFormat
+from lora_engine.inference.image_files import ImageOptions, convert_png
 from tasks.serving.job import Job
 
-_CLOSED = 499
 _CODES = {
     "UnknownModel": "model_not_found",
     "UnknownName": "model_not_found",
@@ -57,7 +57,7 @@ class OpenAIError(BaseModel):
 class ImageData(BaseModel):
     """An image."""
 
-    b64_json: str = Field(description="A PNG in base64.")
+    b64_json: str = Field(description="The file in base64.")
     revised_prompt: str | None = None
     seed: int = Field(ge=0, le=2**63, description="Its seed; not in OpenAI's API.")
 
@@ -67,7 +67,7 @@ class ImagesResponse(BaseModel):
 
     created: int = Field(ge=0, le=2**40, description="Seconds since 1970.")
     data: list[ImageData]
-    output_format: Literal["png"] = "png"
+    output_format: ImageFormat = "png"
     background: Literal["opaque"] = "opaque"
     quality: Literal["auto"] = "auto"
     size: str
@@ -80,7 +80,7 @@ class ImageEvent(BaseModel):
     b64_json: str
     created_at: int = Field(ge=0, le=2**40, description="Seconds since 1970.")
     size: str
-    output_format: Literal["png"] = "png"
+    output_format: ImageFormat = "png"
     background: Literal["opaque"] = "opaque"
     quality: Literal["auto"] = "auto"
     partial_image_index: int | None = Field(default=None, ge=0, le=3)
@@ -106,7 +106,7 @@ class OpenAIRoute(APIRoute):
                 body = OpenAIErrorBody(message=str(error.detail), type="invalid_request_error", code="invalid_value")
                 return JSONResponse(OpenAIError(error=body).model_dump(), error.status_code)
             except WordedError as error:
-                status = status_of_openai(error)
+                status = status_of(error, FOR_OPENAI)
                 return JSONResponse(describe_error(error).model_dump(), status, headers_of(error))
 
         return answer
@@ -130,18 +130,10 @@ OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
 """Statuses of the routes that draw, for the OpenAPI document."""
 
 
-def status_of_openai(error: WordedError) -> int:
-    """Returns the status of an error; what a request may not ask is 400, as in OpenAI's API."""
-    if isinstance(error, ClientGone):
-        return _CLOSED
-    status = 404 if isinstance(error, UnknownModel) else status_for_clients(error)
-    return 400 if status == 422 else status
-
-
 def describe_error(error: WordedError) -> OpenAIError:
     """Returns the body of an error."""
     kind = error.failure.kind if isinstance(error, JobFailed) else type(error).__name__
-    status = status_of_openai(error)
+    status = status_of(error, FOR_OPENAI)
     group = "rate_limit_error" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
     where = error.where if error.where.isidentifier() else None
     return OpenAIError(
@@ -151,13 +143,45 @@ def describe_error(error: WordedError) -> OpenAIError:
     )
 
 
-def describe_images(job: Job, images: Sequence[bytes]) -> ImagesResponse:
-    """Returns the answer of a completed job."""
+def describe_images(job: Job, images: Sequence[bytes], options: ImageOptions) -> ImagesResponse:
+    """Returns the answer of a completed job.
+
+    Args:
+        job: The job.
+        images: Its PNG files.
+        options: The format to answer in.
+    """
     data = [
-        ImageData(b64_json=base64.b64encode(image).decode(), seed=job.request.seed + number)
+        ImageData(b64_json=encode_base64(image, options), seed=job.request.seed + number)
         for number, image in enumerate(images)
     ]
-    return ImagesResponse(created=int(job.created.timestamp()), data=data, size=size_of(images[0]))
+    return ImagesResponse(
+        created=int(job.created.timestamp()), data=data, output_format=options.format, size=size_of(images[0])
+    )
+
+
+def describe_event(kind: str, image: bytes, options: ImageOptions, index: int | None = None) -> str:
+    """Returns an event of a stream.
+
+    Args:
+        kind: Its type.
+        image: The PNG.
+        options: The format to answer in.
+        index: Number of a preview; None for a finished image.
+    """
+    return ImageEvent(
+        type=kind,
+        b64_json=encode_base64(image, options),
+        created_at=int(time.time()),
+        output_format=options.format,
+        size=size_of(image),
+        partial_image_index=index,
+    ).to_sse()
+
+
+def encode_base64(image: bytes, options: ImageOptions) -> str:
+    """Returns a PNG in another format, in base64."""
+    return base64.b64encode(convert_png(image, options)).decode()
 
 
 def size_of(image: bytes) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -15,15 +13,22 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from starlette.datastructures import UploadFile
 
-from flows.web.image_requests import draw_images, next_state, require_drawn, service_of, submitted
+from flows.web.image_requests import (
+    draw_images,
+    next_state,
+    require_drawn,
+    service_of,
+    submission,
+    submitted,
+    watched,
+)
 from flows.web.openai_answers import (
     OPENAI_ERRORS,
-    ImageEvent,
     ImagesResponse,
     OpenAIRoute,
     describe_error,
+    describe_event,
     describe_images,
-    size_of,
 )
 from flows.web.openai_models import EditBody, GenerationBody, UnknownModel
 from lora_engine.errors import DataError, SettingsError, WordedError
@@ -35,7 +40,7 @@ from tasks.serving.uploads import MAX_UPLOAD_BYTES, SourceFiles, UploadedImage, 
 if TYPE_CHECKING:
     from PIL import Image
 
-router = APIRouter(prefix="/v1", route_class=OpenAIRoute, tags=["openai"])
+openai_routes = APIRouter(prefix="/v1", route_class=OpenAIRoute, tags=["openai"])
 _STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 _EDIT_FORM: dict[str, Any] = {
     "requestBody": {
@@ -55,8 +60,6 @@ _EDIT_FORM: dict[str, Any] = {
         },
     }
 }
-_POLL = 0.05
-"""Seconds between two looks at a job that is streamed."""
 
 
 class ModelBody(BaseModel):
@@ -75,7 +78,7 @@ class ModelsBody(BaseModel):
     data: list[ModelBody]
 
 
-@router.post("/images/generations", response_model=ImagesResponse, responses={200: _STREAM, **OPENAI_ERRORS})
+@openai_routes.post("/images/generations", response_model=ImagesResponse, responses={200: _STREAM, **OPENAI_ERRORS})
 async def create_generation(body: GenerationBody, request: Request) -> ImagesResponse | Response:
     """Draw images from a prompt."""
     service = service_of(request)
@@ -84,7 +87,7 @@ async def create_generation(body: GenerationBody, request: Request) -> ImagesRes
     return await _respond(request, body, drawing, None, "image_generation")
 
 
-@router.post(
+@openai_routes.post(
     "/images/edits",
     response_model=ImagesResponse,
     responses={200: _STREAM, **OPENAI_ERRORS},
@@ -106,13 +109,13 @@ async def create_edit(request: Request) -> ImagesResponse | Response:
     return await _respond(request, body, drawing, sources, "image_edit")
 
 
-@router.get("/models", responses={401: OPENAI_ERRORS[401]})
+@openai_routes.get("/models", responses={401: OPENAI_ERRORS[401]})
 def list_served_models(request: Request) -> ModelsBody:
     """List the base and the adapters that `model` may name."""
     return ModelsBody(data=list(_models(request).values()))
 
 
-@router.get("/models/{model:path}", responses={status: OPENAI_ERRORS[status] for status in (401, 404)})
+@openai_routes.get("/models/{model:path}", responses={status: OPENAI_ERRORS[status] for status in (401, 404)})
 def read_model(model: str, request: Request) -> ModelBody:
     """Return a model."""
     models = _models(request)
@@ -124,41 +127,39 @@ def read_model(model: str, request: Request) -> ModelBody:
 async def _respond(
     request: Request, body: GenerationBody, drawing: DrawRequest, files: SourceFiles | None, kind: str
 ) -> ImagesResponse | Response:
+    submit = submission(request, drawing)
     if body.stream:
         stack = AsyncExitStack()
-        job = await stack.enter_async_context(submitted(request, drawing, files))
-        events = _events(request, stack, job, kind, body.partial_images or 0)
+        job = await stack.enter_async_context(submitted(request, submit, files))
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-    job, images = await draw_images(request, drawing, files)
+        return StreamingResponse(
+            _events(request, stack, job, kind, body), media_type="text/event-stream", headers=headers
+        )
+    job, images = await draw_images(request, submit, files)
     _require_images(job)
-    return describe_images(job, images)
+    return await to_thread.run_sync(describe_images, job, images, body.options())
 
 
-async def _events(request: Request, stack: AsyncExitStack, job: Job, kind: str, previews: int) -> AsyncIterator[str]:
+async def _events(
+    request: Request, stack: AsyncExitStack, job: Job, kind: str, body: GenerationBody
+) -> AsyncIterator[str]:
     """Yields previews while a job is drawn, then its images; cancels the job if the client goes away."""
-    service, sent = service_of(request), 0
-    async with stack:
+    service, sent, options, previews = service_of(request), 0, body.options(), body.partial_images or 0
+    async with stack, watched(request, job.id) as changed:
         try:
             while not job.state.is_final:
                 if job.state is JobState.RUNNING and sent < previews and job.step * (previews + 1) > sent * job.steps:
                     image = await to_thread.run_sync(service.preview, job.id)
                     if image is not None:
-                        yield _event(f"{kind}.partial_image", image, sent)
+                        partial = f"{kind}.partial_image"
+                        yield await to_thread.run_sync(describe_event, partial, image, options, sent)
                         sent += 1
-                job = await next_state(request, job.id, _POLL)
+                job = await next_state(request, job.id, changed)
             _require_images(job)
             for image in await to_thread.run_sync(service.images, job.id):
-                yield _event(f"{kind}.completed", image)
+                yield await to_thread.run_sync(describe_event, f"{kind}.completed", image, options)
         except WordedError as error:
             yield f"event: error\ndata: {describe_error(error).model_dump_json()}\n\n"
-
-
-def _event(kind: str, image: bytes, index: int | None = None) -> str:
-    text = base64.b64encode(image).decode()
-    return ImageEvent(
-        type=kind, b64_json=text, created_at=int(time.time()), size=size_of(image), partial_image_index=index
-    ).to_sse()
 
 
 def _require_images(job: Job) -> None:

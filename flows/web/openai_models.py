@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flows.web.a1111_models import LoraEntry
 from lora_engine.errors import SettingsError
+from lora_engine.inference import ImageFormat
+from lora_engine.inference.image_files import ImageOptions
 from tasks.operations.draw_request import DrawRequest, parse_size
 from tasks.serving.catalog import ServedBase, adapter_tag, resolve_labels
 
@@ -34,8 +36,10 @@ class GenerationBody(BaseModel):
     n: int | None = Field(1, ge=1, le=10)
     size: str | None = Field(_AUTO, max_length=20, description="WIDTHxHEIGHT, or `auto` for the base's own.")
     response_format: Literal["b64_json", "url"] | None = Field("b64_json", description="`url` is refused.")
-    output_format: Literal["png", "webp", "jpeg", "gif", "svg"] | None = Field("png", description="Only `png`.")
-    output_compression: int | None = Field(None, ge=0, le=100, description="Ignored: PNG has no loss.")
+    output_format: ImageFormat | None = "png"
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="Quality of JPEG and WebP; null is 100, and WebP of 100 has no loss."
+    )
     background: Literal["auto", "opaque", "transparent"] | None = Field("auto", description="Not `transparent`.")
     quality: Quality | None = Field("auto", description="Ignored: `steps` sets it.")
     style: str | None = Field(None, max_length=100, description="Ignored.")
@@ -64,6 +68,11 @@ class GenerationBody(BaseModel):
     def count(self) -> int:
         """Number of images."""
         return self.n or 1
+
+    def options(self) -> ImageOptions:
+        """Returns format and quality of the answer's images."""
+        quality = 100 if self.output_compression is None else max(1, self.output_compression)
+        return ImageOptions(self.output_format or "png", quality)
 
     def pixels(self) -> tuple[int, int] | None:
         """Returns (height, width); None for `auto`.
@@ -103,7 +112,10 @@ class GenerationBody(BaseModel):
     def _require_honored(self) -> None:
         refused = {
             "response_format": (self.response_format == "url", "b64_json"),
-            "output_format": (self.output_format not in {None, "png"}, "png"),
+            "output_compression": (
+                self.options().format == "png" and self.output_compression not in {None, 100},
+                "100 for PNG, which has no loss",
+            ),
             "background": (self.background == "transparent", "auto, opaque"),
         }
         for name, (is_refused, allowed) in refused.items():

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import secrets
-import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,19 +10,19 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.web.errors import ErrorBody, describe_failure
-from lora_engine.errors import DataError, SettingsError
+from lora_engine.errors import SettingsError
 from lora_engine.files import sha256_bytes
+from tasks.operations.adapter_cards import AdapterCard
 from tasks.operations.draw_request import DrawRequest
-from tasks.serving.cards import ServedVersion
 from tasks.serving.job import Job, JobState
-from tasks.serving.results import MAX_INPUT_BYTES
 from tasks.serving.service import ImageService
 from tasks.serving.settings import MAX_PROMPT, MAX_SEED
+from tasks.serving.uploads import MAX_UPLOAD_BYTES, decode_base64, upload_file
 
 _Prompt = Annotated[str, Field(max_length=MAX_PROMPT)]
 _Side = Annotated[int, Field(ge=8, le=16_384)]
 _MOST = 10**9
-_Image = Annotated[str, Field(min_length=1, max_length=(MAX_INPUT_BYTES * 4) // 3 + 4)]
+_Image = Annotated[str, Field(min_length=1, max_length=(MAX_UPLOAD_BYTES * 4) // 3 + 100)]
 
 
 class ImageRequest(BaseModel):
@@ -75,8 +72,8 @@ class ImageRequest(BaseModel):
             guidance=self.guidance,
             size=size,
             sampler=self.sampler,
-            image=None if self.image is None else keep_base64(service, self.image, "image"),
-            mask=None if self.mask is None else keep_base64(service, self.mask, "mask"),
+            image=_keep(service, self.image, "image"),
+            mask=_keep(service, self.mask, "mask"),
             strength=self.strength,
             enlarge=self.enlarge,
             enlarged_strength=self.enlarged_strength,
@@ -103,7 +100,7 @@ class ImagesBody(BaseModel):
     """A completed job with its images."""
 
     job: JobBody
-    images: list[str] = Field(description="PNG files in base64, in the order of their seeds.")
+    images: list[str] = Field(description="Files in base64, PNG unless the query asks for another format.")
 
 
 class AdapterBody(BaseModel):
@@ -144,44 +141,27 @@ def job_body(job: Job) -> JobBody:
     )
 
 
-def adapter_body(card: ServedVersion) -> AdapterBody:
-    """Returns the body of a card."""
-    ref = f"{card.name}@{card.version}"
-    return AdapterBody(
-        name=card.name,
-        version=card.version,
-        aliases=list(card.aliases),
-        triggers=list(card.triggers),
-        license=card.license,
-        base=card.base,
-        gates=card.gates,
-        sample=f"/v1/adapters/{card.name}/{card.version}/sample" if card.has_sample else None,
-        tag=f"<lora:{ref}:1>",
-    )
+def adapter_bodies(card: AdapterCard) -> list[AdapterBody]:
+    """Returns the bodies of a card, one for each version, the oldest first."""
+    return [
+        AdapterBody(
+            name=card.name,
+            version=version.number,
+            aliases=list(version.aliases),
+            triggers=list(version.triggers),
+            license=version.license,
+            base=version.base,
+            gates=version.gates,
+            sample=f"/v1/adapters/{card.name}/{version.number}/sample" if version.has_sample else None,
+            tag=f"<lora:{card.name}@{version.number}:1>",
+        )
+        for version in reversed(card.versions)
+    ]
 
 
-def keep_base64(service: ImageService, text: str, field: str) -> Path:
-    """Returns the stored copy of an image that a client sent.
-
-    Args:
-        service: Stores it.
-        text: The file in base64, without a prefix.
-        field: Name of the field, for errors.
-
-    Raises:
-        DataError: It is no base64, too large, or no readable image.
-    """
-    remedy = f"send the bytes of a PNG, JPEG or WebP file in base64 as {field!r}"
-    try:
-        content = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise DataError("is no base64; URLs and paths are not read", where=field, remedy=remedy) from None
-    if len(content) > MAX_INPUT_BYTES:
-        raise DataError(f"has {len(content):,} bytes", where=field, allowed=f"at most {MAX_INPUT_BYTES:,}")
-    with tempfile.NamedTemporaryFile(dir=service.home.work, suffix=".image") as file:
-        file.write(content)
-        file.flush()
-        try:
-            return service.keep_input(Path(file.name))
-        except DataError as error:
-            raise DataError(error.problem, where=field, allowed=error.allowed, remedy=remedy) from None
+def _keep(service: ImageService, text: str | None, field: str) -> Path | None:
+    """Returns the stored copy of an image that a client sent in base64."""
+    if text is None:
+        return None
+    with upload_file(decode_base64(text, field), field) as file:
+        return service.keep_input(file)

@@ -191,6 +191,20 @@ def titles_of(scheduler: str, options: Mapping[str, Any]) -> tuple[str, str | No
     return title or (candidates[0].title if candidates else scheduler), schedule
 
 
+def sampler_name_of(scheduler: str, options: Mapping[str, Any]) -> str | None:
+    """Returns the name for `find_sampler` of a class of diffusers with options; None if no sampler has the class."""
+    matches = {
+        name: len(each.options)
+        for name, each in SAMPLERS.items()
+        if scheduler in (each.scheduler, each.flow) and each.options.items() <= options.items()
+    }
+    if not matches:
+        return None
+    name = max(matches, key=lambda each: matches[each])
+    schedules = [kind for kind, changes in SCHEDULE_TYPES.items() if changes and changes.items() <= options.items()]
+    return "_".join([name, *schedules[:1]])
+
+
 @contextmanager
 def steps_refused(title: str, steps: int) -> Iterator[None]:
     """Raises `SettingsError` for a number of steps that a class of diffusers refuses, such as 60 of LCM."""

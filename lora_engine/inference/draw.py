@@ -20,7 +20,7 @@ from lora_engine.bases.vae import resolve_vae
 from lora_engine.data.images import open_image
 from lora_engine.data.pixels import to_image
 from lora_engine.errors import SettingsError
-from lora_engine.files import atomic_write, sha256_file
+from lora_engine.files import sha256_file
 from lora_engine.formats import Bundle, read_bundle
 from lora_engine.inference import ComposedEngine
 from lora_engine.inference.composition import Composition, compose, generate_composed
@@ -39,7 +39,7 @@ from lora_engine.inference.step_watch import StepWatch
 from lora_engine.inference.variation import draw_varied
 from lora_engine.progress import Progress, no_progress
 
-__all__ = ["DrawSettings", "Drawer", "encode_drawn", "write_drawn"]
+__all__ = ["DrawSettings", "Drawer", "encode_drawn"]
 OnImages = Callable[[int, Tensor], None]
 """Takes the number of the first image of a batch from 0, and the batch."""
 
@@ -307,8 +307,3 @@ def encode_drawn(
     if variation is not None:
         drawing = replace(drawing, variation=(variation.seed, variation.strength))
     return encode_image(to_image(pixels), drawing, settings.seeds[number], options)
-
-
-def write_drawn(path: Path, image: Tensor, drawing: Drawing, seed: int) -> None:
-    """Writes an image [3, height, width] as PNG with its metadata."""
-    atomic_write(path, encode_image(to_image(image), drawing, seed))

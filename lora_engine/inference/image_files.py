@@ -9,24 +9,25 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape, unescape
 
 from PIL import Image
 
 from lora_engine.data.containers import read_png_texts, read_xmp
 from lora_engine.data.folder import open_inside
-from lora_engine.data.images import encode_png
+from lora_engine.data.images import encode_png, open_pillow
 from lora_engine.documents import parse_json
 from lora_engine.errors import DataError, SettingsError
-from lora_engine.inference.image_metadata import Drawing
+from lora_engine.inference import ImageFormat
+from lora_engine.inference.image_metadata import Drawing, source_type_of
 
 if TYPE_CHECKING:
     from lora_engine.inference.content_credentials import Credentials
 
-ImageFormat = Literal["png", "webp", "jpeg"]
 CHUNK, XMP = "loraline", "XML:com.adobe.xmp"
 MEDIA_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
 _MAX_SEGMENT = 65_000
@@ -42,6 +43,7 @@ _PACKET = (
     "{source_type}</Iptc4xmpExt:DigitalSourceType>{properties}</rdf:Description></rdf:RDF></x:xmpmeta>"
     '<?xpacket end="w"?>'
 )
+_SOURCE_TYPE = re.compile(r"/digitalsourcetype/([A-Za-z]{1,60})<")
 SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 
 
@@ -88,14 +90,31 @@ def encode_image(image: Image.Image, drawing: Drawing, seed: int, options: Image
         SettingsError: The extra `c2pa` is not installed.
     """
     size = (image.height, image.width)
-    infotext, facts = drawing.infotext(seed, size), drawing.facts(seed, size)
-    if options.format == "png":
-        content = encode_png(image, png_texts(drawing, seed, size))
-    else:
-        content = _encode_with_exif(image, infotext, _packet(drawing.source_type, json.dumps(facts)), options)
+    content = _encode_texts(image, png_texts(drawing, seed, size), drawing.source_type, options)
     if options.credentials is None:
         return content
     return options.credentials.sign(content, MEDIA_TYPES[options.format], drawing, seed, size)
+
+
+def convert_png(content: bytes, options: ImageOptions) -> bytes:
+    """Returns a PNG of `encode_image` or `encode_marked` in another format, with its metadata; equals `encode_image`.
+
+    Args:
+        content: The PNG; not signed.
+        options: Format and quality; a PNG is returned as it is.
+
+    Raises:
+        DataError: The metadata is too long for a JPEG.
+        SettingsError: The image is to be signed.
+    """
+    if options.credentials is not None:
+        raise SettingsError("a stored image is not signed", remedy="sign it when it is drawn")
+    if options.format == "png":
+        return content
+    texts = dict(read_png_texts(io.BytesIO(content)))
+    match = _SOURCE_TYPE.search(texts.get(XMP, ""))
+    with open_pillow(io.BytesIO(content)) as image:
+        return _encode_texts(image.convert("RGB"), texts, match[1] if match else source_type_of(False), options)
 
 
 def png_texts(drawing: Drawing, seed: int, size: tuple[int, int]) -> dict[str, str]:
@@ -147,9 +166,16 @@ def _packet(source_type: str, generation: str | None) -> str:
     )
 
 
+def _encode_texts(image: Image.Image, texts: Mapping[str, str], source_type: str, options: ImageOptions) -> bytes:
+    if options.format == "png":
+        return encode_png(image, texts)
+    return _encode_with_exif(image, texts.get("parameters", ""), _packet(source_type, texts.get(CHUNK)), options)
+
+
 def _encode_with_exif(image: Image.Image, infotext: str, packet: str, options: ImageOptions) -> bytes:
     exif, xmp = Image.Exif(), packet.encode()
-    exif[_EXIF_IFD] = {_USER_COMMENT: b"UNICODE\0" + infotext.encode("utf-16-be")}
+    if infotext:
+        exif[_EXIF_IFD] = {_USER_COMMENT: b"UNICODE\0" + infotext.encode("utf-16-be")}
     comment = exif.tobytes()
     if options.format == "jpeg" and (longest := max(len(comment), len(xmp))) > _MAX_SEGMENT:
         raise DataError(

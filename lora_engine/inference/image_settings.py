@@ -8,22 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_engine.bases.samplers import SAMPLERS, find_sampler
+from lora_engine.bases.samplers import find_sampler, sampler_name_of
 from lora_engine.data.containers import read_png_texts
 from lora_engine.data.folder import open_inside
 from lora_engine.documents import parse_json
 from lora_engine.errors import DataError, SettingsError
 from lora_engine.inference.image_files import CHUNK
-from lora_engine.inference.prompts.prompt import MAX_LENGTH, parse_prompt
-from lora_engine.inference.prompts.step_weights import parse_step_weights
-from lora_engine.inference.prompts.tags import AdapterTag
+from lora_engine.inference.infotext import Infotext
+from lora_engine.inference.prompts.prompt import parse_prompt
+from lora_engine.inference.prompts.tags import AdapterTag, parse_arguments
 from lora_engine.inference.prompts.writing import write_prompt
 
-_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
-_LEAST_PAIRS = 3
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 _LABEL = re.compile(r"(.+)-v([0-9]{1,9})")
-_NEGATIVE = "Negative prompt:"
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def read_image_settings(path: Path) -> ImageSettings:
     if CHUNK in texts:
         return _read_facts(texts[CHUNK], path.name)
     if "parameters" in texts:
-        return parse_image_settings(texts["parameters"])
+        return settings_of_infotext(texts["parameters"])
     raise DataError(
         "the file states no settings",
         where=path.name,
@@ -77,29 +74,22 @@ def read_image_settings(path: Path) -> ImageSettings:
     )
 
 
-def parse_image_settings(text: str) -> ImageSettings:
-    """Reads A1111's text: the prompt, the negative prompt, and a line of settings with at least three pairs.
+def settings_of_infotext(text: str) -> ImageSettings:
+    """Returns the settings that A1111's text states.
 
     Raises:
         DataError: The text is too long, or a setting is no number.
     """
-    if len(text) > 2 * MAX_LENGTH:
-        raise DataError(f"the text `parameters` has {len(text)} characters", allowed=f"at most {2 * MAX_LENGTH}")
-    *lines, last = text.strip().split("\n")
-    pairs = dict(_PAIR.findall(last))
-    if len(pairs) < _LEAST_PAIRS:
-        lines, pairs = [*lines, last], {}
-    values = {key: _unquoted(value.strip()) for key, value in pairs.items()}
-    prompt, _, negative = "\n".join(lines).partition(f"\n{_NEGATIVE}")
-    if prompt.startswith(_NEGATIVE):
-        prompt, negative = "", prompt.removeprefix(_NEGATIVE)
-    sampler, notes = _find_sampler(" ".join(filter(None, (values.get("Sampler"), _schedule(values)))))
+    infotext = Infotext.parse(text)
+    values = infotext.values
+    schedule = values.get("Schedule type", "")
+    sampler, notes = _find_sampler(" ".join(filter(None, (values.get("Sampler"), schedule))))
     size = _SIZE.fullmatch(values.get("Size", ""))
     strength, enlarge = _number(values, "Denoising strength"), _number(values, "Hires upscale")
     seed, steps = _number(values, "Seed"), _number(values, "Steps")
     return ImageSettings(
-        _with_references(prompt.strip()),
-        negative.strip(),
+        _with_references(infotext.prompt),
+        infotext.negative,
         seed=None if seed is None or seed < 0 else int(seed),
         steps=None if steps is None else int(steps),
         guidance=_number(values, "CFG scale"),
@@ -128,7 +118,7 @@ def _read_facts(text: str, name: str) -> ImageSettings:
             seed=int(facts["seed"]),
             steps=int(facts["steps"]),
             guidance=float(facts["guidance"]),
-            sampler=_sampler_of(sampler),
+            sampler=sampler_name_of(str(sampler["class"]), sampler),
             size=(round(height / (factor or 1)), round(width / (factor or 1))),
             strength=None if source is None else float(source["strength"]),
             enlarge=factor,
@@ -141,24 +131,16 @@ def _read_facts(text: str, name: str) -> ImageSettings:
 
 
 def _read_tag(entry: Mapping[str, Any]) -> AdapterTag:
-    return AdapterTag(
-        str(entry["reference"]),
-        parse_step_weights(str(entry["denoiser"])),
-        parse_step_weights(str(entry["text_encoder"])),
-        {str(name): float(value) for name, value in entry["blocks"].items()} if "blocks" in entry else None,
-        int(entry.get("start", 1)),
-        int(entry["stop"]) if "stop" in entry else None,
-    )
-
-
-def _sampler_of(facts: Mapping[str, Any]) -> str | None:
-    """Returns the name of the sampler with this class and most of these options; None if no sampler has the class."""
-    matches = {
-        name: len(sampler.options)
-        for name, sampler in SAMPLERS.items()
-        if sampler.scheduler == facts["class"] and sampler.options.items() <= facts.items()
-    }
-    return max(matches, key=lambda name: matches[name]) if matches else None
+    """Returns the tag whose `facts` these are."""
+    enlarged, layers = entry.get("enlarged"), entry.get("layers", {})
+    arguments = {"te": entry["text_encoder"], "unet": entry["denoiser"], "curve": entry.get("curve")}
+    if enlarged is not None:
+        arguments |= {"hrunet": enlarged["denoiser"], "hrte": enlarged["text_encoder"]}
+    arguments |= {"layers": ",".join(f"{name}={float(weight)}" for name, weight in layers.items()) or None}
+    arguments |= {"start": entry.get("start"), "stop": entry.get("stop"), "ag": entry.get("guidance")}
+    text = ":".join(f"{name}={value}" for name, value in arguments.items() if value is not None)
+    blocks = {str(name): float(value) for name, value in entry["blocks"].items()} if "blocks" in entry else None
+    return replace(parse_arguments(str(entry["reference"]), text), blocks=blocks)
 
 
 def _find_sampler(name: str) -> tuple[str | None, tuple[str, ...]]:
@@ -168,12 +150,7 @@ def _find_sampler(name: str) -> tuple[str | None, tuple[str, ...]]:
         sampler = find_sampler(name)
     except SettingsError:
         return None, (f"the sampler {name[:60]!r} is unknown here",)
-    return next(key for key, value in SAMPLERS.items() if value == sampler), ()
-
-
-def _schedule(values: Mapping[str, str]) -> str:
-    """Returns the part of a sampler's name that A1111 1.9 and later write apart."""
-    return "Karras" if values.get("Schedule type") == "Karras" else ""
+    return sampler_name_of(sampler.scheduler, sampler.options), ()
 
 
 def _with_references(prompt: str) -> str:
@@ -193,12 +170,3 @@ def _number(values: Mapping[str, str], key: str) -> float | None:
     if not re.fullmatch(r"-?[0-9]{1,20}(\.[0-9]{0,20})?", text):
         raise DataError(f"{key} is {text[:40]!r}", where="text `parameters`", allowed="a number")
     return float(text)
-
-
-def _unquoted(value: str) -> str:
-    if not value.startswith('"'):
-        return value
-    try:
-        return str(parse_json(value, "text `parameters`", DataError))
-    except DataError:
-        return value

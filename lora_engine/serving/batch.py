@@ -14,6 +14,7 @@ from lora_engine.adapters.attachment import Attachment
 from lora_engine.adapters.row_factors import RowAdapter
 from lora_engine.adapters.rows import ArrangementError, RowAdapters
 from lora_engine.bases.base import BaseModel
+from lora_engine.compute import measure_free
 from lora_engine.errors import EngineError
 from lora_engine.formats import Bundle
 from lora_engine.inference import ComposedEngine
@@ -39,7 +40,7 @@ class CachedDrawer(Drawer):
     """
 
     def __init__(self, base: BaseModel, adapters: AdapterCache, composed: Compose | None = None) -> None:
-        super().__init__(base)
+        super().__init__(base, measure_free=measure_free)
         self._adapters, self._own = adapters, composed
 
     def run(self, job: ImageJob) -> DrawnImages:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lora_engine.compute import measure_free
 from lora_engine.errors import EngineError
 from lora_engine.inference.draw import Drawer, DrawSettings
 from lora_engine.inference.generate import OnStep, ignore_step
@@ -75,7 +76,7 @@ class PlainEngine:
     """
 
     def __init__(self, base: str) -> None:
-        self._drawer = Drawer(base)
+        self._drawer = Drawer(base, measure_free=measure_free)
 
     def shares_batch(self, first: ImageJob, other: ImageJob) -> bool:
         """Returns False."""

@@ -57,7 +57,7 @@ class PredictionInput:
         )
 
 
-Answer = Callable[[Mapping[int, PredictionInput]], Mapping[int, Tensor | EngineError]]
+PredictTogether = Callable[[Mapping[int, PredictionInput]], Mapping[int, Tensor | EngineError]]
 """Takes the predictions that jobs wait for by the number of the job; returns all of them, or their errors."""
 
 
@@ -68,7 +68,7 @@ class Lockstep(Generic[Result]):
         answer: Called with the predictions of all jobs that have not ended.
     """
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: PredictTogether) -> None:
         self._answer = answer
         self._changed = threading.Condition()
         self._waiting: dict[int, PredictionInput] = {}

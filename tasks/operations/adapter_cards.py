@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from lora_engine.documents import parse_json
 from registry import changes, queries
 from registry.context import RegistryContext
 from registry.entities import AdapterVersion
-from registry.errors import RegistryError, StoreError
+from registry.errors import StoreError
 from registry.home import Home
 from registry.refs import split_ref
 from registry.store.artifacts import Store
+from tasks.operations.adapter_samples import find_sample, has_sample, read_report, scale_sample
 from tasks.operations.promote import differ_in_embedder
 
-SIDE = 192
-"""Longest side of a sample image in pixels."""
 PRODUCTION = "production"
 _WEIGHT = re.compile(r"\b(?:weight|strength)s?\W{0,4}([0-9](?:\.[0-9]{1,3})?)\b", re.IGNORECASE)
-_MAX_SAMPLE = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -35,12 +31,20 @@ class CardVersion:
         aliases: Its aliases.
         gates: Result of its gates; see `AdapterVersion.gate_status`.
         created: Day of its registration, `YYYY-MM-DD`.
+        base: The base model.
+        triggers: The trigger words.
+        license: The license; empty if none is stated.
+        has_sample: True if its evaluation or its training has an image.
     """
 
     number: int
     aliases: tuple[str, ...]
     gates: str
     created: str
+    base: str
+    triggers: tuple[str, ...]
+    license: str
+    has_sample: bool
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,16 @@ class AdapterCard:
         return tuple(f"{self.name}@{end}" for end in (*preferred, *(version.number for version in self.versions)))
 
 
-def list_adapter_cards(home: Home) -> tuple[AdapterCard, ...]:
-    """Returns one card per adapter with a usable version, by name; reads no bytes of adapters."""
+def list_adapter_cards(home: Home, name: str | None = None) -> tuple[AdapterCard, ...]:
+    """Returns one card per adapter with a usable version, by name; reads no bytes of adapters.
+
+    Args:
+        home: The home with the versions.
+        name: The adapter; None takes all.
+    """
     by_name: dict[str, list[AdapterVersion]] = {}
     with closing(RegistryContext(home)) as context:
-        for version in _read_usable(context, None):
+        for version in _read_usable(context, name):
             by_name.setdefault(version.name, []).append(version)
         return tuple(_describe(context.store, entries) for _, entries in sorted(by_name.items()))
 
@@ -124,13 +133,19 @@ def read_card_sample(home: Home, reference: str) -> bytes | None:
         UnknownVersion: The version or alias does not exist.
         GoneVersion: It was withdrawn or deleted.
     """
+    content = read_sample_png(home, reference)
+    return None if content is None else scale_sample(content)
+
+
+def read_sample_png(home: Home, reference: str) -> bytes | None:
+    """Returns the whole sample image of a version as the PNG that is stored; see `read_card_sample`."""
     with closing(RegistryContext(home)) as context:
         version = _find_usable(context, reference)
         try:
-            content = _read_sample(context.store, version)
+            sample = find_sample(context.store, version)
+            return None if sample is None else context.store.read(*sample)
         except StoreError:
             return None
-    return None if content is None else _scaled(content)
 
 
 def read_usable(home: Home, name: str) -> tuple[AdapterVersion, ...]:
@@ -182,7 +197,7 @@ def _describe(store: Store, versions: Sequence[AdapterVersion]) -> AdapterCard:
     production = [version for version in aliased if PRODUCTION in version.aliases]
     shown = [*production, *aliased, versions[-1]][0]
     card = shown.card
-    base = str(card.get("base") or "").replace("\\", "/").rstrip("/").rpartition("/")[2]
+    base = _base(shown)
     kind = (card.get("recipe") or {}).get("kind")
     hint = str((card.get("extra") or {}).get("modelspec.usage_hint") or "")
     weight = _WEIGHT.search(hint)
@@ -192,15 +207,33 @@ def _describe(store: Store, versions: Sequence[AdapterVersion]) -> AdapterCard:
         base,
         _family(store, shown, base),
         str(kind.get("name", "") if isinstance(kind, Mapping) else kind or ""),
-        tuple(filter(None, map(str.strip, str(card.get("trigger") or "").split(",")))),
+        _triggers(shown),
         str(card.get("license") or ""),
         float(weight[1]) if weight else None,
         shown.version,
         tuple(
-            CardVersion(entry.version, entry.aliases, entry.gate_status, f"{entry.created_at:%Y-%m-%d}")
+            CardVersion(
+                entry.version,
+                entry.aliases,
+                entry.gate_status,
+                f"{entry.created_at:%Y-%m-%d}",
+                _base(entry),
+                _triggers(entry),
+                str(entry.card.get("license") or ""),
+                has_sample(store, entry),
+            )
             for entry in reversed(versions)
         ),
     )
+
+
+def _base(version: AdapterVersion) -> str:
+    """Returns the base without a folder of this machine."""
+    return str(version.card.get("base") or "").replace("\\", "/").rstrip("/").rpartition("/")[2]
+
+
+def _triggers(version: AdapterVersion) -> tuple[str, ...]:
+    return tuple(filter(None, map(str.strip, str(version.card.get("trigger") or "").split(","))))
 
 
 def _family(store: Store, version: AdapterVersion, base: str) -> str:
@@ -208,52 +241,5 @@ def _family(store: Store, version: AdapterVersion, base: str) -> str:
 
     if base in published:
         return published[base].family
-    report = _read_report(store, version)
+    report = read_report(store, version)
     return str((report.get("base") or {}).get("family") or "")
-
-
-def _read_report(store: Store, version: AdapterVersion) -> Mapping[str, Any]:
-    if version.report is None:
-        return {}
-    try:
-        content = store.read(version.report, "report.json")
-    except StoreError:
-        return {}
-    report = parse_json(content, f"report of {version.ref}", RegistryError)
-    return report if isinstance(report, Mapping) else {}
-
-
-def _read_sample(store: Store, version: AdapterVersion) -> bytes | None:
-    if version.report is not None:
-        files = store.files(version.report)
-        entries = _read_report(store, version).get("samples") or ()
-        for entry in sorted(entries, key=lambda entry: entry.get("kind") == "unasked"):
-            path = str(entry.get("adapter"))
-            if path in files and files[path].size <= _MAX_SAMPLE:
-                return store.read(version.report, path)
-    drawn = [path for path in store.files(version.artifact) if re.fullmatch(r"samples/step-[0-9]+/.+\.png", path)]
-    if not drawn:
-        return None
-    last = max(int(path.split("/")[1][5:]) for path in drawn)
-    return store.read(version.artifact, min(path for path in drawn if path.startswith(f"samples/step-{last}/")))
-
-
-def _scaled(content: bytes) -> bytes | None:
-    from PIL import Image
-
-    from lora_engine.data.images import BROKEN, open_pillow
-
-    try:
-        with open_pillow(io.BytesIO(content)) as image:
-            if image.width * image.height > 64_000_000:
-                return None
-            small = image.convert("RGB")
-    except BROKEN:
-        return None
-    small.thumbnail((SIDE, SIDE))
-    if max(small.size) <= SIDE // 2:
-        factor = SIDE // max(small.size)
-        small = small.resize((small.width * factor, small.height * factor), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    small.save(buffer, format="WEBP", quality=82)
-    return buffer.getvalue()

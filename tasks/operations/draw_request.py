@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_engine.errors import SettingsError
-from lora_engine.inference import ComposedEngine
+from lora_engine.inference import ComposedEngine, ImageFormat
 from lora_engine.inference.variation import NoiseVariation
 
 if TYPE_CHECKING:
     from lora_engine.inference.draw_settings import DrawSettings
-    from lora_engine.inference.image_files import ImageFormat, ImageOptions
+    from lora_engine.inference.image_files import ImageOptions
 
 
 @dataclass(frozen=True)

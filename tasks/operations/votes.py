@@ -69,7 +69,7 @@ class PairEntry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: str
-    seed: int
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)]
     candidate: str
     against: str
 

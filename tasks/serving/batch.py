@@ -11,7 +11,7 @@ from tasks.operations.draw_request import DrawRequest
 from tasks.serving.job import Job, JobState, QueueFull, UnknownJob
 from tasks.serving.service import ImageService
 
-AT_ONCE = 4
+_JOBS_AT_ONCE = 4
 """Requests of one batch that are queued or drawn at the same time; other tenants' requests are drawn between."""
 _POLL = 0.25
 
@@ -77,7 +77,7 @@ def draw_all(service: ImageService, requests: Sequence[DrawRequest], *, tenant: 
 def _submit(
     service: ImageService, requests: Sequence[DrawRequest], waiting: list[int], jobs: dict[int, str], tenant: str
 ) -> None:
-    while waiting and len(jobs) < AT_ONCE:
+    while waiting and len(jobs) < _JOBS_AT_ONCE:
         try:
             job = service.submit(requests[waiting[0]], tenant=tenant)
         except QueueFull:

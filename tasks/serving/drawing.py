@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_engine.data.images import encode_png
 from lora_engine.errors import EngineError, WordedError
+from lora_engine.inference.image_files import encode_marked
+from lora_engine.inference.image_metadata import source_type_of
 from lora_engine.inference.prompts.prompt import parse_prompt
 from registry.errors import DiskFull, HomeError, RegistryError
 from tasks.operations.draw_request import settings_of
@@ -20,7 +21,7 @@ from tasks.serving.board import JobBoard
 from tasks.serving.job import Failure, Job, JobState
 from tasks.serving.metrics import ServingMetrics
 from tasks.serving.records import JobRecords
-from tasks.serving.results import Results
+from tasks.serving.results import JobImages
 from tasks.serving.safety import SafetyHook, require_safe
 from tasks.serving.settings import ServiceSettings
 
@@ -57,7 +58,7 @@ class Parts:
     board: JobBoard
     records: JobRecords
     adapters: ServedAdapters
-    results: Results
+    results: JobImages
     metrics: ServingMetrics
     hook: SafetyHook | None
     suffix: str = ""
@@ -157,7 +158,8 @@ class DrawingThread(threading.Thread):
             if is_shown and board.wants_preview(job.id):
                 from lora_engine.data.pixels import to_image
 
-                board.show_preview(job.id, encode_png(to_image(engine.preview(latents[:1])[0])))
+                image = to_image(engine.preview(latents[:1])[0])
+                board.show_preview(job.id, encode_marked(image, source_type_of(job.request.mask is not None)))
 
         return ImageJob(
             parse_prompt(job.request.prompt + self._parts.suffix),

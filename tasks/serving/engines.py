@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lora_engine.serving.engine import ImageEngine
 
 
-def make_engine(settings: ServiceSettings, adapters: Sequence[tuple[Path, str, float]] = ()) -> ImageEngine:
+def load_engine(settings: ServiceSettings, adapters: Sequence[tuple[Path, str, float]] = ()) -> ImageEngine:
     """Returns the engine of a service; loads its base.
 
     Args:
@@ -30,7 +30,18 @@ def make_engine(settings: ServiceSettings, adapters: Sequence[tuple[Path, str, f
     from lora_engine.serving import engines
 
     kind = engines.ENGINES[settings.engine].options
+    allowed = ", ".join(name for name in kind.model_fields if name != "adapters")
+    where = f"options of the engine {settings.engine!r}"
+    if "adapters" in settings.engine_options:
+        raise SpecError("adapters is no option here", where=where, allowed=allowed, remedy="name them by --adapter")
     values = {"max_images": settings.batch_images, **settings.engine_options}
+    if adapters and kind is not engines.StaticOptions:
+        raise SpecError(
+            f"the engine {settings.engine!r} takes adapters by request",
+            where="--adapter",
+            allowed="adapters at the start with the engine 'static'",
+            remedy="leave --adapter out, or choose --engine static",
+        )
     if adapters:
         values["adapters"] = " ".join(f"<lora:{reference}:{weight:g}>" for _, reference, weight in adapters)
     try:
@@ -39,8 +50,8 @@ def make_engine(settings: ServiceSettings, adapters: Sequence[tuple[Path, str, f
         first = error.errors(include_input=False, include_url=False)[0]
         raise SpecError(
             f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
-            where=f"options of the engine {settings.engine!r}",
-            allowed=", ".join(kind.model_fields),
+            where=where,
+            allowed=allowed,
         ) from None
     files = [(file, reference) for file, reference, _ in adapters]
     return engines.make_engine(settings.engine, settings.base, options, files=files)

@@ -12,6 +12,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from lora_engine.files import canonical_json
 from registry.entities import now
 from registry.errors import HomeError, database_error
@@ -41,7 +43,7 @@ _INSERT = """
 INSERT INTO jobs (id, tenant, key, fingerprint, request, adapters, created, state, size)
 VALUES (?, ?, ?, ?, ?, ?, ?, 'queued', 0)
 """
-_PATHS = ("image", "mask")
+_REQUESTS = TypeAdapter(DrawRequest)
 
 
 class JobRecords:
@@ -78,9 +80,7 @@ class JobRecords:
         Raises:
             HomeError: It could not be written, for instance `DiskFull`.
         """
-        values = {**asdict(job.request), "size": job.request.size and list(job.request.size)}
-        for name in _PATHS:  # the service stores inputs in one folder
-            values[name] = None if values[name] is None else str(values[name])
+        values = _REQUESTS.dump_python(job.request, mode="json")
         row = (job.id, job.tenant, key, fingerprint, _json(values), _json(list(job.adapters)), job.created.isoformat())
         self._write(_INSERT, row)
 
@@ -168,19 +168,16 @@ def _json(value: Any) -> str:
 
 
 def _job(row: sqlite3.Row) -> Job:
-    values = json.loads(row["request"])
-    values["size"] = tuple(values["size"]) if values["size"] else None
-    for name in _PATHS:
-        values[name] = None if values[name] is None else Path(values[name])
+    request = _REQUESTS.validate_json(row["request"])
     failure = None if row["failure"] is None else Failure.from_json(json.loads(row["failure"]))
     job = Job(
         row["id"],
         row["tenant"],
-        DrawRequest(**values),
+        request,
         JobState(row["state"]),
         tuple(json.loads(row["adapters"])),
         datetime.fromisoformat(row["created"]),
-        steps=values["steps"],
+        steps=request.steps,
         ended=None if row["ended"] is None else datetime.fromisoformat(row["ended"]),
         error=None if failure is None else failure.message,
         failure=failure,

@@ -7,21 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_engine.data.images import encode_png, open_image, write_image
-from lora_engine.files import sha256_bytes
+from lora_engine.files import atomic_write, sha256_bytes
 from registry.errors import disk_errors
+from tasks.operations.draw_request import settings_of
 from tasks.serving.job import Job, UnknownJob
+from tasks.serving.uploads import MAX_UPLOAD_PIXELS
 
 if TYPE_CHECKING:
     from lora_engine.serving.engine import DrawnImages
     from tasks.serving.records import JobRecords
 
-MAX_INPUT_BYTES = 32 << 20
-"""Size of the file of an image to start from."""
-MAX_INPUT_PIXELS = 16_000_000
-"""Pixels of an image to start from, checked before it is decoded."""
 
-
-class Results:
+class JobImages:
     """Images on the disk, one folder per job.
 
     Args:
@@ -40,7 +37,7 @@ class Results:
         """
         if path.parent == self._inputs and path.exists():
             return path
-        image = open_image(path, MAX_INPUT_PIXELS)
+        image = open_image(path, MAX_UPLOAD_PIXELS)
         target = self._inputs / f"{sha256_bytes(encode_png(image))}.png"
         if not target.exists():
             with disk_errors(target):
@@ -53,22 +50,21 @@ class Results:
         Raises:
             DiskFull: The disk is full.
         """
-        from lora_engine.inference.draw import write_drawn
+        from lora_engine.inference.draw import encode_drawn
 
-        first = job.request.seed
+        settings = settings_of(job.request)
         try:
             with disk_errors(self._jobs):
-                for seed, pixels in enumerate(result.pixels, first):
-                    write_drawn(self._file(job.id, seed), pixels, result.drawing, seed)
+                for file, (number, pixels) in zip(self.files(job), enumerate(result.pixels), strict=True):
+                    atomic_write(file, encode_drawn(pixels, result.drawing, settings, number))
                 return sum(file.stat().st_size for file in self.files(job))
         except BaseException:
             self.delete(job.id)
             raise
 
     def files(self, job: Job) -> list[Path]:
-        """Returns the files of a job's images, in the order of their seeds."""
-        first = job.request.seed
-        return [self._file(job.id, seed) for seed in range(first, first + job.request.count)]
+        """Returns the files of a job's images, in the order of their numbers, which are their names."""
+        return [self._jobs / job.id / f"{number}.png" for number in range(job.request.count)]
 
     def read(self, job: Job) -> list[bytes]:
         """Returns the images of a completed job.
@@ -119,6 +115,3 @@ class Results:
         for file in self._inputs.glob("*"):
             if file.name not in inputs:
                 file.unlink()
-
-    def _file(self, job_id: str, seed: int) -> Path:
-        return self._jobs / job_id / f"{seed}.png"

@@ -21,11 +21,11 @@ from tasks.operations.draw_request import DrawRequest, settings_of
 from tasks.serving.adapters import ServedAdapters
 from tasks.serving.board import JobBoard
 from tasks.serving.drawing import DrawingThread, Parts
-from tasks.serving.engines import make_engine
+from tasks.serving.engines import load_engine
 from tasks.serving.job import Job, JobState, UnknownJob
 from tasks.serving.metrics import ServingMetrics
 from tasks.serving.records import JobRecords
-from tasks.serving.results import Results
+from tasks.serving.results import JobImages
 from tasks.serving.safety import load_hook
 from tasks.serving.settings import MAX_ADAPTERS, ServiceSettings, check_request
 
@@ -55,7 +55,7 @@ def open_service(home: Home, settings: ServiceSettings) -> ImageService:
         adapters.close()
     # An alias is resolved once: the weights are fused at the start.
     named = tuple(f"{reference}:{weight:g}" for _, reference, weight in fixed)
-    return ImageService(home, replace(settings, adapters=named), make_engine(settings, fixed))
+    return ImageService(home, replace(settings, adapters=named), load_engine(settings, fixed))
 
 
 class ImageService:
@@ -85,7 +85,7 @@ class ImageService:
                 "another server serves this home", where=str(home.path), remedy="stop it, or use another home"
             ) from None
         folder = home.path / _FOLDER
-        self._records, self._results = JobRecords(folder / "jobs.db"), Results(folder)
+        self._records, self._results = JobRecords(folder / "jobs.db"), JobImages(folder)
         self._results.sweep(self._records)
         self._adapters = ServedAdapters(home, folder / "adapters", settings.cache_bytes)
         self._fixed = [parse_weighted(text) for text in settings.adapters]
@@ -209,7 +209,7 @@ class ImageService:
         self._board.unlisten(listener)
 
     def keep_input(self, path: Path) -> Path:
-        """Returns the copy of an image that jobs may start from; see `Results.keep_input`."""
+        """Returns the copy of an image that jobs may start from; see `JobImages.keep_input`."""
         return self._results.keep_input(path)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -62,7 +63,7 @@ MAX_ADAPTERS = 16
 """Adapters of a prompt."""
 _FIXED = frozenset(
     {
-        *("vae", "clip_skip", "tile_vae", "offload", "batch", "previews", "seed_size"),
+        *("vae", "clip_skip", "tile_vae", "offload", "batch", "previews"),
         *("regions", "feather", "only_regions", "format", "quality", "credentials"),
     }
 )
@@ -80,17 +81,20 @@ def check_request(request: DrawRequest, settings: ServiceSettings) -> None:
     _check("images", request.count, 1, settings.max_images)
     _check("steps", request.steps, 1, settings.max_steps)
     _check("seed", request.seed, 0, MAX_SEED)
+    if request.variation is not None:
+        _check("seed of the variation", request.variation.seed, 0, MAX_SEED)
     _check("guidance", request.guidance, 0.0, 100.0)
     _check("strength", request.strength, 0.01, 1.0)
     _check("enlarged_strength", request.enlarged_strength, 0.01, 1.0)
     _check("enlarge", request.enlarge, 1.0, 4.0)
     for name in ("prompt", "negative"):
         _check(f"length of the {name}", len(getattr(request, name)), 0, MAX_PROMPT)
-    if request.size is not None:
-        for side in request.size:
+    for size, factor in ((request.size, request.enlarge), (request.seed_size, 1.0)):
+        if size is None:
+            continue
+        for side in size:
             _check("width and height", side, 8, 16_384)
-        height, width = request.size
-        _check("pixels of an image", round(height * width * request.enlarge**2), 1, settings.max_pixels)
+        _check("pixels of an image", round(math.prod(size) * factor**2), 1, settings.max_pixels)
     for entry in fields(request):
         if entry.name in _FIXED and getattr(request, entry.name) != entry.default:
             raise SettingsError(

@@ -8,6 +8,8 @@ import io
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,6 +66,29 @@ def decode_base64(text: str, where: str) -> bytes:
     return data
 
 
+@contextmanager
+def upload_file(data: bytes, where: str) -> Iterator[Path]:
+    """Yields a temporary file of an upload, and names the field in errors of reading it.
+
+    Args:
+        data: The bytes of the file.
+        where: The field, for errors.
+
+    Raises:
+        DataError: It is too large.
+    """
+    if len(data) > MAX_UPLOAD_BYTES:
+        raise DataError("the image is too large", where=where, allowed=f"at most {MAX_UPLOAD_BYTES:,} bytes")
+    with tempfile.TemporaryDirectory(dir=find_scratch()) as folder:
+        file = Path(folder) / "image"
+        with disk_errors(file):
+            file.write_bytes(data)
+        try:
+            yield file
+        except DataError as error:
+            raise error.at(where) from None
+
+
 def read_upload(data: bytes, where: str) -> UploadedImage:
     """Returns the image of a file's bytes.
 
@@ -74,16 +99,8 @@ def read_upload(data: bytes, where: str) -> UploadedImage:
     Raises:
         DataError: It is no image of an allowed format, or too large.
     """
-    if len(data) > MAX_UPLOAD_BYTES:
-        raise DataError("the image is too large", where=where, allowed=f"at most {MAX_UPLOAD_BYTES:,} bytes")
-    with tempfile.TemporaryDirectory(dir=find_scratch()) as folder:
-        file = Path(folder) / "image"
-        with disk_errors(file):
-            file.write_bytes(data)
-        try:
-            _, pixels, opacity = open_with_alpha(file, MAX_UPLOAD_PIXELS)
-        except DataError as error:
-            raise error.at(where) from None
+    with upload_file(data, where) as file:
+        _, pixels, opacity = open_with_alpha(file, MAX_UPLOAD_PIXELS)
     return UploadedImage(pixels, opacity)
 
 

@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -87,14 +88,10 @@ def wait_for(found: Callable[[], Any]) -> Any:
 
 def training_process() -> int | None:
     """Returns the process that trains for a process started here."""
-    ours = {os.getpid()}
-    for path in sorted(Path("/proc").glob("[0-9]*/stat"), key=lambda path: int(path.parent.name)):
-        with suppress(OSError):
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-            if parent in ours:
-                ours.add(int(path.parent.name))
-                if b"lora_engine.training\0" in path.with_name("cmdline").read_bytes():
-                    return int(path.parent.name)
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if "lora_engine.training" in process.cmdline():
+                return process.pid
     return None
 
 

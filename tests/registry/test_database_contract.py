@@ -416,7 +416,7 @@ def test_failed_promotion_leaves_neither_alias_nor_event(versions, register, mon
         move_alias(*arguments, **settings)
         raise Interrupted
 
-    monkeypatch.setattr(promotion.queries, "move_alias", interrupt)
+    monkeypatch.setattr(promotion.changes, "move_alias", interrupt)
     with pytest.raises(Interrupted):
         promote(versions, "zorb", 1, "production", reason="r")
     assert state(versions) == ({}, [])
@@ -427,7 +427,7 @@ def test_interrupted_registration_leaves_no_version_and_no_gap(versions, registe
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(Versions, "_stage", interrupt)
+        patch.setattr("registry.versions.registration._stage", interrupt)
         with pytest.raises(Interrupted):
             register(versions, b"weights", alias_request="staging")
     assert versions.list() == ()

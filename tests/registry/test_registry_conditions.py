@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import text
 
-from registry import Registry, queries
+from registry import Registry, event_log
 from registry.documents.keys import make_key, trust_key
 from registry.documents.signing import sign
 from registry.errors import Refused
@@ -124,7 +124,7 @@ def test_a_clock_that_goes_back_revives_no_expired_consent(versions, from_images
     from_images(b"weights", {"6" * 64: None}, rights={"expires": expires})
     promote(versions, "zorb", 1, "production", reason="r")
     assert versions.get("zorb", "production").version == 1
-    monkeypatch.setattr(queries, "now", lambda: datetime.now(UTC) + timedelta(days=60))
+    monkeypatch.setattr(event_log, "now", lambda: datetime.now(UTC) + timedelta(days=60))
     promote(versions, "zorb", 1, "trial", reason="r")
     monkeypatch.undo()
     with pytest.raises(Refused, match=r"expired on .* \(by event 2 of .*; the clock went back\)"):

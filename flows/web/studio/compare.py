@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio
 
-from flows.web.callers import tenant_of
+from flows.web.callers import caller_of
 from flows.web.studio.draw_adapters import constant
 from flows.web.studio.draw_events import add_send_back
 from flows.web.studio.draw_form import DrawForm, request_of
@@ -129,7 +129,7 @@ class _CompareEvents:
 
     def cancel(self, job_id: str, request: gradio.Request) -> str:
         """Cancels the job of this page; returns the status."""
-        return cancel_own_job(self._studio.service, job_id, tenant=tenant_of(request))
+        return cancel_own_job(self._studio.service, job_id, tenant=caller_of(request).tenant)
 
     def compare(
         self, request: gradio.Request, name: str, columns: list[str], weight: float, text: str, *values: Any
@@ -143,7 +143,7 @@ class _CompareEvents:
             )
             requests = requests_of_columns(wanted, name, columns, weight)
             yield _outputs(show_note("Sending the requests."), seed=wanted.seed)
-            for status, progress in follow(studio.service, requests, tenant=tenant_of(request)):
+            for status, progress in follow(studio.service, requests, tenant=caller_of(request).tenant):
                 if progress.job is not None:
                     yield _outputs(status, job=progress.job.id)
             drawn = {

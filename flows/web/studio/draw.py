@@ -63,7 +63,14 @@ def _add_settings() -> dict[str, Any]:
         with gradio.Row():
             size = gradio.Textbox(label="Size", placeholder="base's own", info="WIDTHxHEIGHT in pixels", min_width=130)
             count = gradio.Slider(1, 16, 2, step=1, label="Number of images", min_width=150)
-            sampler = gradio.Dropdown(SAMPLER_CHOICES, value=OWN_SAMPLER, label="Sampler", min_width=150)
+            sampler = gradio.Dropdown(
+                SAMPLER_CHOICES,
+                value=OWN_SAMPLER,
+                label="Sampler",
+                info="Or a name with a schedule type, such as DPM++ 2M Karras",
+                allow_custom_value=True,
+                min_width=150,
+            )
         with gradio.Row():
             steps = gradio.Slider(1, 150, 20, step=1, label="Steps", min_width=130)
             guidance = gradio.Slider(1, 30, 3, step=0.1, label="Guidance", min_width=130)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio
 
-from flows.web.callers import tenant_of
+from flows.web.callers import caller_of
 from flows.web.studio.cards import CardList
 from flows.web.studio.draw_form import DrawForm, Used, compose_prompt, fill, request_of, split_prompt, updates
 from flows.web.studio.page_messages import cancel_own_job, follow, show_error, show_note
@@ -60,7 +60,7 @@ class DrawEvents:
         try:
             wanted = request_of(DrawForm.values(values), studio.service.settings.base, studio.files.folder)
             yield show_note("Sending the request."), skip, skip, "", wanted.seed
-            for status, progress in follow(studio.service, [wanted], tenant=tenant_of(request)):
+            for status, progress in follow(studio.service, [wanted], tenant=caller_of(request).tenant):
                 if progress.job is not None:
                     yield status, skip, skip, progress.job.id, skip
             files = [
@@ -77,7 +77,7 @@ class DrawEvents:
 
     def cancel(self, job_id: str, request: gradio.Request) -> str:
         """Cancels the job of this page; returns the status."""
-        return cancel_own_job(self._studio.service, job_id, tenant=tenant_of(request))
+        return cancel_own_job(self._studio.service, job_id, tenant=caller_of(request).tenant)
 
     def choose_card(
         self, text: str, used: list[Used], layout: int, event: gradio.EventData

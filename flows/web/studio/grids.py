@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio
 
-from flows.web.callers import tenant_of
+from flows.web.callers import caller_of
 from flows.web.studio.draw_events import add_send_back
 from flows.web.studio.draw_form import DrawForm, request_of
 from flows.web.studio.page_messages import cancel_own_job, follow, show_error, show_note
@@ -101,7 +101,7 @@ class _GridEvents:
 
     def cancel(self, job_id: str, request: gradio.Request) -> str:
         """Cancels the job of this page; returns the status."""
-        return cancel_own_job(self._studio.service, job_id, tenant=tenant_of(request))
+        return cancel_own_job(self._studio.service, job_id, tenant=caller_of(request).tenant)
 
     def draw(
         self,
@@ -132,7 +132,7 @@ class _GridEvents:
             flat = [one for row in rows for one in row]
             if len(flat) > _MOST:
                 raise SettingsError(f"{len(flat)} images", allowed=f"at most {_MOST}", remedy="give fewer values")
-            for status, progress in follow(studio.service, flat, tenant=tenant_of(request)):
+            for status, progress in follow(studio.service, flat, tenant=caller_of(request).tenant):
                 if progress.job is not None:
                     yield status, skip, skip, skip, progress.job.id
             files = [images[0] for images in progress.images if images]

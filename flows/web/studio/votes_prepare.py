@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio
 
-from flows.web.callers import caller_of, tenant_of
+from flows.web.callers import caller_of
 from flows.web.studio.page_messages import show_done, show_error
 from lora_engine.errors import SettingsError, WordedError
 from registry.errors import VoteError
@@ -104,7 +104,7 @@ class _Prepare:
 
             def draw_each(requests: Sequence[DrawRequest]) -> Iterator[Sequence[bytes]]:
                 total = len(requests)
-                for number, images in enumerate(_draw_in_queue(self._service, requests, tenant_of(request)), 1):
+                for number, images in enumerate(_draw_in_queue(self._service, requests, caller_of(request).tenant), 1):
                     progress((number, total), desc="Drawing")
                     yield images
 

@@ -26,6 +26,7 @@ from lora_engine.inference.prompts.editing import edits_over
 from lora_engine.inference.prompts.foreign import check_tag_kind
 from lora_engine.inference.prompts.step_weights import (
     ALWAYS,
+    Curve,
     StepWeights,
     parse_curve,
     parse_number,
@@ -88,6 +89,12 @@ class AdapterTag:
         """True if the adapter has the same weight in each step."""
         return self.denoiser.is_constant and self.start == 1 and self.stop is None
 
+    @property
+    def curve(self) -> Curve:
+        """How the weights go from point to point, which one argument of a tag says for all of them."""
+        every = (self.denoiser, self.text_encoder, *(self.enlarged or ()))
+        return next((weights.curve for weights in every if not weights.is_constant), "linear")
+
     def denoiser_weight(self, step: int, steps: int, *, is_enlarged: bool = False) -> float:
         """Returns the denoiser's weight in a step (from 0) of the first pass, or of that over enlarged images."""
         is_on = self.start <= step + 1 <= (self.stop or steps)
@@ -102,9 +109,8 @@ class AdapterTag:
     def facts(self) -> dict[str, Any]:
         """Returns the weights as JSON values, without those that have no effect."""
         facts: dict[str, Any] = {"denoiser": str(self.denoiser), "text_encoder": str(self.text_encoder)}
-        curves = {weights.curve for weights in (self.denoiser, self.text_encoder) if not weights.is_constant}
-        if curves - {"linear"}:
-            facts["curve"] = self.denoiser.curve
+        if self.curve != "linear":
+            facts["curve"] = self.curve
         if self.enlarged is not None:
             facts["enlarged"] = dict(zip(("denoiser", "text_encoder"), map(str, self.enlarged), strict=True))
         if self.blocks is not None:

@@ -21,26 +21,27 @@ def write_tag(tag: AdapterTag) -> str:
     Raises:
         SettingsError: The blocks are no list of the block-weight extension.
     """
-    if _is_weight_one(tag.denoiser) and _is_weight_one(tag.text_encoder):
-        weights = ["1"]
-    elif tag.denoiser == tag.text_encoder:
-        weights = [_written(tag.denoiser)]
-    else:
-        weights = [f"te={_written(tag.text_encoder)}", f"unet={_written(tag.denoiser)}"]
-    parts = [tag.name, *weights]
-    if tag.blocks is not None:
-        parts.append(f"lbw={_listed(tag.blocks)}")
+    if tag.is_bare:
+        return f"<lora:{tag.name}>"
+    parts = [tag.name, *_weights("unet", tag.denoiser, "te", tag.text_encoder, both="")]
+    if tag.enlarged is not None:
+        parts += _weights("hrunet", tag.enlarged[0], "hrte", tag.enlarged[1], both="hr=")
+    parts += [f"curve={tag.curve}"] if tag.curve != "linear" else []
+    parts += [f"lbw={_listed(tag.blocks)}"] if tag.blocks is not None else []
+    parts += [f"layers={','.join(f'{name}={weight:.10g}' for name, weight in tag.layers)}"] if tag.layers else []
     parts += [f"start={tag.start}"] if tag.start != 1 else []
     parts += [f"stop={tag.stop}"] if tag.stop is not None else []
+    parts += [f"ag={tag.guidance:.10g}"] if tag.guidance is not None else []
     return f"<lora:{':'.join(parts)}>"
 
 
-def _is_weight_one(weights: StepWeights) -> bool:
-    return weights.is_constant and weights.points[0][1] == 1.0
+def _weights(name: str, weights: StepWeights, other: str, text_weights: StepWeights, *, both: str) -> list[str]:
+    written, texts = _written(weights), _written(text_weights)
+    return [f"{both}{written}"] if written == texts else [f"{other}={texts}", f"{name}={written}"]
 
 
 def _written(weights: StepWeights) -> str:
-    if len(weights.points) == 1 and weights.points[0][0] == 0.0:
+    if weights.is_constant:
         return f"{weights.points[0][1]:.10g}"
     return ",".join(f"{weight:.10g}@{position:.10g}" for position, weight in weights.points)
 

@@ -74,13 +74,6 @@ def stop(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, errors
 
 
-def wait_for_end(client: httpx.Client, job_id: str) -> dict[str, Any]:
-    """Returns a job when it has ended, by its stream of events."""
-    with client.stream("GET", f"/v1/jobs/{job_id}/events") as response:
-        assert response.status_code == 200, response.read()
-        return read_events(response.iter_lines())[-1]
-
-
 def read_events(lines: Iterator[str] | Sequence[str]) -> list[dict[str, Any]]:
     """Returns the data of server-sent events."""
     return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]

@@ -15,9 +15,9 @@ import pytest
 import requests
 from PIL import Image
 from sd_parsers import ParserManager
-from webuiapi import HiResUpscaler, WebUIApi
+from webuiapi import HiResUpscaler, WebUIApi, WebUIApiResult
 
-from lora_engine.bases.samplers import SAMPLERS, SCHEDULES
+from lora_engine.bases.samplers import SAMPLERS, SCHEDULE_TYPES
 from tests.flows.web.served import Served
 
 SMALL = {"width": 32, "height": 32, "steps": 2}
@@ -147,7 +147,7 @@ def test_the_lists_name_what_can_be_used(api: WebUIApi) -> None:
     assert loras["zorb"]["path"] == "zorb@1"
     assert loras["zorb"]["alias"] == "zorb-v1"
     assert [each["aliases"] for each in api.get_samplers()] == [[name] for name in SAMPLERS]
-    assert [each["name"] for each in api.get_schedulers()] == list(SCHEDULES)
+    assert [each["name"] for each in api.get_schedulers()] == list(SCHEDULE_TYPES)
     assert [each["name"] for each in api.get_upscalers()] == ["Lanczos"]
     assert api.get_scripts() == {"txt2img": [], "img2img": []}
     assert api.get_embeddings() == {"loaded": {}, "skipped": {}}
@@ -246,6 +246,34 @@ def test_the_infotext_of_an_image_draws_it_again(api: WebUIApi) -> None:
     other = api.custom_post("sdapi/v1/txt2img", {"infotext": text, "seed": 12})
     assert other.info["seed"] == 12
     assert difference(other.image, drawn.image).max() > 1
+
+
+def test_a_variation_keeps_the_seed_and_counts_its_own_up(api: WebUIApi) -> None:
+    def draw(**fields: object) -> WebUIApiResult:
+        return api.txt2img(prompt="a ring", seed=11, **SMALL, **fields)
+
+    plain, first = draw(), draw(subseed=3, subseed_strength=0.4, batch_size=2)
+    assert (first.info["all_seeds"], first.info["all_subseeds"]) == ([11, 11], [3, 4])
+    assert first.info["subseed_strength"] == 0.4
+    assert difference(first.images[0], plain.image).max() > 1
+    assert difference(first.images[0], first.images[1]).max() > 1
+    assert ["Variation seed: 3" in text for text in first.info["infotexts"]] == [True, False]
+    other = draw(subseed=4, subseed_strength=0.4)
+    assert difference(other.image, first.images[1]).max() <= 1
+    again = api.custom_post("sdapi/v1/txt2img", {"infotext": other.image.info["parameters"]})
+    assert difference(again.image, other.image).max() <= 1
+
+
+def test_noise_of_another_size_is_put_into_the_middle(api: WebUIApi) -> None:
+    options = {"prompt": "a ring", "seed": 11, "width": 48, "height": 32, "steps": 2}
+    plain = api.txt2img(**options)
+    resized = api.txt2img(**options, seed_resize_from_w=32, seed_resize_from_h=32)
+    assert (resized.info["seed_resize_from_w"], resized.info["seed_resize_from_h"]) == (32, 32)
+    assert difference(resized.image, plain.image).max() > 1
+    half = api.txt2img(**options, seed_resize_from_w=32)
+    assert difference(half.image, plain.image).max() == 0, "as in A1111, one side alone has no effect"
+    again = api.custom_post("sdapi/v1/txt2img", {"infotext": resized.image.info["parameters"]})
+    assert difference(again.image, resized.image).max() <= 1
 
 
 def test_png_info_reads_what_the_server_wrote(api: WebUIApi) -> None:

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from flows.web.a1111_infotext import fill_unset, parse_infotext
+from flows.web.a1111_infotext import fill_unset, infotext_values
 from registry.versions.deletion import withdraw
 from registry.versions.promotion import promote
 from registry.versions.versions import Versions
@@ -62,7 +62,9 @@ def refused(client: httpx.Client, path: str, body: dict[str, Any]) -> tuple[int,
         ({"script_name": "X/Y/Z plot"}, 422, "Script 'X/Y/Z plot' not found"),
         ({"restore_faces": True}, 422, "restore_faces"),
         ({"tiling": True}, 422, "tiling"),
-        ({"subseed_strength": 0.5}, 422, "subseed_strength"),
+        ({"subseed_strength": 1.5}, 422, "subseed_strength"),
+        ({"seed_resize_from_w": 16_000, "seed_resize_from_h": 16_000}, 422, "pixels of an image"),
+        ({"seed_resize_from_w": 33, "seed_resize_from_h": 32}, 422, "33 pixels"),
         ({"styles": ["film"]}, 422, "styles"),
         ({"eta": 0.5}, 422, "eta"),
         ({"s_churn": 1}, 422, "s_churn"),
@@ -138,7 +140,6 @@ def test_neutral_values_and_unknown_fields_change_nothing_and_are_named(client: 
     assert answer["images"] == plain["images"]
     assert json.loads(answer["info"])["ignored"] == [
         "do_not_save_grid",
-        "subseed",
         "override_settings.samples_format",
     ]
     assert json.loads(plain["info"])["ignored"] == []
@@ -188,12 +189,12 @@ def test_an_infotext_is_read_as_a1111_reads_it() -> None:
         "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 3, Size: 512x768, "
         'Lora hashes: "a: 1, b: 2"'
     )
-    settings = parse_infotext(text)
+    settings = infotext_values(text)
     assert settings["Prompt"] == "a ring, (red:1.2)\nsecond line"
     assert settings["Negative prompt"] == "blue\ngreen"
     assert (settings["Size-1"], settings["Size-2"]) == ("512", "768")
     assert settings["Lora hashes"] == "a: 1, b: 2"
-    assert parse_infotext("only a prompt: here, nothing: else")["Prompt"] == "only a prompt: here, nothing: else"
+    assert infotext_values("only a prompt: here, nothing: else")["Prompt"] == "only a prompt: here, nothing: else"
 
 
 def test_a_field_of_the_request_has_priority_over_the_infotext() -> None:

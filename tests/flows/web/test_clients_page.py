@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flows.web.a1111_lists import router as lists
+from flows.web.a1111_lists import list_routes
 from flows.web.a1111_models import _NEUTRAL, ImageToImageBody, TextToImageBody
 from flows.web.openai_models import EditBody
 from tests.flows.web.served import Served
@@ -42,6 +42,6 @@ def test_the_page_names_every_field_and_list() -> None:
     unnamed |= {"hr_second_pass_steps", "override_settings"}
     assert [name for name in sorted(fields - unnamed) if name not in PAGE] == []
     refused = [name for name in _NEUTRAL if name not in {"hr_additional_modules"} and not name.startswith("firstphase")]
-    assert [name for name in refused if re.sub(r"^(s|seed_resize_from)_.*", r"\1_*", name) not in PAGE] == []
-    routes = [route.path.rpartition("/")[2] for route in lists.routes]  # type: ignore[attr-defined]
+    assert [name for name in refused if re.sub(r"^s_.*", "s_*", name) not in PAGE] == []
+    routes = [route.path.rpartition("/")[2] for route in list_routes.routes]  # type: ignore[attr-defined]
     assert [name for name in routes if not name.startswith("refresh-") and name not in PAGE] == []

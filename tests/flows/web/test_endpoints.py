@@ -21,14 +21,18 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from flows.cli import app
+from flows.web.a1111_requests import UnknownSampler
 from flows.web.app import create_app
+from flows.web.errors import FOR_A1111, FOR_OPENAI, STATUS, ClientGone, JobFailed, status_of
+from flows.web.openai_models import UnknownModel
+from lora_engine.errors import EngineError, SettingsError, WordedError
 from lora_engine.serving.engine import PlainEngine
 from registry.entities import Decision
 from registry.home import Home
 from registry.versions.deletion import withdraw
 from registry.versions.versions import Versions
 from tasks.operations.draw_request import DrawRequest
-from tasks.serving.job import Job, JobState
+from tasks.serving.job import Failure, Job, JobState, QueueFull, TenantQueueFull
 from tasks.serving.service import ImageService, ServiceSettings
 from tests.flows.web.server import copy_home, read_events
 
@@ -77,6 +81,19 @@ def test_one_request_returns_the_images_themselves(client: TestClient) -> None:
         drawn.load()
         assert "zorb@1" in drawn.text["loraline"]  # type: ignore[attr-defined]
     assert client.post("/v1/images", json=BODY).json()["images"] == [image]
+
+
+@pytest.mark.parametrize("kind", ["webp", "jpeg"])
+def test_images_are_answered_in_the_format_of_the_query(client: TestClient, kind: str) -> None:
+    answer = client.post(f"/v1/images?format={kind}&quality=100", json=BODY).json()
+    content = base64.b64decode(answer["images"][0])
+    assert Image.open(io.BytesIO(content)).format == kind.upper()
+    path = answer["job"]["images"][0]
+    image = client.get(f"{path}?format={kind}&quality=100")
+    assert (image.headers["content-type"], image.content) == (f"image/{kind}", content)
+    assert len(client.get(f"{path}?format={kind}&quality=20").content) < len(content)
+    for query in ("format=gif", "quality=0", "quality=101"):
+        assert client.get(f"{path}?{query}").status_code == 422
 
 
 def test_an_idempotency_key_gives_the_same_job_and_refuses_another_request(client: TestClient) -> None:
@@ -337,3 +354,27 @@ def test_the_page_has_every_option_endpoint_and_metric(client: TestClient, servi
     assert [path for path in paths if path.startswith("/v1") and f"{path}" not in text] == []
     names = set(re.findall(r"^# TYPE loraline_serving_(\w+) ", service.metrics.text().decode(), re.MULTILINE))
     assert [name for name in names if not name.endswith("_created") and f"`{name}`" not in text] == []
+
+
+def test_the_pages_have_every_status_of_an_error() -> None:
+    own, clients = PAGE.read_text(), (PAGE.parent / "serving-clients.md").read_text()
+    rows = {int(number) for row in re.findall(r"^\| ([0-9, ]+) \|", own, re.MULTILINE) for number in row.split(", ")}
+    assert {*STATUS.values()} - {status_of(ClientGone("gone"))} <= rows
+    assert [status for status in (*FOR_A1111.values(), *FOR_OPENAI.values()) if str(status) not in clients] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "own", "a1111", "openai"),
+    [
+        (QueueFull("full"), 503, 429, 429),
+        (TenantQueueFull("full"), 429, 429, 429),
+        (SettingsError("wrong"), 422, 422, 400),
+        (UnknownSampler("wrong"), 404, 404, 404),
+        (UnknownModel("wrong"), 404, 404, 404),
+        (JobFailed(Failure("GoneVersion", "gone")), 410, 410, 410),
+        (JobFailed(Failure("SettingsError", "wrong")), 422, 422, 400),
+        (EngineError("broken"), 500, 500, 500),
+    ],
+)
+def test_an_error_has_one_status_in_each_api(error: WordedError, own: int, a1111: int, openai: int) -> None:
+    assert (status_of(error), status_of(error, FOR_A1111), status_of(error, FOR_OPENAI)) == (own, a1111, openai)

@@ -114,6 +114,32 @@ def test_a_stream_has_previews_and_then_the_image(client: OpenAI) -> None:
     assert not np.array_equal(pixels(events[0].b64_json), pixels(events[-1].b64_json))
 
 
+@pytest.mark.parametrize("kind", ["webp", "jpeg"])
+def test_images_and_previews_have_the_format_that_is_asked_for_with_their_settings(client: OpenAI, kind: Any) -> None:
+    options = {"seed": 7, "steps": 8}
+    plain = client.images.generate(prompt="a ring", size="32x32", extra_body=options)
+    answer = client.images.generate(prompt="a ring", size="32x32", output_format=kind, extra_body=options)
+    assert (answer.output_format, answer.size) == (kind, "32x32")
+    content = b64decode(answer.data[0].b64_json)
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.format == kind.upper()
+        assert image.getxmp()["xmpmeta"]["RDF"]["Description"]["DigitalSourceType"].endswith("trainedAlgorithmicMedia")
+        assert "Seed: 7" in image.getexif().get_ifd(0x8769)[0x9286].decode("utf-16-be", "replace")
+    change = np.abs(pixels(answer.data[0].b64_json) - pixels(plain.data[0].b64_json)).max()
+    assert change <= (0 if kind == "webp" else 8)
+    small = client.images.generate(
+        prompt="a ring", size="32x32", output_format=kind, output_compression=20, extra_body=options
+    )
+    assert len(b64decode(small.data[0].b64_json)) < len(content)
+    events = list(
+        client.images.generate(
+            prompt="a ring", size="32x32", output_format=kind, stream=True, partial_images=1, extra_body=options
+        )
+    )
+    assert [event.output_format for event in events] == [kind] * 2
+    assert [Image.open(io.BytesIO(b64decode(event.b64_json))).format for event in events] == [kind.upper()] * 2
+
+
 def test_a_stream_of_an_edit_has_its_events(client: OpenAI, photo: Image.Image) -> None:
     stream = client.images.edit(image=png(photo), prompt="a ring", stream=True, extra_body={"steps": "2"})
     assert [event.type for event in stream] == ["image_edit.completed"]
@@ -145,6 +171,7 @@ def test_the_models_are_the_base_and_the_adapters(client: OpenAI) -> None:
         ({"n": 11}, "n", "invalid_value"),
         ({"response_format": "url"}, "response_format", "invalid_value"),
         ({"output_format": "gif"}, "output_format", "invalid_value"),
+        ({"output_compression": 50}, "output_compression", "invalid_value"),
         ({"background": "transparent"}, "background", "invalid_value"),
         ({"frame_count": 3}, "frame_count", "unknown_parameter"),
         ({"extra_body": {"steps": 0}}, "steps", "invalid_value"),

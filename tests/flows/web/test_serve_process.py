@@ -1,4 +1,4 @@
-"""`loraline serve` as a process: killed and restarted, stopped, and while an alias moves."""
+"""`loraline serve` as a process: while an alias moves, beside other servers, killed, and continued by another."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
+from flows.web.app import create_app
 from registry.versions.promotion import promote
 from registry.versions.versions import Versions
+from tasks.serving.service import ServiceSettings, open_service
 from tests.flows.commands import loraline_here
-from tests.flows.web.server import Serving, copy_home, stop, wait_for_end
+from tests.flows.web.server import Serving, copy_home
 
 BODY = {"prompt": "a zorb <lora:zorb:0.7>", "steps": 2, "seed": 5}
 SAFETY = """
@@ -43,25 +46,25 @@ def test_a_server_that_is_killed_loses_no_accepted_job_and_an_alias_moves_while_
         assert (taken.returncode, taken.stdout) == (2, "")
         assert "cannot listen" in taken.stderr
 
+        _answers_beside_a_silent_connection(serving)
         accepted = {}
         for index in range(4):
-            headers = {"Idempotency-Key": f"key-{index}"}
+            key = {"Idempotency-Key": f"key-{index}"}
             body = {"prompt": "a ring", "steps": 40, "seed": index}
-            accepted[f"key-{index}"] = (client.post("/v1/jobs", json=body, headers=headers).json()["id"], body)
-        with client.stream("GET", f"/v1/jobs/{accepted['key-0'][0]}/events") as events:
+            accepted[client.post("/v1/jobs", json=body, headers=key).json()["id"]] = (key, body)
+        first = next(iter(accepted))
+        with client.stream("GET", f"/v1/jobs/{first}/events") as events:
             next(line for line in events.iter_lines() if '"state":"running"' in line)
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
-    with serving.running("--no-studio", "--batch", "1", "--grace", "1") as process, serving.client() as client:
-        for key, (job_id, body) in accepted.items():
-            assert client.post("/v1/jobs", json=body, headers={"Idempotency-Key": key}).json()["id"] == job_id
-        ended = [wait_for_end(client, job_id) for job_id, _ in list(accepted.values())[:2]]
-        assert [job["state"] for job in ended] == ["completed"] * 2
-        assert len(client.get("/v1/jobs").json()) == len({entry["id"] for entry in client.get("/v1/jobs").json()})
-        _answers_beside_a_silent_connection(serving)
-        code, errors = stop(process)
-    assert code == 0
-    assert "Traceback" not in errors
+    service = open_service(home, ServiceSettings(batch_images=1))
+    with closing(service), TestClient(create_app(service), base_url="http://127.0.0.1") as client:
+        for job_id, (key, body) in accepted.items():
+            assert client.post("/v1/jobs", json=body, headers=key).json()["id"] == job_id
+        assert [service.wait(job_id, 60).state for job_id in accepted] == ["completed"] * 4
+        ids = [job["id"] for job in client.get("/v1/jobs").json()]
+        assert len(ids) == len(set(ids))
 
 
 def _promote_while_clients_draw(serving: Serving, home: Any) -> None:

@@ -18,11 +18,12 @@ from lora_engine.errors import DataError, SettingsError
 from lora_engine.inference.image_files import (
     ImageFormat,
     ImageOptions,
+    convert_png,
     encode_image,
     encode_marked,
     read_used_adapters,
 )
-from lora_engine.inference.image_metadata import UsedImage
+from lora_engine.inference.image_metadata import UsedImage, source_type_of
 from tests.lora_engine.inference.drawings import make_adapter, make_drawing, make_image
 
 FORMATS: tuple[ImageFormat, ...] = get_args(ImageFormat)
@@ -85,6 +86,22 @@ def test_the_same_image_gives_the_same_bytes_and_its_pixels_come_back(tmp_path: 
         assert len(encode_image(image, drawing, 7, ImageOptions(kind, 30))) < len(content)
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("source", [None, UsedImage("0" * 64, 0.5, "1" * 64)])
+def test_a_stored_png_in_another_format_has_the_bytes_of_one_that_was_written_so(
+    tmp_path: Path, kind: ImageFormat, source: UsedImage | None
+) -> None:
+    image, options = make_image(), ImageOptions(kind, 80)
+    drawing = make_drawing(PROMPT, [make_adapter(tmp_path, name) for name in ("zorb@3", "other@1")], source=source)
+    assert convert_png(encode_image(image, drawing, 7), options) == encode_image(image, drawing, 7, options)
+
+
+def test_an_unfinished_image_keeps_its_mark_in_another_format(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(convert_png(encode_marked(make_image(), source_type_of(True)), ImageOptions("webp")))
+    assert read_evidence(path, tmp_path) == ("digital-source-type-composite-with-trained-algorithmic-media",)
+
+
 @pytest.mark.parametrize("kind", ["webp", "jpeg"])
 def test_the_packet_is_xml_that_readers_of_xmp_parse(kind: ImageFormat) -> None:
     content = encode_image(make_image(), make_drawing("a <b>&amp; \x7f zorb", []), 7, ImageOptions(kind))
@@ -111,7 +128,7 @@ def test_images_of_other_programs_name_no_adapters(tmp_path: Path) -> None:
 def test_changed_metadata_is_refused(tmp_path: Path) -> None:
     drawing = make_drawing("a <lora:zorb@3>", [make_adapter(tmp_path, "zorb@3")])
     content = encode_image(make_image(), drawing, 7, ImageOptions("jpeg"))
-    changed = content.replace(b'"sha256": "', b'"sha256": "x')
+    changed = content.replace(b'"sha256":"', b'"sha256":"x')
     assert changed != content
     (tmp_path / "a.jpg").write_bytes(changed)
     with pytest.raises(DataError, match=r"a\.jpg: the metadata 'loraline' names no adapters"):

@@ -27,12 +27,20 @@ Write = Callable[..., Path]
 @pytest.fixture(scope="module")
 def compiled(untrained_base: Callable[[str], Path]) -> Iterator[tuple[BaseModel, CompiledEngine]]:
     """Returns a base of its own and its engine, with the backend `eager`: it traces and guards as inductor does."""
-    torch._dynamo.reset()
+    forget_graphs()
     options = CompiledOptions(max_images=2, batches=(2,), rank=4, sizes=((16, 16),), backend="eager")
     engine = make_engine("compiled", str(untrained_base("small-sd")), options)
     assert isinstance(engine, CompiledEngine)
     yield engine._base, engine
     torch._dynamo.reset()
+
+
+def forget_graphs() -> None:
+    """Forgets what was compiled before, and its number."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
 
 
 def graphs() -> int:
@@ -69,7 +77,7 @@ def test_20_switches_compile_nothing_and_images_are_those_without_compiling(
 
 @pytest.mark.nightly
 def test_20_switches_compile_nothing_with_inductor(untrained_base: Callable[[str], Path], write_file: Write) -> None:
-    torch._dynamo.reset()
+    forget_graphs()
     base = load_base(str(untrained_base("small-sd")), device="cpu")
     engine = CompiledEngine(base, CompiledOptions(max_images=1, rank=4, sizes=((16, 16),)))
     assert graphs() == 1

@@ -16,6 +16,7 @@ from lora_engine.bases.base import BaseModel
 from lora_engine.errors import AdapterError, EngineError
 from lora_engine.formats import Embedding
 from lora_engine.inference.draw import Drawer
+from lora_engine.inference.image_files import png_texts
 from lora_engine.serving.adapter_cache import AdapterCache
 from lora_engine.serving.dynamic import DynamicEngine
 from lora_engine.serving.engine import ImageJob, JobStopped
@@ -85,7 +86,7 @@ def test_the_metadata_of_a_batch_are_those_of_jobs_alone(
     for job, result in zip(jobs, engine.draw(jobs), strict=True):
         assert not isinstance(result, EngineError)
         own = Drawer(base).draw(job.prompt, job.settings, files=job.files, negative=job.negative)[1]
-        assert result.drawing.texts(1, (16, 16)) == own.texts(1, (16, 16))
+        assert png_texts(result.drawing, 1, (16, 16)) == png_texts(own, 1, (16, 16))
 
 
 def test_jobs_with_texts_of_different_lengths_and_parts_draw_what_each_draws_alone(
@@ -194,10 +195,22 @@ def test_values_that_are_not_numbers_are_the_error_of_their_job_alone(
     ]
     broken, drawn = engine.draw(jobs)
     assert isinstance(broken, EngineError)
-    assert "seeds [5] have values that are not numbers" in str(broken)
+    assert "gives NaN or Inf" in str(broken)
     torch.testing.assert_close(pixels_of(drawn), alone(base, jobs[1]), rtol=0, atol=BOUND)
     (single,) = engine.draw(jobs[:1])
-    assert "seeds [5] have values that are not numbers" in str(single)
+    assert "gives NaN or Inf" in str(single)
+
+
+def test_an_image_that_the_decoder_breaks_is_an_error_with_its_seed(
+    base: BaseModel, engine: DynamicEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = base.decode_latents
+    monkeypatch.setattr(
+        base, "decode_latents", lambda latents: decode(latents) * torch.tensor([1.0, torch.nan])[:, None, None, None]
+    )
+    (broken,) = engine.draw([job_of("a ring", seeds=(4, 5))])
+    assert isinstance(broken, EngineError)
+    assert "seeds [5] have values that are not numbers" in str(broken)
 
 
 def test_an_adapter_that_cannot_be_used_is_the_error_of_its_job_alone(
@@ -289,3 +302,16 @@ def test_previews_are_small_images(base: BaseModel, engine: DynamicEngine) -> No
     preview = engine.preview(torch.zeros(1, *shape))
     assert preview.shape == (1, 3, 16, 16)
     assert preview.abs().max() <= 1
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_images_that_need_more_than_the_free_memory_are_refused_by_the_engine(
+    base: BaseModel, engine: DynamicEngine, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    jobs = [job_of("a ring", seeds=(seed,)) for seed in range(count)]
+    monkeypatch.setattr("lora_engine.serving.batch.measure_free", lambda device: (1, 1))
+    for result in DynamicEngine(base).draw(jobs):
+        assert isinstance(result, EngineError)
+        assert "has 0 MiB left" in str(result)
+    monkeypatch.undo()
+    assert not any(isinstance(result, EngineError) for result in DynamicEngine(base).draw(jobs))

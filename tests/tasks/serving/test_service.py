@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import errno
+import io
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from lora_engine.data.containers import read_png_texts
 from lora_engine.errors import DataError, EngineError, SettingsError
 from lora_engine.files import atomic_write
+from lora_engine.inference.variation import NoiseVariation
 from lora_engine.serving.engine import DrawnImages, ImageJob, PlainEngine
-from registry.entities import Decision
+from registry.entities import Decision, now
 from registry.errors import DiskFull, GoneVersion, HomeError, Refused, UnknownName
 from registry.home import Home
 from registry.versions.deletion import withdraw
@@ -33,6 +38,7 @@ from tasks.serving.job import (
     TenantQueueFull,
     UnknownJob,
 )
+from tasks.serving.records import JobRecords
 from tasks.serving.service import ImageService, ServiceSettings, open_service
 from tests.flows.web.server import copy_home
 
@@ -119,6 +125,35 @@ def test_accepted_jobs_are_drawn_by_the_next_service_if_this_one_stops(served: H
         with pytest.raises(KeyReused):
             second.submit(PLAIN, tenant="ann", key="k1")
         assert second.submit(PLAIN, tenant="ben", key="k1").id != waiting.id, "keys are those of a tenant"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": (32, 40), "seed_size": (32, 32), "variation": NoiseVariation(9, 0.5), "adapter_guidance": 2.0},
+        {"image": Path("inputs/a.png"), "mask": Path("inputs/b.png"), "regions": ("0,0,0.5,1=a <lora:ring:1>", "b=c")},
+        {"credentials": (Path("a.pem"), Path("b.pem")), "guidance": 0.1, "sampler": "euler", "seed": 2**63 - 1001},
+    ],
+)
+def test_a_stored_job_has_the_request_that_was_accepted(tmp_path: Path, changes: dict[str, Any]) -> None:
+    request = replace(REQUEST, **changes)
+    with closing(JobRecords(tmp_path / "jobs.db")) as records:
+        records.add(Job("0" * 32, "ann", request, JobState.QUEUED, ("zorb@1",), now()), "digest", None)
+        (job,) = records.unfinished()
+    assert job.request == request
+    assert [type(value) for value in vars(job.request).values()] == [type(value) for value in vars(request).values()]
+
+
+def test_each_image_of_a_variation_is_kept_with_its_own_noise(served: Home, engine: HeldEngine) -> None:
+    request = replace(PLAIN, seed=7, count=2, variation=NoiseVariation(20, 0.5), seed_size=(32, 32))
+    with service_on(served, engine) as service:
+        images = service.images(service.wait(service.submit(request).id, 60).id)
+    facts = [json.loads(dict(read_png_texts(io.BytesIO(image)))["loraline"]) for image in images]
+    assert [(fact["seed"], fact["variation"], fact["seed_size"]) for fact in facts] == [
+        (7, [20, 0.5], [32, 32]),
+        (7, [21, 0.5], [32, 32]),
+    ]
+    assert len({Image.open(io.BytesIO(image)).tobytes() for image in images}) == 2
 
 
 def test_a_moved_alias_counts_at_the_next_request_and_an_accepted_job_keeps_its_version(
@@ -226,7 +261,7 @@ def test_a_full_disk_fails_the_job_leaves_no_half_of_it_and_the_queue_continues(
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
             atomic_write(path, content)
 
-        monkeypatch.setattr("lora_engine.data.images.atomic_write", write)
+        monkeypatch.setattr("tasks.serving.results.atomic_write", write)
         engine.may_draw.set()
         ended = service.wait(job.id, 60)
         assert written == 2
@@ -322,6 +357,8 @@ def test_a_safety_hook_that_cannot_be_loaded_keeps_the_server_from_starting(
         ({"enlarge": 5.0}, "enlarge is 5.0"),
         ({"prompt": "a" * 10_001}, "length of the prompt"),
         ({"negative": "a" * 10_001}, "length of the negative"),
+        ({"variation": NoiseVariation(2**63, 0.5)}, "seed of the variation"),
+        ({"seed_size": (4096, 4096)}, "pixels of an image"),
         ({"vae": "/etc"}, "vae"),
         ({"clip_skip": 2}, "clip_skip"),
         ({"sampler": "no such"}, "no such"),
@@ -438,4 +475,4 @@ def test_an_engine_that_breaks_fails_its_batch_and_the_queue_continues(
 
 
 def _file(home: Home, job: Job) -> Path:
-    return home.path / "serving" / "jobs" / job.id / f"{job.request.seed}.png"
+    return home.path / "serving" / "jobs" / job.id / "0.png"
