@@ -80,7 +80,7 @@ def prepare(
         print_json(facts)
         return
     print_facts([(label.replace("_", " "), value or "") for label, value in facts.items()])
-    print(f"Next: loraline vote ballot {artifact.sha256[:12]} -o ballot/, or the page Votes of `loraline studio`")
+    print(f"Next: loraline vote ballot {artifact.sha256[:12]} -o ballot/, or the tab Votes of `loraline serve`")
 
 
 def ballot(

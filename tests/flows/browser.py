@@ -106,6 +106,10 @@ class Page:
         """Gives the browser a cookie that scripts do not see."""
         self._send("Network.setCookie", name=name, value=value, url=origin, httpOnly=True)
 
+    def clear_cookies(self) -> None:
+        """Deletes all cookies."""
+        self._send("Network.clearBrowserCookies")
+
     def press(self, key: str, *, shift: bool = False) -> None:
         """Presses a key of `_KEYS`, or a character, in the focused element."""
         text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")

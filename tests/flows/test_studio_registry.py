@@ -122,6 +122,7 @@ def test_a_comparison_is_drawn_with_the_queue_of_the_server(studio):
     event = studio.events("compare")[-1]
     assert (event.actor, event.name, event.after, event.details["against"]) == ("ann", "small", 2, "small@1")
     studio.open("eve", "Votes")
+    studio.page.wait_for_text("0 of 2 pairs judged")
     studio.expand("Prepare a comparison")
     studio.wait(lambda: studio.page.evaluate(chosen))
     studio.page.type("Prompts, one per line", "a star")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flows.web.studio.page import Studio
 
 ALL = "all"
-PAGE_SIZE = 24
+_PAGE_SIZE = 24
 _ON_LOAD = """
 element.addEventListener("click", event => {
   const button = event.target.closest("button[data-choice]");
@@ -65,8 +65,8 @@ def render_cards(home: Home, cards: Sequence[AdapterCard]) -> str:
     """Returns the first cards as an HTML list, and how many more there are."""
     if not cards:
         return show_note("No adapter. `loraline import` or a pipeline registers one.")
-    entries = "".join(_card(home, card) for card in cards[:PAGE_SIZE])
-    more = len(cards) - PAGE_SIZE
+    entries = "".join(_card(home, card) for card in cards[:_PAGE_SIZE])
+    more = len(cards) - _PAGE_SIZE
     return f"<ul>{entries}</ul>" + (show_note(f"{more} more: search for them.") if more > 0 else "")
 
 

@@ -93,7 +93,7 @@ def add_compare(studio: Studio) -> None:
         **QUIET,
     )
     cancel.click(events.cancel, [job], [status], **UNQUEUED)
-    gradio.on([left.input, right.input, row.input], choose_pair, [drawn, left, right, row], [slider], **UNQUEUED)
+    gradio.on([left.input, right.input, row.input], _choose_pair, [drawn, left, right, row], [slider], **UNQUEUED)
 
 
 class _CompareEvents:
@@ -190,7 +190,7 @@ def requests_of_columns(request: DrawRequest, name: str, columns: Sequence[str],
     return requests
 
 
-def choose_pair(drawn: _Files, left: str, right: str, row: str) -> Any:
+def _choose_pair(drawn: _Files, left: str, right: str, row: str) -> Any:
     """Returns the two images of the slider."""
     place = int(row) - 1 if str(row).isdigit() else 0
     pair = [drawn.get(column, []) for column in (left, right)]

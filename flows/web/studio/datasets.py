@@ -42,7 +42,7 @@ def add_datasets(studio: Studio) -> None:
     with gradio.Row():
         chosen = gradio.Dropdown([], label="Dataset", interactive=True, scale=3)
         folder = gradio.Dropdown([], label="Folder", interactive=True, scale=3)
-        page = gradio.Number(1, label="Page", minimum=1, precision=0, scale=0, min_width=90)
+        page = gradio.Number(1, label="Page", minimum=1, precision=0, scale=1, min_width=90)
         refresh = gradio.Button("Refresh", scale=0, min_width=110, elem_classes="studio-refresh")
     with gradio.Row():
         source = gradio.Textbox(label="Image", interactive=False, scale=1)

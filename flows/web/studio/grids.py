@@ -139,7 +139,7 @@ class _GridEvents:
             width = len(axes[0].values)
             by_row = [files[start : start + width] for start in range(0, len(files), width)]
             paths = [studio.files.write(content, f"cell-{place + 1}.png") for place, content in enumerate(files)]
-            shown = [(path, caption) for path, caption in zip(paths, captions_of(labels), strict=True)]
+            shown = [(path, caption) for path, caption in zip(paths, _captions_of(labels), strict=True)]
             sheet = studio.files.write(compose_grid(by_row, labels), "grid.png")
             yield show_note(f"Drawn: {len(files)} images."), gradio.update(value=shown, columns=width), paths, sheet, ""
         except WordedError as error:
@@ -186,7 +186,7 @@ def prompt_of(text: str, adapter: str | None, weight: float, axes: Sequence[Axis
     return f"{text} <lora:{reference}:{value}>".strip()
 
 
-def captions_of(labels: Sequence[Axis]) -> list[str]:
+def _captions_of(labels: Sequence[Axis]) -> list[str]:
     """Returns the caption of each cell, row by row."""
     rows = labels[1].labels if len(labels) > 1 else ("",)
     return [", ".join(filter(None, (column, row))) for row in rows for column in labels[0].labels]

@@ -61,7 +61,7 @@ def data_url(content: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def show_job(job: Job, preview: bytes | None, *, done: int = 0, total: int = 1) -> str:
+def _show_job(job: Job, preview: bytes | None, *, done: int = 0, total: int = 1) -> str:
     """Returns the place in the queue, or the progress and the image as it is now.
 
     Args:
@@ -94,7 +94,7 @@ def follow(
         preview = None
         with suppress(UnknownJob):
             preview = service.preview(progress.job.id)
-        yield show_job(progress.job, preview, done=progress.done, total=len(requests)), progress
+        yield _show_job(progress.job, preview, done=progress.done, total=len(requests)), progress
 
 
 def cancel_own_job(service: ImageService, job_id: str, *, tenant: str) -> str:

@@ -32,6 +32,7 @@ def theme() -> gradio.themes.Base:
         block_label_text_color="*body_text_color",
         block_label_text_color_dark="*body_text_color",
         block_border_width="1px",
+        checkbox_border_color="*neutral_400",
     )
 
 

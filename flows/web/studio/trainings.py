@@ -62,14 +62,14 @@ class _Trainings:
                 return gradio.update(choices=[], value=None), show_note(empty), ""
             keyed = {f"{state.run.id}/{step.name}": (state, step) for state, step in found}
             value = chosen if chosen in keyed else next(iter(keyed))
-            shown = show_training(view_training(self._home, *keyed[value]))
+            shown = _show_training(view_training(self._home, *keyed[value]))
         except WordedError as error:
             return gradio.skip(), show_error(error), ""
         choices = [(_label(*entry), key) for key, entry in keyed.items()]
         return gradio.update(choices=choices, value=value), shown, _runs([state for state, _ in found])
 
 
-def show_training(view: TrainingView) -> str:
+def _show_training(view: TrainingView) -> str:
     """Returns a training as HTML."""
     step = view.step
     facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in view.facts.items())

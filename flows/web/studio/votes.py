@@ -142,7 +142,7 @@ class _Votes:
                 if not opened.ballot.is_finished:
                     return show_note("Results are shown once you have judged every pair of this comparison.")
                 (version,) = (v for v in list_compared(versions, chosen) if v.ref == opened.comparison.candidate)
-                return show_results(results_of(versions, version, opened.comparison.against))
+                return _show_results(results_of(versions, version, opened.comparison.against))
         except WordedError as error:
             return show_error(error)
 
@@ -154,7 +154,7 @@ class _Votes:
         return _pair(opened, position, images) + _progress(voted, total), ""
 
 
-def show_results(results: VoteResults) -> str:
+def _show_results(results: VoteResults) -> str:
     """Returns the votes of a version as HTML."""
     parts = [
         f"<p><b>{escape(results.version.ref)}</b> against {escape(against)}: {escape(describe_summary(summary))}</p>"

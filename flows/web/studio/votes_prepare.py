@@ -104,7 +104,7 @@ class _Prepare:
 
             def draw_each(requests: Sequence[DrawRequest]) -> Iterator[Sequence[bytes]]:
                 total = len(requests)
-                for number, images in enumerate(draw_in_queue(self._service, requests, caller_of(request).tenant), 1):
+                for number, images in enumerate(_draw_in_queue(self._service, requests, caller_of(request).tenant), 1):
                     progress((number, total), desc="Drawing")
                     yield images
 
@@ -120,7 +120,7 @@ class _Prepare:
         return gradio.update(choices=[choice], value=artifact.sha256), show_done(text)
 
 
-def draw_in_queue(service: ImageService, requests: Sequence[DrawRequest], tenant: str) -> Iterator[list[bytes]]:
+def _draw_in_queue(service: ImageService, requests: Sequence[DrawRequest], tenant: str) -> Iterator[list[bytes]]:
     """Yields the images of each request, drawn one after another by a service, so that others get their turns.
 
     Raises:

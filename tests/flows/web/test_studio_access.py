@@ -58,9 +58,16 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedStudio]:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     with browsed(tmp_path_factory.mktemp("browser")) as page:
         yield page
+
+
+@pytest.fixture
+def page(browser: Page) -> Page:
+    """Returns the page of a browser that is not signed in."""
+    browser.clear_cookies()
+    return browser
 
 
 def sign_in(page: Page, studio: ServedStudio, user: str) -> None:
@@ -118,6 +125,9 @@ def test_a_signed_in_user_without_a_role_is_refused_with_reasons_and_another_pro
     def review() -> None:
         page.click("Releases")
         page.wait_for_text("zorb@production")
+        page.evaluate("document.querySelector('input[aria-label=Adapter]').focus()")
+        page.press_all("zorb")
+        page.press("Enter")
         page.wait_for("[...document.querySelectorAll('input')].some(field => field.value === 'zorb@2')")
         page.type("Reason, stored in the log", "release 12")
         page.click("Review")
