@@ -112,12 +112,15 @@ def file_schema(path: Path) -> int | None:
 
 
 def _check_size(path: Path) -> None:
-    """Raises HomeError if the file is so short that SQLite would treat it as a new database.
+    """Raises HomeError for a folder, and if the file is so short that SQLite would treat it as a new database.
 
     SQLite recognizes longer files itself. Open the file through SQLite only: when a process closes any handle of it,
     the system releases all POSIX locks of that process, including those of its open connections. Another process could
     then believe that it is the last one, and remove the log while the first one still writes to it.
     """
+    if path.is_dir():
+        problem = "the database cannot be opened: this is a folder"
+        raise HomeError(problem, where=str(path), remedy="move the folder away, or restore the database from a backup")
     size = path.stat().st_size
     if size < _HEADER:
         problem = "this is not a database" if size else "the database is an empty file"
