@@ -51,6 +51,10 @@ _KEYS = {
 """Key -> its code in Windows, which chromium needs."""
 
 
+class Navigated(AssertionError):
+    """The page was left while a script ran."""
+
+
 class Page:
     """One page of a browser; every action waits until it is possible.
 
@@ -146,10 +150,16 @@ class Page:
 
     def _wait(self, script: str, problem: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
-        while not self.evaluate(script):
+        while not self._is_met(script):
             if time.monotonic() > deadline:
                 raise AssertionError(f"{problem} in:\n{self.evaluate('document.body.innerText')}")
             time.sleep(0.3)
+
+    def _is_met(self, script: str) -> bool:
+        try:
+            return bool(self.evaluate(script))
+        except Navigated:
+            return False
 
     def _send(self, method: str, **params: Any) -> dict[str, Any]:
         self.number += 1
@@ -161,6 +171,8 @@ class Page:
             if answer.get("method") == "Runtime.exceptionThrown":
                 self.errors.append(json.dumps(answer["params"]["exceptionDetails"])[:1000])
             if answer.get("id") == self.number:
+                if "navigated" in answer.get("error", {}).get("message", ""):
+                    raise Navigated(answer)
                 assert "error" not in answer, answer
                 return dict(answer["result"])
 

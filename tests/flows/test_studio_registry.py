@@ -72,6 +72,7 @@ def test_pairs_are_judged_by_touch_at_390_pixels(studio):
     assert vote.details["choice"] == vote.details["left"]
 
 
+@pytest.mark.nightly
 def test_the_tabs_of_the_registry_fit_390_pixels_and_label_their_controls(studio):
     studio.open("carl", "Releases")
     studio.page.wait_for_text("small@staging")
@@ -83,6 +84,7 @@ def test_the_tabs_of_the_registry_fit_390_pixels_and_label_their_controls(studio
         assert studio.page.evaluate(UNLABELED) == [], tab
 
 
+@pytest.mark.nightly
 def test_trainings_are_read_again_only_while_their_tab_is_shown(studio):
     studio.open("ann", "Trainings")
     studio.page.wait_for_text("No training yet")
@@ -160,6 +162,7 @@ def test_a_promotion_shows_all_reasons_happens_after_confirmation_and_is_rolled_
     assert [(event.actor, event.after) for event in studio.events("rollback")] == [("carl", 2)]
 
 
+@pytest.mark.nightly
 def test_an_alias_that_moved_since_the_review_is_a_conflict(studio):
     (studio.home.path / "policy.yaml").write_text(WITHOUT_VOTES)
     studio.open("carl", "Releases")
@@ -175,6 +178,7 @@ def test_an_alias_that_moved_since_the_review_is_a_conflict(studio):
     assert studio.events("endorse") == []
 
 
+@pytest.mark.nightly
 def test_a_user_without_a_role_cannot_promote(studio):
     before = studio.events("promote")
     studio.open("eve", "Releases")
@@ -237,6 +241,7 @@ def test_a_caption_is_edited_in_the_folder_and_the_change_is_taken_back(studio):
     assert not file.exists()
 
 
+@pytest.mark.nightly
 def test_a_user_who_may_not_train_cannot_edit_captions(studio):
     studio.open("ann", "Datasets")
     studio.page.wait_for_text("8 images, page 1 of 1")

@@ -91,6 +91,7 @@ def events(studio: ServedStudio, *actions: str) -> list[Event]:
         return [event for event in read_log(versions) if event.action in actions]
 
 
+@pytest.mark.nightly
 @pytest.mark.needs("chromium")
 def test_a_user_signs_in_on_the_page_and_its_events_act_as_the_user(page: Page, studio: ServedStudio) -> None:
     page.open(studio.address)

@@ -193,7 +193,7 @@ def test_a_grid_is_drawn_and_the_settings_of_a_cell_come_back(page: Page, studio
     wait_for_value(page, "Whole prompt", "a zorb <lora:small@2:0.3> <lora:small@1:0>")
 
 
-@pytest.mark.parametrize("is_dark", [False, True])
+@pytest.mark.parametrize("is_dark", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_every_tab_fits_390_pixels_and_labels_its_controls(page: Page, is_dark: bool) -> None:
     page.resize(390, 844, is_dark=is_dark)
     for tab in ("Draw", "Compare", "Grid"):
