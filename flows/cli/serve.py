@@ -1,4 +1,4 @@
-"""Defines the verbs `serve` and `token`."""
+"""Defines the verbs `serve`, `studio` and `token`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TokenFile = Annotated[Path, typer.Option("--file", metavar="FILE", help="File wi
 
 def add_verbs(app: typer.Typer) -> None:
     """Adds the verbs."""
-    add_verb(app, Access.WRITE, serve)
+    add_verb(app, Access.WRITE, serve, studio)
     add_verb(token_app, Access.NONE, new_token, name="new")
     add_verb(token_app, Access.NONE, list_tokens, name="list")
     add_verb(token_app, Access.NONE, remove_token, name="remove")
@@ -123,6 +123,30 @@ def serve(
         _print(listening, port, has_studio=studio, as_json=as_json)
 
     serve_images(open_home(), settings, web, listening, announce)
+
+
+def studio(
+    base: Annotated[str, typer.Option(help=BASE_HELP)] = "tiny",
+    port: Annotated[int, typer.Option(min=0, max=_MAX_PORT, help="Port; 0 takes a free one.")] = 8188,
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Serve the studio page on this machine and open it, until Ctrl-C or SIGTERM; `serve` has more options."""
+    import webbrowser
+
+    from flows.web.app import WebSettings
+    from flows.web.server import Listening
+    from flows.web.serving import serve_images
+    from tasks.serving.settings import ServiceSettings
+
+    listening = Listening(port=port)
+
+    def announce(port: int) -> None:
+        _print(listening, port, has_studio=True, as_json=as_json)
+        if browser:
+            webbrowser.open(f"http://{listening.host}:{port}/studio")
+
+    serve_images(open_home(), ServiceSettings(base=base), WebSettings(studio=True), listening, announce)
 
 
 def new_token(

@@ -230,7 +230,7 @@ def _lines(verb: str, place: Place, hostile: Mapping[str, Sequence[str]]) -> Ite
 
 
 # `up` runs until it is stopped, and takes no path.
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in {"up", "serve"}])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in {"up", "serve", "studio"}])
 def test_a_verb_writes_only_to_its_output_and_its_home(
     verb: str,
     place: Place,

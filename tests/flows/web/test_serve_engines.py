@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -39,21 +41,14 @@ def test_the_page_has_the_options_of_each_engine() -> None:
         assert re.findall(r"`(\w+)`", row) == [option for option in engine.options.model_fields if option != "adapters"]
 
 
-def serve_once(monkeypatch: pytest.MonkeyPatch, home: Path, *arguments: str) -> tuple[FastAPI, dict[str, Any]]:
-    """Runs the verb in this process until it has answered one request; returns the application and the answer."""
+def answers_of(ask: Callable[[httpx.Client], Any], *arguments: str, home: Path) -> Any:
+    """Runs a verb that serves in this process, until a client has asked it; returns what the client got."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    applications: list[FastAPI] = []
-
-    def create(*parts: Any) -> FastAPI:
-        applications.append(create_app(*parts))
-        return applications[-1]
-
-    monkeypatch.setattr("flows.web.serving.create_app", create)
-    answers: list[dict[str, Any]] = []
+    answers: list[Any] = []
     has_ended = threading.Event()
 
-    def ask() -> None:
+    def ask_when_ready() -> None:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
             while not has_ended.is_set():
                 try:
@@ -61,20 +56,50 @@ def serve_once(monkeypatch: pytest.MonkeyPatch, home: Path, *arguments: str) -> 
                 except httpx.HTTPError:
                     time.sleep(0.05)
                     continue
-                answers.append(client.post("/v1/images", json=BODY).json())
+                answers.append(ask(client))
                 os.kill(os.getpid(), signal.SIGTERM)  # which the server handles
                 return
 
-    asking = threading.Thread(target=ask)
+    asking = threading.Thread(target=ask_when_ready)
     asking.start()
     try:
-        completed = loraline_here("serve", "--port", str(port), "--no-studio", *arguments, home=home)
+        completed = loraline_here(*arguments, "--port", str(port), home=home)
     finally:
         has_ended.set()
         asking.join()
     assert completed.returncode == 0, completed.stderr
     assert "Traceback" not in completed.stderr
-    return applications[0], answers[0]
+    return answers[0]
+
+
+def serve_once(monkeypatch: pytest.MonkeyPatch, home: Path, *arguments: str) -> tuple[FastAPI, dict[str, Any]]:
+    """Runs `serve` until it has answered one request; returns the application and the answer."""
+    applications: list[FastAPI] = []
+
+    def create(*parts: Any) -> FastAPI:
+        applications.append(create_app(*parts))
+        return applications[-1]
+
+    monkeypatch.setattr("flows.web.serving.create_app", create)
+    answer = answers_of(
+        lambda client: client.post("/v1/images", json=BODY).json(), "serve", "--no-studio", *arguments, home=home
+    )
+    return applications[0], answer
+
+
+@pytest.mark.parametrize("option", ["--browser", "--no-browser"])
+# Gradio leaves open the event loop in which it builds a page outside of a server's.
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+def test_the_verb_studio_serves_the_page_and_opens_it_if_asked(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    home = copy_home(tmp_path_factory, tmp_path / "home")
+    page = answers_of(lambda client: client.get("/studio/").raise_for_status(), "studio", option, home=home.path)
+    assert "Loraline studio" in page.text
+    assert opened == ([] if option == "--no-browser" else [str(page.url).rstrip("/")])
+    gc.collect()
 
 
 @pytest.mark.parametrize(
