@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 vote_app = typer.Typer(help="Compare two versions by blind votes on pairs of images.", no_args_is_help=True)
 _AGAINST = "Version to compare with: an alias of the same adapter, name@version, or base for no adapter."
-_Digest = Annotated[str, typer.Argument(metavar="COMPARISON", help="_Digest of the comparison; 8 digits or more.")]
+_Digest = Annotated[str, typer.Argument(metavar="COMPARISON", help="Digest of the comparison; 8 digits or more.")]
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -28,7 +28,7 @@ def add_verbs(app: typer.Typer) -> None:
 
 def prepare(
     ref: Ref,
-    prompts: Annotated[Path, typer.Option(metavar="FILE", help="Prompts, one per line, without adapters.")],
+    prompts: Annotated[Path, typer.Option(metavar="PROMPTS", help="File of prompts, one per line, without tags.")],
     against: Annotated[str, typer.Option(metavar="VERSION", help=_AGAINST)] = "production",
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="Number of seeds per prompt.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="First random seed.")] = 0,

@@ -77,6 +77,7 @@ def _values(folder: Path) -> Mapping[str, str]:
         "SPEC": str(folder / "line.yaml"),
         "IMAGES": str(folder / "images"),
         "FILE": str(folder / "file"),
+        "PROMPTS": str(folder / "prompts.txt"),
         "FILE.pub": str(folder / "file.pub"),
         "FILE.html": str(folder / "page.html"),
         "FOLDER|FILE.tar": str(folder / "backups"),
@@ -110,6 +111,7 @@ def arguments(verb: str, values: Mapping[str, str]) -> list[str]:
 @pytest.fixture
 def values(tmp_path: Path) -> Mapping[str, str]:
     (tmp_path / "line.yaml").write_text(SPEC)
+    (tmp_path / "prompts.txt").write_text("a ring")
     (tmp_path / "images").mkdir()
     draw_noise(tmp_path / "images" / "0.png", 0)
     return _values(tmp_path)

@@ -126,6 +126,7 @@ def state_of(run: dict[str, Any]) -> tuple[str, str, str]:
     return run["state"]["type"], run["state"]["name"], run["state"]["message"]
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("trained_here")
 def test_a_run_waits_for_an_approval_and_a_user_decides(
     server: str, environment: dict[str, str], tmp_path: Path

@@ -212,6 +212,7 @@ TRAINED = """\
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("prefect_server", "trained_here")
 def test_a_version_is_reproduced_with_the_recorded_revision_of_the_captioner(
     tmp_path: Path, images: Path, hub: Path

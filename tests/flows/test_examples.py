@@ -120,7 +120,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("base", ["tiny", "sd15", "sdxl"])
+@pytest.mark.parametrize("base", ["tiny", "sd15", pytest.param("sdxl", marks=pytest.mark.nightly)])
 def test_a_pipeline_of_photographs_runs_on_every_base(photographs: Path, home: Path, base: str) -> None:
     # Random weights with the blocks and module names of the published bases.
     untrained: tuple[str, ...] = ()

@@ -250,6 +250,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.nightly
 def test_a_full_disk_is_reported_damages_nothing_and_the_run_works_with_free_space(
     trained: Trained, small_disk: Path
 ) -> None:

@@ -109,6 +109,7 @@ def test_a_user_without_a_role_sees_pairs_and_cannot_vote_or_learn_results(studi
     assert studio.events("refuse")[-1].actor == "eve"
 
 
+@pytest.mark.nightly
 def test_a_comparison_is_drawn_with_the_queue_of_the_server(studio):
     studio.open("ann", "Votes")
     studio.page.wait_for_text("pairs judged")

@@ -15,7 +15,7 @@ import typer
 from flows.cli import app
 from lora_engine.adapters import Adapter, FullDelta, create_adapter
 from lora_engine.bases.base import load_base
-from lora_engine.formats import inspect, write_adapter
+from lora_engine.formats import inspect, read_bundle, write_adapter
 from lora_engine.merging.methods import METHODS
 from lora_engine.streaming import CHECKPOINT_METHODS
 from tests.flows.commands import loraline_here, say
@@ -91,6 +91,11 @@ RUNS: dict[tuple[str, str], Run] = {
     ),
     ("convert", "dtype"): Run(
         ("lora",), {"to": "kohya", "dtype": "float16"}, lambda r, file: set(file["dtypes"]) == {"float16"}
+    ),
+    ("convert", "recommended"): Run(
+        ("lora",),
+        {"to": "kohya", "recommended": "0.5"},
+        lambda r, file: read_bundle(Path(r["files"][0]["file"])).card.recommended == "0.5",
     ),
     ("convert", "approximate"): Run(("lokr",), APPROXIMATE, lambda r, file: set(file["kinds"]) == {"lora"}),
     ("convert", "rank"): Run(("lokr",), {**APPROXIMATE, "rank": 1}, has_rank_1),

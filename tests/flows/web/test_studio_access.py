@@ -119,6 +119,7 @@ def test_a_user_signs_in_on_the_page_and_its_events_act_as_the_user(page: Page, 
     page.wait_for_text("Sign in")
 
 
+@pytest.mark.nightly
 @pytest.mark.needs("chromium")
 def test_a_signed_in_user_without_a_role_is_refused_with_reasons_and_another_promotes(
     page: Page, studio: ServedStudio

@@ -275,6 +275,7 @@ def test_blocks_that_hardly_change_the_loss_are_dropped() -> None:
 AUTOMATIC: dict[str, Any] = {"rank": "auto", "learning_rate": "auto", "targets": "auto", "steps": 8}
 
 
+@pytest.mark.nightly
 def test_automatic_settings_resume_to_the_same_bytes(runs: Runs, make_dataset: Callable[..., Path]) -> None:
     # Two candidates of eight steps: each is measured at every rank.
     settings = {**AUTOMATIC, "dataset": make_dataset(heldout=6), "best_checkpoint": {**CHOICE, "every": 4}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,19 @@ def plain_runs() -> dict[str, Path]:
     return {}
 
 
+@pytest.fixture(scope="module")
+def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plain")
+
+
 @pytest.fixture
-def plain(runs: Runs, plain_runs: dict[str, Path]) -> Plain:
+def plain(runs: Runs, plain_runs: dict[str, Path], plain_folder: Path) -> Plain:
     """Runs settings without the change; once for all tests that share them."""
 
     def run(settings: dict[str, Any]) -> Path:
         key = str({name: value for name, value in settings.items() if name != "dataset"})
         if key not in plain_runs:
-            plain_runs[key] = runs("plain", **settings)
+            plain_runs[key] = replace(runs, folder=plain_folder)(str(len(plain_runs)), **settings)
         return plain_runs[key]
 
     return run
