@@ -248,7 +248,7 @@ def public_folder() -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.mark.usefixtures("trained_here")
+@pytest.mark.usefixtures("prefect_server", "trained_here")
 @pytest.mark.parametrize(
     ("verb", "state"),
     [(verb, state) for verb in verbs(Access.READ) for state in STATES if state == "read-only" or verb not in SLOW],

@@ -18,7 +18,7 @@ from registry.policy.alias_policy import VotesPolicy
 from registry.policy.policy_file import read_policies
 from registry.settings import read_settings
 from registry.versions.versions import Versions
-from tasks.operations.ballots import order_pairs
+from tasks.operations.ballots import Position, order_pairs
 from tests.flows.commands import loraline_here, say
 from tests.flows.compared import PROMPTS, compared, compared_home
 
@@ -36,8 +36,8 @@ def fill_in(folder: Path, answers: list[str]) -> Path:
     return folder / "ballot.csv"
 
 
-def sides_of(home: Path, digest: str, voter: str) -> list[str]:
-    """Returns the side on the left of each pair as a voter sees them: what the home knows, and no client."""
+def positions_of(home: Path, digest: str, voter: str) -> tuple[Position, ...]:
+    """Returns the pairs as a voter sees them, with the side on the left: what the home knows, and no client."""
     with closing(Versions(Home.open_to_read(home))) as versions:
         (entry,) = (
             step
@@ -47,7 +47,7 @@ def sides_of(home: Path, digest: str, voter: str) -> list[str]:
         )
         index = json.loads(versions.store.read(entry.output, "comparison.json"))
     assert entry.output.sha256 == digest
-    return [position.left for position in order_pairs(len(index["pairs"]), index["salt"], voter)]
+    return order_pairs(len(index["pairs"]), index["salt"], voter)
 
 
 def test_a_ballot_hides_the_versions_and_a_won_vote_gates_the_promotion(compared, tmp_path):
@@ -58,7 +58,7 @@ def test_a_ballot_hides_the_versions_and_a_won_vote_gates_the_promotion(compared
     )
     assert refused.returncode == 1
     assert "votes against base: 0 of 6 are cast in finished ballots" in refused.stderr
-    answers = {}
+    answers, orders = {}, {}
     for voter in ("ann", "ben"):
         folder = tmp_path / voter
         written = loraline_here("vote", "ballot", digest[:12], "-o", folder, "--json", home=home, LORALINE_ACTOR=voter)
@@ -68,13 +68,14 @@ def test_a_ballot_hides_the_versions_and_a_won_vote_gates_the_promotion(compared
             with Image.open(path) as image:
                 assert image.info == {}, "no prompt, which names the version"
             assert b"small" not in path.read_bytes()
-        sides = sides_of(home, digest, voter)
+        orders[voter] = positions_of(home, digest, voter)
+        sides = [position.left for position in orders[voter]]
         assert sides.count("candidate") == len(PROMPTS) // 2
         answers[voter] = ["left" if side == "candidate" else "right" for side in sides]
         table = fill_in(folder, answers[voter])
         recorded = loraline_here("vote", "record", digest, table, home=home, LORALINE_ACTOR=voter)
         assert recorded.stdout == f"recorded {len(PROMPTS)} votes; the ballot is finished\n", recorded.stderr
-    assert answers["ann"] != answers["ben"], "each voter has an order of sides"
+    assert orders["ann"] != orders["ben"], "each voter has an order of pairs and sides"
     (results,) = json.loads(say("votes", "small@1", "--against", "base", "--json", home=home))["results"]
     assert (results["wins"], results["losses"], results["prompts"], results["win_rate"]) == (12, 0, 6, 1.0)
     assert results["interval"] == pytest.approx([0.025 ** (1 / 6), 1.0])
