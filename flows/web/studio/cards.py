@@ -16,7 +16,7 @@ from registry.home import Home
 from tasks.operations.adapter_cards import AdapterCard, choose_cards, list_adapter_cards, read_card_sample
 
 if TYPE_CHECKING:
-    from flows.web.studio.page import Studio
+    from flows.web.studio.context import Studio
 
 ALL = "all"
 _PAGE_SIZE = 24

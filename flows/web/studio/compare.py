@@ -23,7 +23,7 @@ from tasks.operations.adapter_cards import list_adapter_cards, tabulate_metrics
 from tasks.operations.draw_request import DrawRequest
 
 if TYPE_CHECKING:
-    from flows.web.studio.page import Studio
+    from flows.web.studio.context import Studio
 
 _BASE = "base"
 _MOST = 6

@@ -25,7 +25,7 @@ from tasks.operations.dataset_sheet import (
 from tasks.operations.report import read_manifest
 
 if TYPE_CHECKING:
-    from flows.web.studio.page import Studio
+    from flows.web.studio.context import Studio
 
 _PAGE = 60
 _ON_LOAD = """

@@ -13,7 +13,7 @@ from flows.web.studio.draw_form import OWN_SAMPLER, SAMPLER_CHOICES, DrawForm
 from flows.web.studio.page_style import QUIET, UNQUEUED, image_classes
 
 if TYPE_CHECKING:
-    from flows.web.studio.page import Studio
+    from flows.web.studio.context import Studio
 
 
 def add_draw(studio: Studio) -> None:

@@ -26,7 +26,7 @@ from registry.home import Home
 from tasks.operations.adapter_cards import AdapterCard, list_adapter_cards
 
 if TYPE_CHECKING:
-    from flows.web.studio.page import Studio
+    from flows.web.studio.context import Studio
 
 LOWEST, HIGHEST = -2.0, 3.0
 """Range of the sliders of weights."""

@@ -21,7 +21,7 @@ from lora_engine.inference.prompts.tags import AdapterTag
 from tasks.serving.batch import DrawingFailed
 
 if TYPE_CHECKING:
-    from flows.web.studio.page import Studio
+    from flows.web.studio.context import Studio
 
 
 @dataclass(frozen=True)

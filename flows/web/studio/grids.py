@@ -18,7 +18,7 @@ from tasks.operations.adapter_cards import list_adapter_cards
 from tasks.operations.image_grids import compose_grid, requests_of_grid
 
 if TYPE_CHECKING:
-    from flows.web.studio.page import Studio
+    from flows.web.studio.context import Studio
 
 NONE, WEIGHT, ADAPTER, WORD = "none", "weight", "adapter or version", "word of the prompt"
 CHOICES = (WEIGHT, ADAPTER, WORD, *SETTINGS)

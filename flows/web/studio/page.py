@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import fastapi
 import gradio
 
 from flows.web.studio import trainings
 from flows.web.studio.compare import add_compare
+from flows.web.studio.context import Studio
 from flows.web.studio.datasets import add_datasets
 from flows.web.studio.draw import add_draw
 from flows.web.studio.grids import add_grids
@@ -25,34 +24,12 @@ from flows.web.studio.votes import add_votes
 from lora_engine.errors import EngineError
 from tasks.serving.service import ImageService
 
-if TYPE_CHECKING:
-    from flows.web.studio.draw_form import DrawForm
-
 PATH = "/studio"
 MAX_UPLOAD = 32 << 20
 """Bytes of an uploaded file."""
 _WAITING, _AT_ONCE = 64, 8
 _CLEAN_EVERY, _KEEP = 15 * 60, 6 * 60 * 60
 """Seconds between cleanings of the cache, and age of the files that they delete."""
-
-
-@dataclass
-class Studio:
-    """What the tabs work with.
-
-    Attributes:
-        service: Draws images; `service.home` is the home with the registry.
-        page: The page, for events such as its load.
-        tabs: The tabs; an event chooses one with `gradio.Tabs(selected=TITLE)`.
-        files: Files that the page shows.
-        form: The form of the tab Draw, which other tabs fill; None until that tab is built.
-    """
-
-    service: ImageService
-    page: gradio.Blocks
-    tabs: gradio.Tabs
-    files: PageFiles
-    form: DrawForm | None = None
 
 
 TABS: dict[str, Callable[[Studio], None]] = {

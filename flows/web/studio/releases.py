@@ -26,7 +26,7 @@ from tasks.operations.releases import (
 from tasks.operations.vote_results import describe_summary, results_of
 
 if TYPE_CHECKING:
-    from flows.web.studio.page import Studio
+    from flows.web.studio.context import Studio
     from registry.entities import AdapterVersion, Event
     from registry.policy.conditions import AliasState
 

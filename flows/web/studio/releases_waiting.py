@@ -16,7 +16,7 @@ from registry.errors import PromotionError
 
 if TYPE_CHECKING:
     from flows.waiting_runs import WaitingRun
-    from flows.web.studio.page import Studio
+    from flows.web.studio.context import Studio
 
 
 def add_waiting(studio: Studio) -> None:

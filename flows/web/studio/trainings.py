@@ -13,7 +13,7 @@ from lora_engine.errors import WordedError
 from tasks.operations.training_view import TrainingView, list_trainings, view_training
 
 if TYPE_CHECKING:
-    from flows.web.studio.page import Studio
+    from flows.web.studio.context import Studio
     from tasks.operations.status import RunState, StepStatus
 
 TITLE = "Trainings"

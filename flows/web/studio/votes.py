@@ -23,7 +23,7 @@ from tasks.operations.ballots import OpenBallot, VoteAnswer, open_ballot, read_p
 from tasks.operations.vote_results import VoteResults, describe_summary, results_of
 
 if TYPE_CHECKING:
-    from flows.web.studio.page import Studio
+    from flows.web.studio.context import Studio
 
 _BUTTONS: tuple[tuple[str, str, str], ...] = (
     ("left", "Left is better", "←"),

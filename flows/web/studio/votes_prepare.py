@@ -19,7 +19,7 @@ from tasks.serving.job import JobState
 from tasks.serving.service import ImageService
 
 if TYPE_CHECKING:
-    from flows.web.studio.page import Studio
+    from flows.web.studio.context import Studio
 
 _MOST_PROMPTS = 200
 
