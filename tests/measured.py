@@ -63,15 +63,15 @@ class _Measured:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Marks slow tests, and deselects those of `make nightly`."""
-        nightly = []
+        kept, nightly = [], []
         for item in items:
             if item.nodeid in self.slow:
                 item.add_marker("slow")
-            if item.get_closest_marker("nightly") and not self.config.option.nightly:
-                nightly.append(item)
+            left_out = item.get_closest_marker("nightly") and not self.config.option.nightly
+            (nightly if left_out else kept).append(item)
         if nightly:
             self.config.hook.pytest_deselected(items=nightly)
-            items[:] = [item for item in items if item not in set(nightly)]
+            items[:] = kept
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> LoadScopeScheduling | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperOption
+from typer.main import get_command_from_info
+from typer.models import CommandInfo
 
 _PLACEHOLDER = re.compile(r"\{([\w.]+):(\w+)\}")
 
@@ -38,7 +41,19 @@ def add_verb(app: typer.Typer, access: Access, *verbs: Callable[..., None], name
         name: Name of the verb; None means that of the function.
     """
     for verb in verbs:
-        app.command(name, cls=Verb, context_settings={"obj": access})(verb)
+        settings = {"obj": access}
+        named = name or verb.__name__.replace("_", "-")
+        app.command(named, cls=Verb, context_settings=settings, help=inspect.getdoc(verb))(_undefined(verb))
+
+
+def _undefined(verb: Callable[..., None]) -> Callable[[], None]:
+    """Returns a function without parameters that names the function of a verb."""
+
+    def undefined() -> None:
+        raise NotImplementedError(verb.__name__)
+
+    undefined.verb = verb  # type: ignore[attr-defined]
+    return undefined
 
 
 def access_of_running() -> Access:
@@ -49,8 +64,23 @@ def access_of_running() -> Access:
 class Verb(TyperCommand):
     """A verb in whose help `{module:registry}`, or a function that returns one, becomes the names of the entries.
 
-    Plug-ins add entries, so the names are looked up when the help is shown.
+    Plug-ins add entries, so the names are looked up when the help is shown. The parser is made when the verb is used:
+    evaluating the annotations of all verbs takes a quarter of a second.
     """
+
+    def __init__(self, name: str, *, callback: Any, **settings: Any) -> None:
+        super().__init__(name, callback=callback, **settings)
+        self._function: Callable[..., None] = callback.verb
+        del self.params, self.callback
+
+    def __getattr__(self, name: str) -> Any:
+        """Makes the parser when its parameters or its function are first read."""
+        if name not in {"params", "callback"}:
+            raise AttributeError(name)
+        info = CommandInfo(self.name, callback=self._function)
+        made = get_command_from_info(info, pretty_exceptions_short=False, rich_markup_mode=None)
+        self.params, self.callback = made.params, made.callback
+        return getattr(self, name)
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the verb."""
