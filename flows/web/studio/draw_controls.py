@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio
 
 from flows.web.callers import caller_of
-from flows.web.studio.draw_events import choose_image, path_of_chosen
-from flows.web.studio.draw_form import DrawForm, fill, updates
+from flows.web.studio.draw_events import choose_image, path_of_chosen, restore_settings
+from flows.web.studio.draw_form import DrawForm, updates
 from flows.web.studio.page_messages import cancel_own_job, show_error, show_note
 from flows.web.studio.page_style import QUIET, UNQUEUED, image_classes
 from lora_engine.errors import WordedError
-from lora_engine.inference.image_settings import read_image_settings
 
 if TYPE_CHECKING:
     from flows.web.studio.context import Studio
@@ -98,7 +96,7 @@ def _add_send_back(studio: Studio, form: DrawForm, controls: DrawControls) -> No
         if path is None:
             return [*updates({}), show_note("Draw or choose an image first."), gradio.skip()]
         try:
-            values = fill(read_image_settings(Path(path)), layout)
+            values, _ = restore_settings(path, layout, studio.service.home)
         except WordedError as error:
             return [*updates({}), show_error(error), gradio.skip()]
         return [*updates(values), show_note("The tab Draw has its settings."), gradio.Tabs(selected="Draw")]

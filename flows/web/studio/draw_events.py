@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,9 @@ from lora_engine.errors import WordedError
 from lora_engine.inference.image_settings import read_image_settings
 from lora_engine.inference.prompts.step_weights import StepWeights
 from lora_engine.inference.prompts.tags import AdapterTag
+from registry.home import Home
 from tasks.serving.batch import DrawingFailed
+from tasks.serving.catalog import resolve_labels
 
 if TYPE_CHECKING:
     from flows.web.studio.context import Studio
@@ -109,9 +111,8 @@ class DrawEvents:
         if not path:
             return [*updates({}), gradio.skip()]
         try:
-            settings = read_image_settings(Path(path))
-            notes = "; ".join(["The settings of the image are restored.", *settings.notes])
-            return [*updates(fill(settings, layout)), show_note(notes)]
+            values, notes = restore_settings(path, layout, self._studio.service.home)
+            return [*updates(values), show_note("; ".join(["The settings of the image are restored.", *notes]))]
         except WordedError as error:
             return [*updates({}), show_error(error)]
 
@@ -128,6 +129,19 @@ class DrawEvents:
         if path is None:
             return gradio.skip(), show_note("Draw or choose an image first.")
         return {"background": path, "layers": [], "composite": path}, show_note("The next images start from it.")
+
+
+def restore_settings(path: str, layout: int, home: Home) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Returns values of the form that restore the settings of a PNG, and what was not restored.
+
+    Raises:
+        DataError: The file states no settings that can be read.
+        SettingsError: The prompt cannot be read.
+    """
+    settings = read_image_settings(Path(path))
+    if settings.has_labels:
+        settings = replace(settings, prompt=resolve_labels(settings.prompt, home))
+    return fill(settings, layout), settings.notes
 
 
 def recompose(text: str, used: list[Used]) -> tuple[str, str]:
