@@ -125,8 +125,8 @@ def generate(
     from rich.console import Console
 
     from flows.cli.display import show_run
-    from flows.cli.output import home_path
     from flows.cli.stopping import stoppable
+    from flows.cli.verbs import home_path
     from lora_engine.bases.samplers import join_schedule
     from lora_engine.errors import SettingsError
     from lora_engine.inference.grid import parse_axis

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.output import BASE_HELP, Json, Ref, open_home
-from flows.cli.verbs import Access, add_verb
+from flows.cli.output import BASE_HELP, Json, Ref
+from flows.cli.verbs import Access, add_verb, open_home
 
 if TYPE_CHECKING:
     from tasks.operations.changes import Change

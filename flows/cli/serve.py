@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.output import BASE_HELP, Json, open_home
-from flows.cli.verbs import Access, add_verb
+from flows.cli.output import BASE_HELP, Json
+from flows.cli.verbs import Access, add_verb, open_home
 from tasks.serving import EngineName
 
 if TYPE_CHECKING:

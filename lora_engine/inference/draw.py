@@ -23,7 +23,8 @@ from lora_engine.errors import SettingsError
 from lora_engine.files import sha256_file
 from lora_engine.formats import Bundle, read_bundle
 from lora_engine.inference import ComposedEngine
-from lora_engine.inference.composition import Composition, compose, generate_composed
+from lora_engine.inference.composed_images import generate_composed
+from lora_engine.inference.composition import Composition, compose
 from lora_engine.inference.draw_settings import DrawSettings
 from lora_engine.inference.generate import OnStep, ignore_step
 from lora_engine.inference.image_files import PNG, ImageOptions, encode_image
