@@ -19,7 +19,7 @@ def require_no_cycle(graph: Any) -> None:
 def test_no_modules_import_each_other_in_a_cycle() -> None:
     """Imports for annotations alone do not count: they are not executed."""
     graph = grimp.build_graph(*PACKAGES, exclude_type_checking_imports=True, cache_dir=None)
-    assert len(graph.modules) > 1000
+    assert len(graph.modules) > 700
     require_no_cycle(graph)
 
 

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import ValidationError
 
-from lora_engine.training import job, loop
+from lora_engine.training import fitting, loop
 from lora_engine.training.loop import fit
 from lora_engine.training.methods import methods
 from lora_engine.training.optimizers import _PACKAGES, optimizers
@@ -173,7 +173,7 @@ def straight(
                 return fit(phases, *rest, **options)
 
             with monkeypatch.context() as patch:
-                patch.setattr(job, "fit", note)
+                patch.setattr(fitting, "fit", note)
                 out = runs("straight", **case.settings)
             straight_runs[key] = Straight(digests(out), *firsts)
         return straight_runs[key]
