@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from sqlalchemy.orm import Session
@@ -20,10 +20,8 @@ from registry.policy.rights import revoked_upstream
 from registry.policy.votes import find_unvoted
 from registry.versions.expected_version import require_expected
 from registry.versions.guard import guarded
-from registry.versions.projections import find_overridden
+from registry.versions.projections import find_overridden, replay, stack
 from registry.versions.versions import Versions
-
-__all__ = ["evaluate_policy", "history", "promote", "read_log", "remove", "replay", "rollback"]
 
 
 @guarded("promote", alias="to")
@@ -246,29 +244,6 @@ def read_log(versions: Versions) -> list[Event]:
     """Returns all events of the registry, oldest first."""
     with versions.lineage.database.read() as session:
         return event_log.read_events(session)
-
-
-def replay(events: Iterable[Event]) -> dict[tuple[str, str], int]:
-    """Computes the aliases from the log alone: (name, alias) -> number."""
-    aliases: dict[tuple[str, str], int | None] = {}
-    for event in sorted(events, key=lambda entry: entry.seq):
-        if event.alias and event.action != "refuse":
-            aliases[event.name, event.alias] = event.after
-    return {key: number for key, number in aliases.items() if number is not None}
-
-
-def stack(events: Iterable[Event]) -> list[int]:
-    """Returns the versions that one alias had, oldest first, without those that were rolled back."""
-    numbers: list[int] = []
-    for event in events:
-        if event.action == "refuse" or event.after is None:
-            continue
-        if event.action == "rollback" and event.after in numbers:
-            last = len(numbers) - 1 - numbers[::-1].index(event.after)
-            del numbers[last + 1 :]
-        else:
-            numbers.append(event.after)
-    return numbers
 
 
 def require_reason(reason: str, problem: str) -> str:

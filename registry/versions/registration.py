@@ -19,7 +19,8 @@ from registry.lineage.rows import record_artifacts, record_contents
 from registry.policy.alias_policy import numbers
 from registry.policy.evaluate import evaluate_policy
 from registry.policy.policy_file import read_policies
-from registry.store.artifacts import Content, check_relative
+from registry.store.artifacts import Content
+from registry.store.trees import check_relative
 from registry.versions.guard import log_refusal
 from registry.versions.late_revocations import follow_revocations
 

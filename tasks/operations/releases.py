@@ -22,8 +22,8 @@ from registry.policy.evaluate import evaluate_policy
 from registry.policy.policy_file import read_policies
 from registry.versions.deletion import withdraw
 from registry.versions.endorsement import endorse
-from registry.versions.projections import find_overridden
-from registry.versions.promotion import remove, rollback, stack
+from registry.versions.projections import find_overridden, stack
+from registry.versions.promotion import remove, rollback
 from registry.versions.versions import Versions
 from tasks.operations.promote import promote_version
 from tasks.operations.status import read_aliases
