@@ -89,13 +89,7 @@ def promote(
             versions.sync()
             return events[-1]
     policies = read_policies(versions.home.path)
-    policy = policies.of(to)
-    action: Action = "promote"
-    if not decision.allowed:
-        if not override or decision.final or not policy.overridable:
-            remedy = _remedy(override, decision, policy)
-            raise Refused(f"it cannot become {to!r}", reasons=decision.reasons, where=version.ref, remedy=remedy)
-        action = "override"
+    action = _require_allowed(decision, policies.of(to), version, to, override=override)
     details = {"overridden": list(overridden)} if action == "override" else {}
     details |= {"warnings": list(decision.warnings)} if decision.warnings else {}
     with versions.lineage.database.write() as session:
@@ -147,19 +141,10 @@ def rollback(
         if not any(event.action != "refuse" for event in events):
             queries.read_version(session, name, alias)
         current = queries.alias_target(session, name, alias)
-        numbers = stack(events)
-        earlier = [number for number in (numbers if current is None else numbers[:-1]) if number != current]
         requested = queries.find_row(session, name, to).version if to is not None else None
         if to_event is not None:
             requested = _target_at(events, to_event, alias)
-        if not earlier or (requested is not None and requested not in earlier):
-            allowed = ", ".join(map(str, dict.fromkeys(earlier))) or "none; it has had one version only"
-            raise PromotionError(
-                f"{alias!r} cannot be rolled back" + (f" to version {requested}" if requested else ""),
-                where=name,
-                allowed=allowed,
-            )
-        target = queries.read_version(session, name, requested or earlier[-1])
+        target = queries.read_version(session, name, _find_earlier(events, current, requested, name, alias))
     # What was overridden when the version had the alias does not count again.
     damage = versions.damage(target)
     decision = evaluate_policy(versions, target, alias, actor=actor, damage=damage, approvals=False)
@@ -257,6 +242,18 @@ def require_reason(reason: str, problem: str) -> str:
     return reason.strip()
 
 
+def _require_allowed(
+    decision: Decision, policy: AliasPolicy, version: AdapterVersion, alias: str, *, override: bool
+) -> Action:
+    """Returns `promote`, or `override` for a refusal that the user overrides; raises Refused for any other."""
+    if decision.allowed:
+        return "promote"
+    if not override or decision.final or not policy.overridable:
+        remedy = _remedy(override, decision, policy)
+        raise Refused(f"it cannot become {alias!r}", reasons=decision.reasons, where=version.ref, remedy=remedy)
+    return "override"
+
+
 def _remedy(override: bool, decision: Decision, policy: AliasPolicy) -> str:
     if not override:
         return "resolve every reason above"
@@ -287,6 +284,20 @@ def _refuse_revoked(session: Session, version: AdapterVersion, alias: str) -> No
     if revoked:
         reasons = tuple(f"{subject} was revoked" for subject in revoked)
         raise Refused(f"it cannot become {alias!r}", reasons=reasons, where=version.ref)
+
+
+def _find_earlier(events: Sequence[Event], current: int | None, requested: int | None, name: str, alias: str) -> int:
+    """Returns the requested version, or the latest before the current one, if the alias pointed at it before."""
+    numbers = stack(events)
+    earlier = [number for number in (numbers if current is None else numbers[:-1]) if number != current]
+    if not earlier or (requested is not None and requested not in earlier):
+        allowed = ", ".join(map(str, dict.fromkeys(earlier))) or "none; it has had one version only"
+        raise PromotionError(
+            f"{alias!r} cannot be rolled back" + (f" to version {requested}" if requested else ""),
+            where=name,
+            allowed=allowed,
+        )
+    return requested or earlier[-1]
 
 
 def _target_at(events: Sequence[Event], seq: int, alias: str) -> int:

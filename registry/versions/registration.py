@@ -37,6 +37,13 @@ def require_finite(values: Mapping[str, Any], where: str) -> None:
         raise VersionError(f"{len(broken)} numbers are not finite: {first}", where=where, allowed="finite numbers")
 
 
+def require_file(files: Mapping[str, FileEntry], name: str, artifact: ArtifactRef) -> None:
+    """Raises VersionError if an artifact has no file of this name."""
+    if name not in files:
+        where = f"artifact {artifact.sha256[:12]}"
+        raise VersionError(f"no file {name!r}", where=where, allowed=repr([*files]))
+
+
 def verified_files(context: RegistryContext, refs: Sequence[ArtifactRef]) -> dict[ArtifactRef, dict[str, FileEntry]]:
     """Returns the files of artifacts whose bytes were verified now, and keeps them from being collected as garbage.
 
