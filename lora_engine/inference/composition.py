@@ -15,7 +15,13 @@ from lora_engine.errors import SettingsError
 from lora_engine.formats import Bundle
 from lora_engine.inference import ComposedEngine
 from lora_engine.inference.merged_cache import MergedCache, part_of
-from lora_engine.inference.prompts.blocks import fits_family, fits_layer, weight_of_layer, weight_of_module
+from lora_engine.inference.prompts.blocks import (
+    describe_lists,
+    fits_family,
+    fits_layer,
+    weight_of_layer,
+    weight_of_module,
+)
 from lora_engine.inference.prompts.tags import AdapterTag
 from lora_engine.inference.textual_inversion import attach_embeddings
 
@@ -140,7 +146,7 @@ def _check_names(base: BaseModel, tag: AdapterTag, bundle: Bundle) -> None:
     if tag.blocks is not None and not fits_family(tag.blocks, base.family):
         raise SettingsError(
             f"the block weights of {tag.name!r} are not for a base of the family {base.family!r}",
-            allowed="12, 17, 20 or 26 values for U-Nets (sd, sdxl), 61 for flux",
+            allowed=describe_lists(),
         )
     modules = bundle.adapter.modules
     for name, _ in tag.layers:
