@@ -14,10 +14,10 @@ from pathlib import Path
 from sqlalchemy import StaticPool, create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from registry.entities import check_alias, check_name
 from registry.errors import StoreError, VersionError
 from registry.home import Home
 from registry.maintenance.check_rows import check_sqlite
+from registry.refs import check_alias, check_name
 from registry.store.schema import create_tables, file_schema
 from registry.store.trees import check_relative
 from registry.versions.rewrite_uris import confine_artifact_uris

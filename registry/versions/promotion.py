@@ -8,7 +8,7 @@ from typing import Literal
 from sqlalchemy.orm import Session
 
 from registry import changes, event_log, queries
-from registry.entities import Action, AdapterVersion, Decision, Event, check_alias
+from registry.entities import Action, AdapterVersion, Decision, Event
 from registry.errors import PromotionError, Refused
 from registry.policy.actors import establish_actor
 from registry.policy.alias_policy import AliasPolicy
@@ -18,6 +18,7 @@ from registry.policy.evaluate import evaluate_policy
 from registry.policy.policy_file import Policies, read_policies
 from registry.policy.rights import revoked_upstream
 from registry.policy.votes import find_unvoted
+from registry.refs import check_alias
 from registry.versions.expected_version import require_expected
 from registry.versions.guard import guarded
 from registry.versions.projections import find_overridden, replay, stack

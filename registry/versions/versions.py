@@ -17,13 +17,13 @@ from registry import changes, event_log, queries
 from registry.context import RegistryContext
 from registry.documents.signing import require_valid_signature
 from registry.documents.storage import write_missing
-from registry.entities import AdapterVersion, ArtifactRef, Event, check_alias, check_name
+from registry.entities import AdapterVersion, ArtifactRef, Event
 from registry.errors import HomeError, MlflowError, VersionError
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.policy.actors import establish_actor
 from registry.policy.conditions import require_policy
-from registry.refs import can_exist
+from registry.refs import can_exist, check_alias, check_name
 from registry.store.artifacts import Content, Store
 from registry.store.blobs import damaged
 from registry.store.database import require_json

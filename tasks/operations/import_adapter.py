@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from lora_engine.files import sha256_file
 from registry import event_log, queries
-from registry.entities import FOREIGN, AdapterVersion, ArtifactRef, check_alias, check_name
+from registry.entities import FOREIGN, AdapterVersion, ArtifactRef
 from registry.home import Home
 from registry.lineage.rows import record_contents
 from registry.policy.actors import establish_actor
+from registry.refs import check_alias, check_name
 from registry.versions.guard import require_permission
 from registry.versions.late_revocations import add_parents
 from registry.versions.promotion import require_reason

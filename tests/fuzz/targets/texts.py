@@ -16,9 +16,8 @@ from lora_engine.files import atomic_write, is_file_name, write_within
 from lora_engine.inference.prompts.prompt import chunks_of, parse_prompt
 from lora_engine.merging.methods import parse_options
 from lora_engine.merging.weights import weights_by_module
-from registry.entities import check_alias, check_name
 from registry.policy.licenses import read_licenses
-from registry.refs import can_exist, split_ref, version_number
+from registry.refs import can_exist, check_alias, check_name, split_ref, version_number
 from tasks.operations.adapter_files import parse_settings, parse_weighted
 from tests.fuzz.files import Files, as_text, text_of, write_files
 from tests.fuzz.target import Target
