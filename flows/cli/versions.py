@@ -84,8 +84,8 @@ def show(ref: Ref, as_json: Json = False) -> None:
         rows = [(entry["what"], entry["where"], ", ".join(_list_terms(entry))) for entry in rights["sources"]]
         print_table(("source of rights", "where", "obligations and restrictions"), rows)
     if version.metrics:
-        rows = [_metric_row(name, metric) for name, metric in version.metrics.items()]
-        print_table(("metric", "base", "adapter", "difference", "better", "n", "verdict"), rows)
+        measured = (_metric_row(name, metric) for name, metric in version.metrics.items())
+        print_table(("metric", "base", "adapter", "difference", "better", "n", "verdict"), measured)
     if endorsements:
         endorsed = [(entry.alias, entry.actor, entry.actor.established, entry.reason) for entry in endorsements]
         print_table(("endorsed for", "user", "established by", "reason"), endorsed)

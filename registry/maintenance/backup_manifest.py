@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lora_engine.documents import parse_json
 from registry.errors import LineageError, StoreError
 from registry.maintenance.check_chain import KnownHead
-from registry.store.artifacts import open_regular
 from registry.store.chain import Head
+from registry.store.trees import open_regular
 
 FORMAT = 1
 BLOBS, SNAPSHOTS, MANIFEST = "blobs", "snapshots", "manifest.json"

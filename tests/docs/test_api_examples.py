@@ -97,7 +97,7 @@ def test_the_code_of_the_engine_runs(names: dict[str, Any]) -> None:
         torch.manual_seed(0)
         assert pixels(names["pipe"]("a zorb").images[0]) != pixels(before)
     assert names["merged"].adapter.modules.keys() == names["a"].adapter.modules.keys()
-    assert names["merged"].card.recipe["merge"]["method"] == "ties"
+    assert names["merged"].card.title == "0.7 zorb + 0.3 zorb"
 
 
 def test_the_code_of_the_registry_runs_where_the_policy_allows_it(
@@ -107,7 +107,7 @@ def test_the_code_of_the_registry_runs_where_the_policy_allows_it(
         pass
     with pytest.raises(registry.Refused, match="evaluat"):
         exec(code_of(registry), names)
-    Path(".loraline/policy.yaml").write_text("aliases: {production: {needs_licence: known}}\n")
+    Path(".loraline/policy.yaml").write_text("aliases: {production: {needs_evaluation: false, needs_gate: false}}\n")
     exec(code_of(registry), names)
     assert names["version"].ref == "zorb@1"
     assert capsys.readouterr().out.startswith("flowchart LR\n")
