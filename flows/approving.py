@@ -12,6 +12,7 @@ from registry.home import Home
 
 if TYPE_CHECKING:
     from flows.waiting_runs import WaitingRun
+    from registry.versions.versions import Versions
 
 
 def decide_waiting(
@@ -44,10 +45,13 @@ def decide_waiting(
     """
     from flows.waiting_runs import answer_request
     from registry.versions.promotion import require_reason
+    from registry.versions.versions import Versions
 
     reason = require_reason(reason, f"{ref!r} cannot be decided")
-    version, run = _find_waiting(home, ref, expect)
-    user = _require_mover(home, version, run.request.alias, actor)
+    with closing(Versions(home)) as versions:
+        version = _find_version(versions, ref, expect)
+        run = _find_waiting(home, version)
+        user = _require_mover(versions, version, run.request.alias, actor)
     answer = ApprovalAnswer(decision, reason, user, version.sha256)
     answer_request(run, answer)
     return version, run, answer
@@ -62,16 +66,19 @@ def list_waiting(home: Home) -> list[WaitingRun] | None:
     return find_waiting_runs() if _has_server() else None
 
 
-def _find_waiting(home: Home, ref: str, expect: str | None) -> tuple[AdapterVersion, WaitingRun]:
+def _find_version(versions: Versions, ref: str, expect: str | None) -> AdapterVersion:
     from registry.versions.expected_version import require_expected
-    from registry.versions.versions import Versions
-    from tasks.errors import SpecError
     from tasks.operations.promote import find_version
 
-    with closing(Versions(home)) as versions:
-        version = find_version(versions, ref if "@" in ref else f"{ref}@staging")
-        with versions.lineage.database.read() as session:
-            require_expected(session, version, ref.partition("@")[2] or "staging", expect)
+    version = find_version(versions, ref if "@" in ref else f"{ref}@staging")
+    with versions.lineage.database.read() as session:
+        require_expected(session, version, ref.partition("@")[2] or "staging", expect)
+    return version
+
+
+def _find_waiting(home: Home, version: AdapterVersion) -> WaitingRun:
+    from tasks.errors import SpecError
+
     remedy = f'loraline promote {version.ref} --to production --reason "..." needs no run'
     waiting = list_waiting(home)
     if waiting is None:
@@ -80,7 +87,7 @@ def _find_waiting(home: Home, ref: str, expect: str | None) -> tuple[AdapterVers
         )
     for run in waiting:
         if (run.request.ref, run.request.sha256) == (version.ref, version.sha256):
-            return version, run
+            return run
     others = [run.request.ref for run in waiting if run.request.ref.startswith(f"{version.name}@")]
     raise PromotionError(
         f"no run waits for {version.ref}", where="approve", allowed=", ".join(others) or "none waits", remedy=remedy
@@ -93,15 +100,13 @@ def _has_server() -> bool:
     return bool(PREFECT_API_URL.value())
 
 
-def _require_mover(home: Home, version: AdapterVersion, alias: str, actor: str | None) -> str:
+def _require_mover(versions: Versions, version: AdapterVersion, alias: str, actor: str | None) -> str:
     """Returns the user, if the user may move the alias."""
     from registry.policy.actors import establish_actor
-    from registry.versions.versions import Versions
     from tasks.operations.release import find_denial_of_move
 
-    with closing(Versions(home)) as versions:
-        user = establish_actor(versions, actor)
-        denial = find_denial_of_move(versions, version, alias, user)
+    user = establish_actor(versions, actor)
+    denial = find_denial_of_move(versions, version, alias, user)
     if denial:
         raise Refused(f"{alias!r} cannot be decided about", reasons=(denial,), where=alias, remedy="ask a user who may")
     return str(user)

@@ -7,7 +7,7 @@ From `loraline run` to an optimizer step:
 3. `run_steps` submits those steps as Prefect tasks, each with the futures of its upstream steps.
 4. `tasks.execution.execute` checks out a step's inputs, calls the step and records it in lineage.
 5. `tasks.steps.train.train` starts `lora_engine.training.spawn.train_in_child`; the child calls `training.run.train`.
-6. `training.job` builds base, adapter, data and method; `training.loop.fit` is the only loop.
+6. `training.fitting` prepares base, adapter and data; `training.loop.fit` is the only loop.
 7. `tasks.steps.register.register` gives the adapter a version; `flows.registered` reads its current state.
 """
 

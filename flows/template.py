@@ -15,7 +15,7 @@ from lora_engine.families.training_defaults import TrainingDefaults
 from lora_engine.files import atomic_write
 from lora_engine.training.specs.choosing import AUTO
 from lora_engine.training.specs.lengths import Steps
-from registry.entities import check_name
+from registry.refs import check_name
 from tasks.errors import SpecError
 from tasks.spec import REGISTERED
 

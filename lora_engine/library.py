@@ -21,9 +21,10 @@ from lora_engine.files import FilePath
 from lora_engine.formats import Bundle, read_bundle, write_adapter
 from lora_engine.merging.files import learns, load_base_if_read, merge_recipe, merged_card
 from lora_engine.merging.merge import merge_adapters
+from lora_engine.merging.methods import parse_options
 from lora_engine.merging.report import Report
 from lora_engine.merging.resize import resize as resize_adapter
-from lora_engine.merging.spec import Weight, parse_options
+from lora_engine.merging.spec import Weight
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from registry.errors import LineageError, StoreError, VersionError
+from registry.errors import LineageError, StoreError
+from registry.refs import NAME_RULE
 from registry.store.damaged import DamagedCell
 
 RunStatus = Literal["RUNNING", "COMPLETED", "FAILED", "INTERRUPTED", "CRASHED"]
@@ -50,9 +51,6 @@ RESULT = "result"
 ADAPTER_KINDS = ("adapter", "export", FOREIGN, RESULT)
 """Kinds of artifacts with adapters."""
 
-NAME_RULE = "[a-z0-9][a-z0-9._-]{0,62}"
-_NAME = re.compile(NAME_RULE)
-_ALIAS = re.compile(r"(?!latest$|v?[0-9]+$)[a-z0-9][a-z0-9_-]{0,62}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -64,31 +62,6 @@ def now() -> datetime:
 def is_digest(text: str) -> bool:
     """Returns True if the text is a full lower-case hexadecimal SHA-256."""
     return _DIGEST.fullmatch(text) is not None
-
-
-def check_name(name: str) -> str:
-    """Returns the name of an adapter unchanged.
-
-    Raises:
-        VersionError: It does not match `NAME_RULE`.
-    """
-    if not _NAME.fullmatch(name):
-        raise VersionError(f"invalid adapter name {name[:64]!r}", allowed=f"names that match {NAME_RULE}")
-    return name
-
-
-def check_alias(alias: str) -> str:
-    """Returns the alias unchanged. MLflow has the same rule; version numbers are not aliases.
-
-    Raises:
-        VersionError: It does not follow the rule.
-    """
-    if not _ALIAS.fullmatch(alias):
-        raise VersionError(
-            f"invalid alias {alias[:64]!r}",
-            allowed="1 to 63 characters of a-z, 0-9, _ and -, but no version number and not 'latest'",
-        )
-    return alias
 
 
 @dataclass(frozen=True)
@@ -119,7 +92,7 @@ class ArtifactRef:
     size: int
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.kind):
+        if not re.fullmatch(NAME_RULE, self.kind):
             raise StoreError(f"invalid artifact kind {self.kind!r}", allowed=f"names that match {NAME_RULE}")
         if not is_digest(self.sha256):
             raise StoreError(f"{self.sha256!r} is not a digest", allowed="64 lower-case hexadecimal digits")

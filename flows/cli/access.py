@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.output import Expect, Json, Reason, Ref, open_home
-from flows.cli.verbs import Access, add_verb
+from flows.cli.output import Expect, Json, Reason, Ref
+from flows.cli.verbs import Access, add_verb, open_home
 
 actor_app = typer.Typer(help="Show the current user, and sign a value that establishes one.", no_args_is_help=True)
 

@@ -38,7 +38,7 @@ def complete_pipelines(ctx: Any, incomplete: str) -> list[str]:
 def complete_adapters(incomplete: str) -> list[str]:
     """Returns `name@version` and `name@alias` of the registered adapters that begin with a text."""
     with suppress(Exception):  # a home that cannot be read completes nothing
-        from flows.cli.output import home_path
+        from flows.cli.verbs import home_path
         from registry.home import Home
         from registry.versions.versions import Versions
 

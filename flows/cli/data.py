@@ -120,7 +120,8 @@ def caption(
     from rich.console import Console
 
     from flows.cli.display import show_run
-    from flows.cli.output import open_home, print_facts, print_json
+    from flows.cli.output import print_facts, print_json
+    from flows.cli.verbs import open_home
     from tasks.operations.adapter_files import parse_settings
     from tasks.operations.caption_folder import caption_folder
     from tasks.operations.captions import choose_captioner
@@ -168,7 +169,8 @@ def recaption(
     as_json: Json = False,
 ) -> None:
     """Write the caption of one image into the text file beside it, or take the last such change back."""
-    from flows.cli.output import open_home, print_json
+    from flows.cli.output import print_json
+    from flows.cli.verbs import open_home
     from tasks.errors import SpecError
     from tasks.operations.caption_edits import edit_caption, undo_caption
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.output import BASE_HELP, Approximate, Dtype, Energy, Json, Output, Rank, home_path
-from flows.cli.verbs import Access, add_verb
+from flows.cli.output import BASE_HELP, Approximate, Dtype, Energy, Json, Output, Rank
+from flows.cli.verbs import Access, add_verb, home_path
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Adapter, embedding or whole model.")]
 TargetFormat = Annotated[

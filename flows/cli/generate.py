@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from flows.cli.verbs import Access, add_verb
 from lora_engine.inference import ComposedEngine
+
+if TYPE_CHECKING:
+    from lora_engine.inference.grid import Axis
+    from tasks.operations.draw_request import DrawRequest
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -122,19 +127,11 @@ def generate(
     animated: Annotated[bool, typer.Option("--gif", help="Write the first row of the grid as a GIF, too.")] = False,
 ) -> None:
     """Generate images with the adapters that the prompt names, or a grid of images."""
-    from rich.console import Console
-
-    from flows.cli.display import show_run
-    from flows.cli.output import home_path
-    from flows.cli.stopping import stoppable
     from lora_engine.bases.samplers import join_schedule
     from lora_engine.errors import SettingsError
     from lora_engine.inference.grid import parse_axis
     from lora_engine.inference.variation import NoiseVariation
     from tasks.operations.draw_request import DrawRequest, parse_size
-    from tasks.operations.image_grids import draw_grid
-    from tasks.operations.images import draw
-    from tasks.progress import StepEvent, publish
 
     request = DrawRequest(
         prompt,
@@ -142,9 +139,9 @@ def generate(
         negative,
         count,
         seed,
-        steps,
-        guidance,
-        None if size is None else parse_size(size),
+        steps=steps,
+        guidance=guidance,
+        size=None if size is None else parse_size(size),
         sampler=join_schedule(sampler, schedule_type),
         clip_skip=clip_skip,
         vae=vae,
@@ -171,6 +168,20 @@ def generate(
     axes = [parse_axis(text) for text in (columns, rows, sheets) if text is not None]
     if (columns is None and (rows is not None or animated)) or (rows is None and sheets is not None):
         raise SettingsError("a grid needs its first axes", remedy="set -x, and -y for -z")
+    _draw(request, axes, output, animated=animated)
+
+
+def _draw(request: DrawRequest, axes: Sequence[Axis], output: Path, *, animated: bool) -> None:
+    """Draws images, or a grid along the axes, with its progress; prints notes and the files."""
+    from rich.console import Console
+
+    from flows.cli.display import show_run
+    from flows.cli.stopping import stoppable
+    from flows.cli.verbs import home_path
+    from tasks.operations.image_grids import draw_grid
+    from tasks.operations.images import draw
+    from tasks.progress import StepEvent, publish
+
     notes: list[str] = []
     with stoppable(), show_run(["generate"], Console()):
         publish(StepEvent("generate", "started"))

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.output import Expect, Json, Reason, Ref, open_home
-from flows.cli.verbs import Access, add_verb
+from flows.cli.output import Expect, Json, Reason, Ref
+from flows.cli.verbs import Access, add_verb, open_home
 
 if TYPE_CHECKING:
     from registry.entities import Event

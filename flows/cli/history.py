@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.output import BASE_HELP, Json, Ref, open_home
-from flows.cli.verbs import Access, add_verb
+from flows.cli.output import BASE_HELP, Json, Ref
+from flows.cli.verbs import Access, add_verb, open_home
 
 if TYPE_CHECKING:
     from tasks.operations.changes import Change
@@ -135,7 +135,9 @@ def import_file(
     """Import an adapter file as a version: finds its parents, checks its license, keeps its original bytes."""
     from flows.cli.output import print_json
     from flows.cli.versions import describe
-    from tasks.operations.import_adapter import ImportRequest, import_adapter, inspect_file
+    from tasks.operations.import_adapter import import_adapter
+    from tasks.operations.import_request import ImportRequest
+    from tasks.operations.imported_file import inspect_file
 
     home = open_home()
     stated = license_id or _ask_license(file, inspect_file(file))

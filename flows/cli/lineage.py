@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from flows.cli.output import Json, open_home
-from flows.cli.verbs import Access, add_verb
+from flows.cli.output import Json
+from flows.cli.verbs import Access, add_verb, open_home
 
 
 def add_verbs(app: typer.Typer) -> None:

@@ -6,15 +6,11 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from flows.cli.completion import complete_adapters
-from flows.cli.verbs import Access, access_of_running
-
-if TYPE_CHECKING:
-    from registry.home import Home
 
 _WIDE = 240
 BASE_HELP = "Base model: a published one such as sdxl (list: docs/families.md), tiny, a folder or a hub id."
@@ -33,39 +29,6 @@ Expect = Annotated[
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Output file or folder.")]
 Rank = Annotated[int | None, typer.Option(min=1, help="Maximum rank (with --approximate).")]
 Energy = Annotated[float | None, typer.Option(help="Share of the squared norm to keep, up to 1 (with --approximate).")]
-
-
-def home_path() -> Path:
-    """Returns the path of the home: `LORALINE_HOME`, or `.loraline` in the working folder."""
-    return Path(os.environ.get("LORALINE_HOME") or ".loraline")
-
-
-def open_home(access: Access | None = None) -> Home:
-    """Opens the home as the running verb declares.
-
-    A verb that writes creates a missing home. One that reads takes it as empty, says so on standard error, and works
-    where the home cannot be written. One that deletes works on a full disk.
-
-    Args:
-        access: Access that an option of the verb needs; None means the verb's declaration.
-
-    Raises:
-        HomeError: The home cannot be used.
-    """
-    from registry.home import Home
-
-    access = access or access_of_running()
-    if access is Access.WRITE:
-        return Home.open(home_path())
-    if access is Access.DELETE:
-        return Home.open_to_delete(home_path())
-    home = Home.open_to_read(home_path())
-    if not home.exists:
-        note = (
-            f"{home.path} does not exist yet: `loraline run` or `loraline import` creates it. See also LORALINE_HOME."
-        )
-        typer.echo(note, err=True)
-    return home
 
 
 def print_json(value: Any) -> None:

@@ -11,9 +11,9 @@ import typer
 
 from flows.cli.completion import complete_steps
 from flows.cli.matrix import Overrides, Parameters, Selected, SpecPath, for_each, load_selected
-from flows.cli.output import Json, open_home
+from flows.cli.output import Json
 from flows.cli.plan_output import cost_to_json, planned_to_json, print_costs, print_costs_of_pipelines, print_plan
-from flows.cli.verbs import Access, add_verb
+from flows.cli.verbs import Access, add_verb, open_home
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

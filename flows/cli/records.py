@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.output import Json, Ref, open_home
-from flows.cli.verbs import Access, add_verb
+from flows.cli.output import Json, Ref
+from flows.cli.verbs import Access, add_verb, open_home
 
 if TYPE_CHECKING:
     from registry.documents.keys import PublicKey

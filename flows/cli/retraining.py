@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from flows.cli.matrix import Parameters, Selected, SpecPath
-from flows.cli.output import Json, home_path, open_home
-from flows.cli.verbs import Access, add_verb
+from flows.cli.output import Json
+from flows.cli.verbs import Access, add_verb, home_path, open_home
 
 
 def add_verbs(app: typer.Typer) -> None:

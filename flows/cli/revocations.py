@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.cli.governance import open_versions, print_event
-from flows.cli.output import Json, Reason, open_home
-from flows.cli.verbs import Access, add_verb
+from flows.cli.output import Json, Reason
+from flows.cli.verbs import Access, add_verb, open_home
 
 if TYPE_CHECKING:
     from registry.versions.impact import ImpactReport, Recall

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.output import BASE_HELP, Json, open_home
-from flows.cli.verbs import Access, add_verb
+from flows.cli.output import BASE_HELP, Json
+from flows.cli.verbs import Access, add_verb, open_home
 from tasks.serving import EngineName
 
 if TYPE_CHECKING:
@@ -102,15 +103,8 @@ def serve(
         max_pixels=max_pixels,
         safety=safety,
     )
-    own = f"[{host}]" if ":" in host else host.lower()
     web = WebSettings(
-        hosts=(
-            "127.0.0.1",
-            "localhost",
-            "[::1]",
-            *({own} - {"127.0.0.1", "localhost", "[::1]"}),
-            *map(str.lower, public_host or ()),
-        ),
+        hosts=_header_hosts(host, public_host or ()),
         tokens=tokens,
         is_secure=tls_certificate is not None or behind_proxy,
         studio=studio,
@@ -217,6 +211,12 @@ def _require_protection(
         )
     if host in {"0.0.0.0", "::"} and not public_host:  # noqa: S104 (compared, not bound)
         raise SpecError(f"--host {host} is no name that a browser sends", remedy="name the server's with --public-host")
+
+
+def _header_hosts(host: str, public_hosts: Sequence[str]) -> tuple[str, ...]:
+    """Returns the values of the header `Host` that are answered: those of loopback, of the address, and public ones."""
+    own, loopback = f"[{host}]" if ":" in host else host.lower(), ("127.0.0.1", "localhost", "[::1]")
+    return (*loopback, *({own} - {*loopback}), *map(str.lower, public_hosts))
 
 
 def _print(listening: Listening, port: int, *, has_studio: bool, as_json: bool) -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.matrix import Parameters, Selected
-from flows.cli.output import Json, open_home
+from flows.cli.output import Json
 from flows.cli.pipeline import RunnerName
-from flows.cli.verbs import Access, add_verb
+from flows.cli.verbs import Access, add_verb, open_home
 
 if TYPE_CHECKING:
     from flows.sweep import SweepResult

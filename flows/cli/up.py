@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.output import Json, open_home
-from flows.cli.verbs import Access, add_verb
+from flows.cli.output import Json
+from flows.cli.verbs import Access, add_verb, open_home
 
 if TYPE_CHECKING:
     from flows.supervision import Addresses

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.output import Json, home_path, open_home
-from flows.cli.verbs import Access, add_verb
+from flows.cli.output import Json
+from flows.cli.verbs import Access, add_verb, home_path, open_home
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -65,7 +65,7 @@ def fsck(
 ) -> None:
     """Check that bytes, digests, events, aliases and MLflow agree. Exit code 1 on damage."""
     from flows.cli.output import print_json, print_table
-    from registry.maintenance.backup import read_backup_heads
+    from registry.maintenance.backup_manifest import read_backup_heads
     from registry.maintenance.check_chain import KnownHead
     from registry.maintenance.fsck import fsck as find_problems
     from registry.store.chain import Head

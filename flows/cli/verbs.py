@@ -1,4 +1,4 @@
-"""Adds verbs to the command, each with its access to the home; names entries of registries in their help."""
+"""Adds verbs to the command, each with its access to the home, and opens it; names registry entries in their help."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from enum import Enum
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperCommand, TyperOption
 from typer.main import get_command_from_info
 from typer.models import CommandInfo
+
+if TYPE_CHECKING:
+    from registry.home import Home
 
 _PLACEHOLDER = re.compile(r"\{([\w.]+):(\w+)\}")
 
@@ -36,7 +40,7 @@ def add_verb(app: typer.Typer, access: Access, *verbs: Callable[..., None], name
 
     Args:
         app: The command.
-        access: Access to the home; `flows.cli.output.open_home` opens it so.
+        access: Access to the home; `open_home` opens it so.
         verbs: Functions that define the verbs.
         name: Name of the verb; None means that of the function.
     """
@@ -56,9 +60,37 @@ def _undefined(verb: Callable[..., None]) -> Callable[[], None]:
     return undefined
 
 
-def access_of_running() -> Access:
-    """Returns the access of the verb that runs."""
-    return _running.get()
+def home_path() -> Path:
+    """Returns the path of the home: `LORALINE_HOME`, or `.loraline` in the working folder."""
+    return Path(os.environ.get("LORALINE_HOME") or ".loraline")
+
+
+def open_home(access: Access | None = None) -> Home:
+    """Opens the home as the running verb declares.
+
+    A verb that writes creates a missing home. One that reads takes it as empty, says so on standard error, and works
+    where the home cannot be written. One that deletes works on a full disk.
+
+    Args:
+        access: Access that an option of the verb needs; None means the verb's declaration.
+
+    Raises:
+        HomeError: The home cannot be used.
+    """
+    from registry.home import Home
+
+    access = access or _running.get()
+    if access is Access.WRITE:
+        return Home.open(home_path())
+    if access is Access.DELETE:
+        return Home.open_to_delete(home_path())
+    home = Home.open_to_read(home_path())
+    if not home.exists:
+        note = (
+            f"{home.path} does not exist yet: `loraline run` or `loraline import` creates it. See also LORALINE_HOME."
+        )
+        typer.echo(note, err=True)
+    return home
 
 
 class Verb(TyperCommand):
@@ -88,7 +120,6 @@ class Verb(TyperCommand):
         try:
             if ctx.obj in {Access.NONE, Access.READ} or not os.environ.get("PREFECT_API_URL"):
                 return super().invoke(ctx)
-            from flows.cli.output import home_path
             from flows.events import sending_events
 
             with sending_events(home_path()):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.output import Approximate, Dtype, Energy, Expect, Json, Rank, Reason, Ref, open_home
-from flows.cli.verbs import Access, add_verb
+from flows.cli.output import Approximate, Dtype, Energy, Expect, Json, Rank, Reason, Ref
+from flows.cli.verbs import Access, add_verb, open_home
 
 if TYPE_CHECKING:
     from registry.entities import AdapterVersion, Event
     from registry.policy.approvals import Endorsement
+    from tasks.operations.vote_results import VoteResults
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -64,7 +66,7 @@ def show(ref: Ref, as_json: Json = False) -> None:
     from tasks.operations.export_adapter import list_readable
     from tasks.operations.promote import find_version
     from tasks.operations.rights import describe_rights
-    from tasks.operations.vote_results import describe_results, results_of
+    from tasks.operations.vote_results import results_of
 
     versions = Versions(open_home())
     version = find_version(versions, ref)
@@ -77,42 +79,13 @@ def show(ref: Ref, as_json: Json = False) -> None:
         more["votes"] = votes.to_json()
         print_json(describe(version, details=True) | more)
         return
-    print_facts(
-        [
-            ("version", version.ref),
-            ("state", "" if version.state == "ACTIVE" else version.state),
-            ("aliases", ", ".join(version.aliases)),
-            ("sha256", version.sha256),
-            ("size", f"{version.size} bytes"),
-            ("created", f"{version.created_at:%Y-%m-%d %H:%M:%S} UTC"),
-            ("gates", version.gate_status),
-            ("parents", ", ".join(version.parents)),
-            ("licenses", ", ".join(rights["terms"]["licenses"])),
-            ("commercial use", "allowed" if rights["commercial"] else "not allowed"),
-            ("obligations", ", ".join(rights["terms"]["obligations"])),
-            ("restrictions", ", ".join(rights["terms"]["restrictions"])),
-            ("conflicts", "; ".join(rights["conflicts"])),
-            ("revoked", "; ".join(rights["revoked"])),
-            *describe_results(votes).items(),
-            *((f"votes for {alias}", "; ".join(reasons)) for alias, reasons in votes.unmet.items()),
-            ("MLflow run", version.mlflow_run_id),
-        ]
-    )
+    print_facts(_facts_of(version, rights, votes))
     if rights["sources"]:
         rows = [(entry["what"], entry["where"], ", ".join(_list_terms(entry))) for entry in rights["sources"]]
         print_table(("source of rights", "where", "obligations and restrictions"), rows)
     if version.metrics:
-        rows = [
-            (
-                name,
-                *(f"{metric[key]:.4f}" for key in ("base", "adapter", "difference")),
-                metric["better"],
-                metric.get("n", ""),
-                metric.get("verdict", ""),
-            )
-            for name, metric in version.metrics.items()
-        ]
-        print_table(("metric", "base", "adapter", "difference", "better", "n", "verdict"), rows)
+        measured = (_metric_row(name, metric) for name, metric in version.metrics.items())
+        print_table(("metric", "base", "adapter", "difference", "better", "n", "verdict"), measured)
     if endorsements:
         endorsed = [(entry.alias, entry.actor, entry.actor.established, entry.reason) for entry in endorsements]
         print_table(("endorsed for", "user", "established by", "reason"), endorsed)
@@ -121,6 +94,35 @@ def show(ref: Ref, as_json: Json = False) -> None:
         print_table(("saved at step", "validation loss", "file"), rows)
     if version.params:
         print_table(("recipe", ""), sorted(version.params.items()))
+
+
+def _facts_of(version: AdapterVersion, rights: Mapping[str, Any], votes: VoteResults) -> list[tuple[str, object]]:
+    from tasks.operations.vote_results import describe_results
+
+    return [
+        ("version", version.ref),
+        ("state", "" if version.state == "ACTIVE" else version.state),
+        ("aliases", ", ".join(version.aliases)),
+        ("sha256", version.sha256),
+        ("size", f"{version.size} bytes"),
+        ("created", f"{version.created_at:%Y-%m-%d %H:%M:%S} UTC"),
+        ("gates", version.gate_status),
+        ("parents", ", ".join(version.parents)),
+        ("licenses", ", ".join(rights["terms"]["licenses"])),
+        ("commercial use", "allowed" if rights["commercial"] else "not allowed"),
+        ("obligations", ", ".join(rights["terms"]["obligations"])),
+        ("restrictions", ", ".join(rights["terms"]["restrictions"])),
+        ("conflicts", "; ".join(rights["conflicts"])),
+        ("revoked", "; ".join(rights["revoked"])),
+        *describe_results(votes).items(),
+        *((f"votes for {alias}", "; ".join(reasons)) for alias, reasons in votes.unmet.items()),
+        ("MLflow run", version.mlflow_run_id),
+    ]
+
+
+def _metric_row(name: str, metric: Mapping[str, Any]) -> tuple[object, ...]:
+    measured = (f"{metric[key]:.4f}" for key in ("base", "adapter", "difference"))
+    return (name, *measured, metric["better"], metric.get("n", ""), metric.get("verdict", ""))
 
 
 def describe_endorsement(entry: Endorsement) -> dict[str, Any]:

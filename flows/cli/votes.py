@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.output import Json, Ref, open_home
-from flows.cli.verbs import Access, add_verb
+from flows.cli.output import Json, Ref
+from flows.cli.verbs import Access, add_verb, open_home
 
 if TYPE_CHECKING:
     from tasks.operations.vote_results import VoteResults
@@ -47,7 +47,8 @@ def prepare(
     from rich.console import Console
 
     from flows.cli.display import show_run
-    from flows.cli.output import home_path, print_facts, print_json
+    from flows.cli.output import print_facts, print_json
+    from flows.cli.verbs import home_path
     from lora_engine.evaluation.prompts import read_prompts
     from tasks.operations.draw_request import parse_size
     from tasks.operations.images import draw_each

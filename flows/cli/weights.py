@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from flows.cli.output import Json, Output, home_path
-from flows.cli.verbs import Access, add_verb
+from flows.cli.output import Json, Output
+from flows.cli.verbs import Access, add_verb, home_path
 
 _Weighted = Annotated[
     list[str],

@@ -5,19 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
-from starlette.exceptions import HTTPException
 
 from flows.web.a1111_infotext import infotext_values
 from flows.web.a1111_models import ImageBody
-from flows.web.errors import FOR_A1111, JobFailed, headers_of, hide_paths, status_of
+from flows.web.errors import FOR_A1111, CompatibleRoute, ErrorForm, JobFailed, headers_of, hide_paths, status_of
 from flows.web.image_requests import require_drawn
 from lora_engine.data.containers import read_png_texts
 from lora_engine.errors import SettingsError, WordedError
@@ -58,24 +54,14 @@ class A1111Error(BaseModel):
     errors: str = Field("", description="The same as `detail`.")
 
 
-class A1111Route(APIRoute):
+class A1111Route(CompatibleRoute):
     """A route whose errors have A1111's form."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Returns the handler of FastAPI, with errors answered."""
-        handle = super().get_route_handler()
-
-        async def answer(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except RequestValidationError as error:
-                return _error("RequestValidationError", _sentence(error.errors()), 422)
-            except HTTPException as error:
-                return _error("HTTPException", str(error.detail), error.status_code)
-            except WordedError as error:
-                return _error(_kind(error), str(error), status_of(error, FOR_A1111), headers_of(error))
-
-        return answer
+    form = ErrorForm(
+        invalid=lambda errors: _error("RequestValidationError", _sentence(errors), 422),
+        http=lambda error: _error("HTTPException", str(error.detail), error.status_code),
+        worded=lambda error: _error(_kind(error), str(error), status_of(error, FOR_A1111), headers_of(error)),
+    )
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {

@@ -10,8 +10,8 @@ from fastapi.concurrency import run_in_threadpool
 from flows.web.image_requests import service_of
 from flows.web.jobs import responses
 from flows.web.schemas import AdapterBody, HealthBody, adapter_bodies
-from registry.entities import NAME_RULE
 from registry.errors import UnknownVersion
+from registry.refs import NAME_RULE
 from tasks.operations.adapter_cards import list_adapter_cards, read_sample_png
 
 adapter_routes = APIRouter()

@@ -1,16 +1,20 @@
-"""Answers errors as `{"error": {...}}` with the parts of a `WordedError`, without paths and stack traces."""
+"""Answers errors as `{"error": {...}}` with the parts of a `WordedError`, without paths and stack traces.
+
+Routes of a compatible API (`CompatibleRoute`) answer them in that API's form.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
@@ -98,6 +102,43 @@ class ErrorAnswer(BaseModel):
     """The body of an answer that is no success."""
 
     error: ErrorBody
+
+
+@dataclass(frozen=True)
+class ErrorForm:
+    """How an API answers errors.
+
+    Attributes:
+        invalid: Answers the errors of pydantic for a body.
+        http: Answers an error of the framework, such as an unreadable body.
+        worded: Answers an error of Loraline.
+    """
+
+    invalid: Callable[[Sequence[Any]], Response]
+    http: Callable[[HTTPException], Response]
+    worded: Callable[[WordedError], Response]
+
+
+class CompatibleRoute(APIRoute):
+    """A route of a compatible API, whose errors have that API's form; a subclass has the form."""
+
+    form: ClassVar[ErrorForm]
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Returns the handler of FastAPI, with errors answered."""
+        handle, form = super().get_route_handler(), self.form
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as error:
+                return form.invalid(error.errors())
+            except HTTPException as error:
+                return form.http(error)
+            except WordedError as error:
+                return form.worded(error)
+
+        return answer
 
 
 def describe_failure(failure: Failure) -> ErrorBody:

@@ -5,17 +5,13 @@ from __future__ import annotations
 import base64
 import struct
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from fastapi import Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
-from pydantic import BaseModel, Field, ValidationError
-from starlette.exceptions import HTTPException
+from pydantic import BaseModel, Field
 
-from flows.web.errors import FOR_OPENAI, JobFailed, headers_of, hide_paths, status_of
+from flows.web.errors import FOR_OPENAI, CompatibleRoute, ErrorForm, JobFailed, headers_of, hide_paths, status_of
 from lora_engine.errors import WordedError
 from lora_engine.inference import ImageFormat
 from lora_engine.inference.image_files import ImageOptions, convert_png
@@ -88,28 +84,6 @@ class ImageEvent(BaseModel):
     def to_sse(self) -> str:
         """Returns the event as text of a stream."""
         return f"event: {self.type}\ndata: {self.model_dump_json(exclude_none=True)}\n\n"
-
-
-class OpenAIRoute(APIRoute):
-    """A route whose errors have OpenAI's form."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Returns the handler of FastAPI, with errors answered."""
-        handle = super().get_route_handler()
-
-        async def answer(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except (RequestValidationError, ValidationError) as error:
-                return _answer_invalid(error.errors())
-            except HTTPException as error:
-                body = OpenAIErrorBody(message=str(error.detail), type="invalid_request_error", code="invalid_value")
-                return JSONResponse(OpenAIError(error=body).model_dump(), error.status_code)
-            except WordedError as error:
-                status = status_of(error, FOR_OPENAI)
-                return JSONResponse(describe_error(error).model_dump(), status, headers_of(error))
-
-        return answer
 
 
 OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
@@ -194,6 +168,24 @@ def _answer_invalid(errors: Sequence[Any]) -> JSONResponse:
     first = errors[0]
     param = ".".join(str(part) for part in first["loc"] if part != "body")
     code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
-    message = f"{param or 'the body'}: {first['msg']}"
-    body = OpenAIErrorBody(message=hide_paths(message), type="invalid_request_error", param=param or None, code=code)
-    return JSONResponse(OpenAIError(error=body).model_dump(), 400)
+    message = hide_paths(f"{param or 'the body'}: {first['msg']}")
+    return _answer_invalid_request(message, param=param or None, code=code)
+
+
+def _answer_invalid_request(
+    message: str, *, param: str | None = None, code: str = "invalid_value", status: int = 400
+) -> JSONResponse:
+    body = OpenAIErrorBody(message=message, type="invalid_request_error", param=param, code=code)
+    return JSONResponse(OpenAIError(error=body).model_dump(), status)
+
+
+class OpenAIRoute(CompatibleRoute):
+    """A route whose errors have OpenAI's form."""
+
+    form = ErrorForm(
+        invalid=_answer_invalid,
+        http=lambda error: _answer_invalid_request(str(error.detail), status=error.status_code),
+        worded=lambda error: JSONResponse(
+            describe_error(error).model_dump(), status_of(error, FOR_OPENAI), headers_of(error)
+        ),
+    )

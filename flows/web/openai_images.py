@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 from starlette.datastructures import UploadFile
 
 from flows.web.image_requests import (
@@ -100,7 +101,10 @@ async def create_edit(request: Request) -> ImagesResponse | Response:
         fields = {name: value for name, value in form.multi_items() if isinstance(value, str)}
         files = [(name, value) for name, value in form.multi_items() if isinstance(value, UploadFile)]
         read = [(name, await file.read(MAX_UPLOAD_BYTES + 1)) for name, file in files]
-    body = EditBody.model_validate(fields)
+    try:
+        body = EditBody.model_validate(fields)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
     image, mask = await to_thread.run_sync(_read_files, read)
     base = await to_thread.run_sync(describe_base, service.settings.base)
     drawing = await to_thread.run_sync(body.to_request, base, service.home)

@@ -12,8 +12,9 @@ from lora_engine.exports import exports
 if TYPE_CHECKING:
     from lora_engine.adapters.adapted import AdaptedLayer, innermost
     from lora_engine.adapters.adapter import Adapter
-    from lora_engine.adapters.attachment import Attachment, LayerSettings, attach, check_fit, collapse, create_adapter
+    from lora_engine.adapters.attachment import Attachment, attach, check_fit, collapse
     from lora_engine.adapters.boft import BoftDelta
+    from lora_engine.adapters.creation import LayerSettings, create_adapter
     from lora_engine.adapters.delta import Delta, Issue, dense_forward, kinds, same_delta
     from lora_engine.adapters.dora import DoraDelta
     from lora_engine.adapters.full import FullDelta
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
 _MODULES = {
     "lora_engine.adapters.adapted": "AdaptedLayer innermost",
     "lora_engine.adapters.adapter": "Adapter",
-    "lora_engine.adapters.attachment": "Attachment LayerSettings attach check_fit collapse create_adapter",
+    "lora_engine.adapters.attachment": "Attachment attach check_fit collapse",
     "lora_engine.adapters.boft": "BoftDelta",
+    "lora_engine.adapters.creation": "LayerSettings create_adapter",
     "lora_engine.adapters.delta": "Delta Issue dense_forward kinds same_delta",
     "lora_engine.adapters.dora": "DoraDelta",
     "lora_engine.adapters.full": "FullDelta",

@@ -15,7 +15,7 @@ from lora_engine.bases.vae import VaeSource
 from lora_engine.building import BUILDING, align_weights, without_bars
 from lora_engine.checkpoints.quantization import read_stored
 from lora_engine.checkpoints.scales import multiply, read_scale
-from lora_engine.checkpoints.tensor_files import StoredTensor
+from lora_engine.checkpoints.stored_tensor import StoredTensor
 from lora_engine.checkpoints.text_names import canonical_text_name
 from lora_engine.errors import AdapterError, BaseModelError
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lora_engine.captioning.source import TAGGER_FILES, CaptionerModel
 from lora_engine.data.captioner_options import TaggerOptions
-from lora_engine.data.edits import to_spaces
+from lora_engine.data.editing import to_spaces
 from lora_engine.data.text_files import clean_text
 from lora_engine.documents.csv_source import read_table
 from lora_engine.errors import BaseModelError, SettingsError

@@ -11,7 +11,8 @@ from lora_engine.checkpoints.names import tensor_shapes
 from lora_engine.checkpoints.original import OriginalFile
 from lora_engine.checkpoints.plan import refuse
 from lora_engine.checkpoints.quantization import weights_of
-from lora_engine.checkpoints.tensor_files import PlannedTensor, merge_stored, stored_tensors, write_tensors
+from lora_engine.checkpoints.stored_tensor import PlannedTensor
+from lora_engine.checkpoints.tensor_files import merge_stored, stored_tensors, write_tensors
 from lora_engine.checkpoints.transformer_names import OriginalTransformer, family_of, find_transformer, plan_original
 from lora_engine.errors import BaseModelError
 from lora_engine.families import ComponentConfig, Family

@@ -16,7 +16,8 @@ from lora_engine.checkpoints.original import OriginalFile, open_original
 from lora_engine.checkpoints.plan import folder_architecture, stored_components
 from lora_engine.checkpoints.quantization import describe_quantization, is_description, is_packed
 from lora_engine.checkpoints.recognize import component_of, recognize
-from lora_engine.checkpoints.tensor_files import StoredTensor, merge_stored, stored_tensors
+from lora_engine.checkpoints.stored_tensor import StoredTensor
+from lora_engine.checkpoints.tensor_files import merge_stored, stored_tensors
 from lora_engine.checkpoints.text_names import text_tensor_name
 from lora_engine.checkpoints.transformer_names import family_of, find_transformer
 from lora_engine.errors import BaseModelError

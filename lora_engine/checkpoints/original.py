@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_engine.checkpoints.quantization import weights_of
-from lora_engine.checkpoints.tensor_files import StoredTensor, stored_tensors
+from lora_engine.checkpoints.stored_tensor import StoredTensor
+from lora_engine.checkpoints.tensor_files import stored_tensors
 from lora_engine.errors import BaseModelError
 from lora_engine.formats.pickles import is_pickled, unpickled
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.checkpoints.scales import FLOATS
-from lora_engine.checkpoints.tensor_files import PLAIN, PlannedTensor, StoredTensor
+from lora_engine.checkpoints.stored_tensor import PLAIN, PlannedTensor, StoredTensor
 from lora_engine.documents import parse_json
 from lora_engine.errors import BaseModelError, SettingsError
 

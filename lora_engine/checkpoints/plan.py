@@ -18,7 +18,8 @@ from lora_engine.checkpoints.names import (
 from lora_engine.checkpoints.original import OriginalFile
 from lora_engine.checkpoints.quantization import weights_of
 from lora_engine.checkpoints.recognize import Recognized
-from lora_engine.checkpoints.tensor_files import PlannedTensor, StoredTensor, merge_stored
+from lora_engine.checkpoints.stored_tensor import PlannedTensor, StoredTensor
+from lora_engine.checkpoints.tensor_files import merge_stored
 from lora_engine.checkpoints.text_names import canonical_text_name
 from lora_engine.checkpoints.vae_names import current_vae_name
 from lora_engine.errors import BaseModelError

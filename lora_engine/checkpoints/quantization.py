@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from lora_engine.checkpoints.tensor_files import StoredTensor, stored_tensors
+from lora_engine.checkpoints.stored_tensor import StoredTensor
+from lora_engine.checkpoints.tensor_files import stored_tensors
 from lora_engine.errors import BaseModelError
 
 _WEIGHT = "weight"

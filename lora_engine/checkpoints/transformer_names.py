@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lora_engine.checkpoints.tensor_files import PlannedTensor, StoredTensor
+from lora_engine.checkpoints.stored_tensor import PlannedTensor, StoredTensor
 from lora_engine.errors import BaseModelError
 from lora_engine.families import Family, families
 from lora_engine.families.names import TRANSFORMER, NameTable

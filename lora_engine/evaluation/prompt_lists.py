@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lora_engine.bases.source import TINY
-from lora_engine.data.caption import holds_word
+from lora_engine.data.trigger import holds_word
 
 CLASS_PROMPTS = (
     "{a} {word}",

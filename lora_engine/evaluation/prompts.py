@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lora_engine.data.caption import holds_word
 from lora_engine.data.manifest import MAX_CAPTION
 from lora_engine.data.text_files import clean_text
+from lora_engine.data.trigger import holds_word
 from lora_engine.errors import DataError
 
 MAX_PROMPTS = 1_000

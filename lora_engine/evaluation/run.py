@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,30 @@ _log = logging.getLogger(__name__)
 
 REPORT_FORMAT = 2
 """Version of the layout of `report.json`; 1 compared with the base alone, by percentile intervals."""
+
+
+@dataclass(frozen=True)
+class _Models:
+    """The models of an evaluation: the base, and files and adapters by role."""
+
+    base: BaseModel
+    files: Mapping[str, Path]
+    adapters: Mapping[str, Bundle]
+    embedder: Embedder | None
+    image_embedder: Embedder | None
+    face_embedder: Embedder | None
+
+    def describe(self) -> dict[str, Any]:
+        """Returns names and digests for the report."""
+        base, files = self.base, self.files
+        return {
+            "base": {"name": base.name, "family": base.family, "fingerprint": base.fingerprint},
+            "adapter": {"sha256": sha256_file(files[CANDIDATE])},
+            "against": {role: {"sha256": sha256_file(file)} for role, file in files.items() if role != CANDIDATE},
+            "embedder": _describe(self.embedder),
+            "image_embedder": _describe(self.image_embedder),
+            "face_embedder": _describe(self.face_embedder),
+        }
 
 
 def evaluate(
@@ -85,30 +110,22 @@ def evaluate(
     check_measurable(settings.listed_gates(), names, unmet)
     both = {COMBINED: combined} if combined is not None else {}
     check_compared_versions(settings.listed_gates(), [*(against or {}), *(absent or {}), *both])
-    embedder = load_embedder(embedders.text) if embedders.text else None
-    image_embedder = load_embedder(embedders.image) if embedders.image else None
-    face_embedder = load_embedder(settings.face_embedder) if settings.face_embedder else None
-    model = load_base(source)
-    for size in plan.sizes:
-        model.latent_shape(size)
-    files = {role: _adapter_file(path) for role, path in {CANDIDATE: adapter, **(against or {}), **both}.items()}
-    adapters = {role: _read(file, model) for role, file in files.items()}
-    cards = [bundle.card for bundle in adapters.values()]
-    model.configure(options_of_cards(cards, vae=resolve_vae(vae) if vae else None))
+    models = _load_models(settings, plan, source, embedders, {CANDIDATE: adapter, **(against or {}), **both}, vae)
+    adapters = models.adapters
     bundles = {BASE: (), **{role: (bundle,) for role, bundle in adapters.items()}}
     bundles |= {role: (adapters[CANDIDATE], adapters[role]) for role in both}
-    truncated = _find_truncated(plan, embedder)
+    truncated = _find_truncated(plan, models.embedder)
     _warn(plan, embedders, truncated)
-    drawn = draw_evaluation(settings, plan, model=model, bundles=bundles, progress=progress)
+    drawn = draw_evaluation(settings, plan, model=models.base, bundles=bundles, progress=progress)
     evidence = Evidence(
         tuple(bundles),
         drawn.sets,
         drawn.heldout,
         drawn.training,
         trained_on=plan.trained_on,
-        embedder=embedder,
-        image_embedder=image_embedder,
-        face_embedder=face_embedder,
+        embedder=models.embedder,
+        image_embedder=models.image_embedder,
+        face_embedder=models.face_embedder,
         masked_likeness=settings.masked_likeness,
         seed=settings.seed,
     )
@@ -131,18 +148,13 @@ def evaluate(
         # Names of embedders may be paths of this machine.
         "settings": settings.model_dump(mode="json", exclude={"embedder", "image_embedder"}),
         **describe_plan(plan),
-        "base": {"name": model.name, "family": model.family, "fingerprint": model.fingerprint},
-        "adapter": {"sha256": sha256_file(files[CANDIDATE])},
-        "against": {role: {"sha256": sha256_file(file)} for role, file in files.items() if role != CANDIDATE},
+        **models.describe(),
         "absent": dict(absent or {}),
-        "embedder": _describe(embedder),
-        "image_embedder": _describe(image_embedder),
-        "face_embedder": _describe(face_embedder),
         "missing_embedders": dict(embedders.missing),
         "truncated": truncated,
     }
     modules = adapters[CANDIDATE].adapter.modules
-    write_details(out, gather_details(evidence, out, model=model, modules=modules, strengths=drawn.strengths))
+    write_details(out, gather_details(evidence, out, model=models.base, modules=modules, strengths=drawn.strengths))
     rounded: dict[str, Any] = _rounded(report)
     atomic_write(out / "report.json", canonical_json(rounded))
     return rounded
@@ -155,6 +167,28 @@ def find_unmeasurable(settings: EvaluateSettings, plan: EvaluationPlan, embedder
     )
     wanted = [name for name in METRICS if settings.measures(name)]
     return {name: reason for name in wanted if (reason := METRICS[name].unmet(available))}
+
+
+def _load_models(
+    settings: EvaluateSettings,
+    plan: EvaluationPlan,
+    source: BaseSource,
+    embedders: ChosenEmbedders,
+    adapters: Mapping[str, Path],
+    vae: str | None,
+) -> _Models:
+    """Loads the models, and sets the base up as the adapters were trained."""
+    embedder = load_embedder(embedders.text) if embedders.text else None
+    image_embedder = load_embedder(embedders.image) if embedders.image else None
+    face_embedder = load_embedder(settings.face_embedder) if settings.face_embedder else None
+    base = load_base(source)
+    for size in plan.sizes:
+        base.latent_shape(size)
+    files = {role: _adapter_file(path) for role, path in adapters.items()}
+    bundles = {role: _read(file, base) for role, file in files.items()}
+    cards = [bundle.card for bundle in bundles.values()]
+    base.configure(options_of_cards(cards, vae=resolve_vae(vae) if vae else None))
+    return _Models(base, files, bundles, embedder, image_embedder, face_embedder)
 
 
 def _adapter_file(adapter: Path) -> Path:

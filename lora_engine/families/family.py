@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lora_engine.families.block_names import BlockNames
+from lora_engine.families.latent_colors import LatentColors
 from lora_engine.families.names import NameTable
 from lora_engine.families.training_defaults import TrainingDefaults
 from lora_engine.registries import Registry
@@ -241,6 +243,8 @@ class Family:
             known, the strictest license counts.
         training: Settings in the pipeline files that `loraline init` and `loraline train` write.
         reads_framing: True if the network reads the size of the original image and the offset of the crop.
+        blocks: Its blocks in lists of block weights; None if there are no such lists.
+        latent_colors: Colors of its published autoencoder's latents, for previews; None decodes them.
         embedder: Hub id of the CLIP or SigLIP that evaluations of its bases use by default.
         image_embedder: Hub id of the DINOv2 that they use by default.
         revision: Number in the cache keys of steps that use it; raise it whenever the same inputs give another result.
@@ -265,6 +269,8 @@ class Family:
     licenses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     training: TrainingDefaults = field(default_factory=TrainingDefaults)
     reads_framing: bool = False
+    blocks: BlockNames | None = None
+    latent_colors: LatentColors | None = None
     embedder: str = "openai/clip-vit-large-patch14"
     image_embedder: str = "facebook/dinov2-base"
     revision: int = 0

@@ -25,7 +25,8 @@ from lora_engine.formats.family import (
     family_of,
     unsupported_reason,
 )
-from lora_engine.formats.key_layout import ALPHA, Group, KeyLayout, group_tensors
+from lora_engine.formats.key_groups import Group, group_tensors
+from lora_engine.formats.key_layout import ALPHA, KeyLayout
 from lora_engine.formats.lora_config import HEADER_ALPHAS, header_alpha
 from lora_engine.formats.transformers.names import ExportNaming, find_modules
 from lora_engine.formats.validate import check_delta, validate_tensors

@@ -23,7 +23,8 @@ from lora_engine.errors import SettingsError
 from lora_engine.files import sha256_file
 from lora_engine.formats import Bundle, read_bundle
 from lora_engine.inference import ComposedEngine
-from lora_engine.inference.composition import Composition, compose, generate_composed
+from lora_engine.inference.composed_images import generate_composed
+from lora_engine.inference.composition import Composition, compose
 from lora_engine.inference.draw_settings import DrawSettings
 from lora_engine.inference.generate import OnStep, ignore_step
 from lora_engine.inference.image_files import PNG, ImageOptions, encode_image
@@ -100,6 +101,7 @@ class Drawer:
         progress: Progress = no_progress,
         on_step: OnStep = ignore_step,
         on_images: OnImages = ignore_images,
+        drawing: Drawing | None = None,
     ) -> tuple[Tensor, Drawing]:
         """Generates one image per seed with all adapters and their learned tokens attached.
 
@@ -111,6 +113,7 @@ class Drawer:
             progress: Called after each step with the number of finished steps of all images.
             on_step: Called after each step of each batch; may raise to stop.
             on_images: Called after each batch with its finished images.
+            drawing: What `describe` returned for the same arguments; None describes them.
 
         Returns:
             The images, float32 [n, 3, height, width] in [-1, 1], and what to write into their files.
@@ -161,7 +164,7 @@ class Drawer:
                 on_images(first, pixels)
                 images.append(pixels)
         pixels = torch.cat(images) if images else torch.empty(0, 3, *(larger or size))
-        return pixels, self.describe(prompt, negative, settings, files)
+        return pixels, drawing or self.describe(prompt, negative, settings, files)
 
     def _draw_rows(
         self,

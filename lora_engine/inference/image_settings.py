@@ -20,7 +20,6 @@ from lora_engine.inference.prompts.tags import AdapterTag, parse_arguments
 from lora_engine.inference.prompts.writing import write_prompt
 
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
-_LABEL = re.compile(r"(.+)-v([0-9]{1,9})")
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,8 @@ class ImageSettings:
         strength: Share of the steps that ran on another image.
         enlarge: Factor of the enlargement.
         enlarged_strength: Share of the steps that ran on the enlarged image.
+        has_labels: True if the prompt can have `name-v3` for `name@3`, as Loraline writes for other programs; only the
+            registry can tell it from an adapter of that whole name.
         notes: What was not restored.
     """
 
@@ -51,6 +52,7 @@ class ImageSettings:
     strength: float | None = None
     enlarge: float | None = None
     enlarged_strength: float | None = None
+    has_labels: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -88,7 +90,7 @@ def settings_of_infotext(text: str) -> ImageSettings:
     strength, enlarge = _number(values, "Denoising strength"), _number(values, "Hires upscale")
     seed, steps = _number(values, "Seed"), _number(values, "Steps")
     return ImageSettings(
-        _with_references(infotext.prompt),
+        infotext.prompt,
         infotext.negative,
         seed=None if seed is None or seed < 0 else int(seed),
         steps=None if steps is None else int(steps),
@@ -98,6 +100,7 @@ def settings_of_infotext(text: str) -> ImageSettings:
         strength=None if enlarge else strength,
         enlarge=enlarge,
         enlarged_strength=strength if enlarge else None,
+        has_labels=True,
         notes=notes,
     )
 
@@ -151,16 +154,6 @@ def _find_sampler(name: str) -> tuple[str | None, tuple[str, ...]]:
     except SettingsError:
         return None, (f"the sampler {name[:60]!r} is unknown here",)
     return sampler_name_of(sampler.scheduler, sampler.options), ()
-
-
-def _with_references(prompt: str) -> str:
-    """Returns the prompt with `name@3` for `name-v3`, the label that Loraline writes for other programs."""
-
-    def replaced(match: re.Match[str]) -> str:
-        label = _LABEL.fullmatch(match[2])
-        return f"{match[1]}{label[1]}@{label[2]}" if label else match[0]
-
-    return re.sub(r"(<lora:)([^:<>]+)(?=[:>])", replaced, prompt)
 
 
 def _number(values: Mapping[str, str], key: str) -> float | None:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lora_engine.bases.base import BaseModel
 from lora_engine.bases.conditioning import Conditioning
+from lora_engine.inference.composition import Composition
 from lora_engine.inference.encoded_texts import EncodedTexts
 from lora_engine.inference.generate import Guide
 from lora_engine.inference.prompts.prompt import ParsedPrompt
 from lora_engine.inference.prompts.tags import AdapterTag
 from lora_engine.inference.regions import Area, blend_weights
-
-if TYPE_CHECKING:
-    from lora_engine.inference.composition import Composition
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from lora_engine.formats import Card, read_adapter, write_adapter
 from lora_engine.formats.verbatim import NAMES_KEPT, VerbatimAdapter, read_verbatim, write_verbatim
 from lora_engine.merging.concatenate import check_bases
 from lora_engine.merging.merge import merge_adapters
-from lora_engine.merging.methods import METHODS, Elementwise
+from lora_engine.merging.methods import METHODS, Elementwise, parse_options
 from lora_engine.merging.report import Report
-from lora_engine.merging.spec import MergeOptions, Weight, parse_options
+from lora_engine.merging.spec import MergeOptions, Weight
 
 
 def merge_files(

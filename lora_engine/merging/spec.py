@@ -1,13 +1,10 @@
-"""Options that all merge methods share, and their parser. Must not import torch; each method declares its own."""
+"""Options that all merge methods share. Must not import torch; each method declares its own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
-
-from lora_engine.errors import SettingsError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 Weight = FiniteFloat | dict[str, FiniteFloat]
 """A number for the whole adapter, or numbers by pattern over module names; see `lora_engine.merging.weights`."""
@@ -53,29 +50,3 @@ class MergeOptions(BaseModel):
         if self.kind == "full" and self.compresses:
             raise ValueError("rank, energy and error belong to kind lora; leave them out, or choose lora")
         return self
-
-
-def parse_options(method: str, options: Mapping[str, Any] | None = None) -> MergeOptions:
-    """Returns the options of a method, parsed from plain values of a command line or a file.
-
-    Raises:
-        SettingsError: The method or an option is unknown, or a value is invalid.
-    """
-    from lora_engine.merging.methods import METHODS
-
-    spec = METHODS[method].spec
-    try:
-        return spec.model_validate({**(options or {}), "method": method})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = str(first["loc"][-1]) if first["loc"] else ""
-        options_of_method = [field for field in spec.model_fields if field != "method"]
-        if first["type"] == "extra_forbidden":
-            raise SettingsError(
-                f"merge method {method!r} has no option {name!r}",
-                allowed=", ".join(options_of_method),
-                remedy="leave it out",
-            ) from None
-        problem = first["msg"].removeprefix("Value error, ")
-        where = f"merge method {method!r}" + (f", {name}" if name else "")
-        raise SettingsError(problem, where=where, remedy="fix the value") from None

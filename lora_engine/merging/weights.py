@@ -20,6 +20,7 @@ from fnmatch import fnmatchcase
 
 from lora_engine.adapters.select import check_length
 from lora_engine.errors import SettingsError
+from lora_engine.families.block_names import UNET_BLOCKS
 from lora_engine.merging.spec import Weight
 
 _PRESET = re.compile(r"unet\.(down|mid|up)(?=\.|$)")
@@ -27,15 +28,8 @@ _LEVELS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 _PRESETS = frozenset(f"unet.{side}" for side in _LEVELS)
 _SLOT = re.compile(r"BASE|M00|(IN|OUT)(\d\d)")
 
-_SD17 = (*(f"IN{i:02}" for i in (1, 2, 4, 5, 7, 8)), "M00", *(f"OUT{i:02}" for i in range(3, 12)))
-_SD26 = (*(f"IN{i:02}" for i in range(12)), "M00", *(f"OUT{i:02}" for i in range(12)))
-_XL12 = (*(f"IN{i:02}" for i in (4, 5, 7, 8)), "M00", *(f"OUT{i:02}" for i in range(6)))
-_XL20 = (*(f"IN{i:02}" for i in range(9)), "M00", *(f"OUT{i:02}" for i in range(9)))
 BLOCK_LISTS: Mapping[int, tuple[str, ...]] = {
-    12: ("BASE", *_XL12),
-    17: ("BASE", *_SD17),
-    20: ("BASE", *_XL20),
-    26: ("BASE", *_SD26),
+    len(names): tuple("M00" if name == "MID" else name for name in names) for names in UNET_BLOCKS.lists
 }
 """Length of a block-weight list to its slots: 17 (attention) and 26 (all) for Stable Diffusion, 12 and 20 for SDXL."""
 

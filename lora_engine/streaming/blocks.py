@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.checkpoints.scales import FLOATS, multiply, read_scale
-from lora_engine.checkpoints.tensor_files import StoredTensor
+from lora_engine.checkpoints.stored_tensor import StoredTensor
 from lora_engine.errors import BaseModelError
 from lora_engine.finite import are_finite
 from lora_engine.streaming.direct_writer import read_bytes

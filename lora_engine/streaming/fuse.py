@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lora_engine.checkpoints.tensor_files import StoredTensor
+from lora_engine.checkpoints.stored_tensor import StoredTensor
 from lora_engine.errors import AdapterError
 from lora_engine.streaming.blocks import read_rows, refuse_not_finite
 from lora_engine.streaming.inputs import (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.checkpoints.scales import FLOATS
-from lora_engine.checkpoints.tensor_files import StoredTensor
+from lora_engine.checkpoints.stored_tensor import StoredTensor
 from lora_engine.errors import BaseModelError, SettingsError
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 from lora_engine.streaming.arithmetic import CHECKPOINT_METHODS, CheckpointMethod

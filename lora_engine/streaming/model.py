@@ -13,7 +13,7 @@ from lora_engine.bases.source import resolve_base
 from lora_engine.checkpoints.names import checkpoint_names, stored_name
 from lora_engine.checkpoints.quantization import is_description, read_stored
 from lora_engine.checkpoints.recognize import component_of, recognize
-from lora_engine.checkpoints.tensor_files import StoredTensor
+from lora_engine.checkpoints.stored_tensor import StoredTensor
 from lora_engine.checkpoints.text_names import canonical_text_name, text_tensor_name
 from lora_engine.checkpoints.transformer_names import OriginalTransformer, find_transformer
 from lora_engine.errors import BaseModelError

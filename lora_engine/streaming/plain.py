@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lora_engine.checkpoints.packed import plan_packed
 from lora_engine.checkpoints.quantization import StoredFile, is_description, read_stored
-from lora_engine.checkpoints.tensor_files import PLAIN, PlannedTensor, StoredTensor, stored_tensors, write_tensors
+from lora_engine.checkpoints.stored_tensor import PLAIN, PlannedTensor, StoredTensor
+from lora_engine.checkpoints.tensor_files import stored_tensors, write_tensors
 from lora_engine.documents import read_json_object
 from lora_engine.errors import BaseModelError
 from lora_engine.files import atomic_write, canonical_json

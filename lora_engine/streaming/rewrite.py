@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.checkpoints.scales import FLOATS, multiply, read_scale
-from lora_engine.checkpoints.tensor_files import StoredTensor
+from lora_engine.checkpoints.stored_tensor import StoredTensor
 from lora_engine.errors import BaseModelError, EngineError
 from lora_engine.files import atomic_write, canonical_json
 from lora_engine.finite import are_finite, is_finite, not_finite

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.checkpoints.scales import FLOATS, read_scale
-from lora_engine.checkpoints.tensor_files import StoredTensor
+from lora_engine.checkpoints.stored_tensor import StoredTensor
 from lora_engine.streaming.blocks import BLOCK, read_rows
 
 

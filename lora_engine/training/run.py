@@ -1,4 +1,4 @@
-"""`train`: trains an adapter on a dataset and writes it to a folder. `job` does the work."""
+"""`train`: trains an adapter on a dataset and writes it to a folder. `fitting` does the work."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lora_engine.progress import Progress, no_progress
 from lora_engine.training.determinism import deterministic
 from lora_engine.training.device import choose_device, choose_precision
 from lora_engine.training.distributed import process_group
+from lora_engine.training.fitting import run_job
 from lora_engine.training.job import TrainingJob
 from lora_engine.training.record import curves_of
 from lora_engine.training.spec import TrainSettings
@@ -104,7 +105,7 @@ def train(
                 vae=vae,
                 state=states,
             )
-            result = job.run(os.fspath(base))
+            result = run_job(job, os.fspath(base))
     except (MemoryError, RuntimeError) as error:
         worded = _worded(error, settings)
         if worded is None:

@@ -6,19 +6,17 @@ A finished short training is kept in the state of the run, so an interrupted run
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lora_engine.adapters import Attachment
 from lora_engine.adapters.adapted import innermost
 from lora_engine.adapters.layer import meta_weight
 from lora_engine.adapters.select import select_modules
@@ -26,27 +24,22 @@ from lora_engine.adapters.tree import as_tree, module_shapes
 from lora_engine.documents import read_json_object
 from lora_engine.errors import NonFiniteError, SettingsError, TrainingError
 from lora_engine.files import atomic_write, canonical_json, sha256_bytes
-from lora_engine.seeds import generator
 from lora_engine.training.automatic import (
     PROBE_SHARE,
     PROBE_SHARE_OF_LIMIT,
     RATE_FACTORS,
     choose_blocks,
     choose_rate,
-    prefixes_up_to,
     probe_of,
 )
 from lora_engine.training.choosing import best_row
 from lora_engine.training.denoising import predict
+from lora_engine.training.job import TrainingJob
 from lora_engine.training.loop import fit
-from lora_engine.training.phases import Phase
 from lora_engine.training.prepared import Prepared
 from lora_engine.training.resolve import fit_options
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.validation import validation_batch
-
-if TYPE_CHECKING:
-    from lora_engine.training.job import TrainingJob
 
 _MAX_IMAGES = 16
 _RATE_SCALES = {"lion": 0.2, "came": 0.1}
@@ -110,13 +103,6 @@ def _gradient_norms(weights: Mapping[str, nn.Parameter], totals: dict[str, float
             hook.remove()
         for name, weight in weights.items():
             weight.requires_grad_(before[name])
-
-
-def highest_rank(prepared: Prepared, settings: TrainSettings) -> int:
-    """Returns the highest rank that `rank: auto` can train: that of the smallest selected layer, at most 32."""
-    shapes = module_shapes(prepared.base)
-    selected = [shapes[name] for name in select_modules(shapes, settings.targets)]
-    return max(prefixes_up_to(min(min(shape[0], math.prod(shape[1:])) for shape in selected)), default=1)
 
 
 def choose_learning_rate(job: TrainingJob, prepared: Prepared, default: float) -> tuple[float, dict[str, Any]]:
@@ -186,30 +172,3 @@ def _read_losses(file: Path) -> list[float] | None:
         return None if losses is None else [float(loss) for loss in losses]
     except (OSError, TrainingError, LookupError, TypeError, ValueError):
         return []
-
-
-def with_prefixes(phase: Phase, attachment: Attachment, settings: TrainSettings) -> Phase:
-    """Returns a phase of which each step trains the first ranks only, as many as are drawn (DyLoRA, arXiv 2210.07558).
-
-    Args:
-        phase: The phase.
-        attachment: The adapter; all its deltas are plain LoRA.
-        settings: The settings; all batches of a step train the same ranks.
-    """
-    ranks = prefixes_up_to(settings.rank)
-
-    def context(number: int) -> AbstractContextManager[None]:
-        rank = _draw(ranks, settings.seed, phase.name, number // settings.accumulate)
-        return _both(phase.batch_context(number), attachment.first_ranks(rank))
-
-    return replace(phase, batch_context=context)
-
-
-def _draw(ranks: Sequence[int], seed: int, phase: str, step: int) -> int:
-    return ranks[int(torch.randint(len(ranks), (), generator=generator(seed, "prefix", phase, step)))]
-
-
-@contextmanager
-def _both(outer: AbstractContextManager[None], inner: AbstractContextManager[None]) -> Iterator[None]:
-    with outer, inner:
-        yield

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import ColumnElement, Select, String, cast, literal_column, select, tuple_
@@ -37,6 +37,25 @@ class Edge:
     source: NodeId
     target: NodeId
     role: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the graph.
+
+    Args:
+        kind: Kind of the node.
+        id: Digest, id, `name@version` or free text.
+        depth: Number of edges from the start.
+        label: Display text.
+        detail: Values of its row.
+    """
+
+    kind: NodeKind
+    id: str
+    depth: int
+    label: str = ""
+    detail: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Relation(NamedTuple):

@@ -11,10 +11,12 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from registry.errors import LineageError
+from registry.lineage import flowchart
 from registry.lineage.graph import (
     DOWNSTREAM,
     UPSTREAM,
     Edge,
+    Node,
     NodeId,
     NodeKind,
     downstream,
@@ -32,25 +34,6 @@ LEAST_DIGITS = 6
 
 
 @dataclass(frozen=True)
-class Node:
-    """A node of the graph.
-
-    Args:
-        kind: Kind of the node.
-        id: Digest, id, `name@version` or free text.
-        depth: Number of edges from the start.
-        label: Display text.
-        detail: Values of its row.
-    """
-
-    kind: NodeKind
-    id: str
-    depth: int
-    label: str = ""
-    detail: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Walk:
     """The result of a walk: nodes sorted by distance, and the edges between them."""
 
@@ -61,15 +44,11 @@ class Walk:
 
     def to_mermaid(self) -> str:
         """Returns the graph as a Mermaid flowchart, which GitHub and notebooks render."""
-        from registry.lineage.flowchart import to_mermaid
-
-        return to_mermaid(self)
+        return flowchart.to_mermaid(self.nodes, self.edges)
 
     def to_dot(self) -> str:
         """Returns the graph in the DOT language, which Graphviz draws as SVG, PNG or PDF."""
-        from registry.lineage.flowchart import to_dot
-
-        return to_dot(self)
+        return flowchart.to_dot(self.nodes, self.edges)
 
 
 def join_walks(walks: Sequence[Walk]) -> Walk:

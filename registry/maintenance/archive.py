@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_engine.files import atomic_write
 from registry.errors import StoreError, disk_errors
-from registry.store.artifacts import check_relative
+from registry.store.trees import check_relative
 
 ARCHIVE_SUFFIX = ".tar"
 

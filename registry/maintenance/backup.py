@@ -17,62 +17,32 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 from filelock import Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lora_engine.documents import parse_json
 from lora_engine.files import atomic_write, canonical_json, sha256_file, sync_folder
 from registry.documents import keys
 from registry.entities import Problem, now
-from registry.errors import DamagedBlob, HomeError, LineageError, MissingBlob, StoreError, disk_errors
+from registry.errors import DamagedBlob, HomeError, MissingBlob, StoreError, disk_errors
 from registry.home import Home
 from registry.maintenance.archive import ARCHIVE_SUFFIX, pack_archive
 from registry.maintenance.backup_leftovers import PARTIAL, mark_of, remove_leftovers
-from registry.maintenance.check_chain import EVENTS, KnownHead, check_heads
+from registry.maintenance.backup_manifest import BLOBS, FORMAT, MANIFEST, SNAPSHOTS, BackupManifest, read_backup_heads
+from registry.maintenance.check_chain import EVENTS, check_heads
 from registry.maintenance.gc_roots import intact_list, known_artifacts, read_all_files, version_roots
-from registry.store.artifacts import Store, open_regular, open_store
+from registry.store.artifacts import Store, open_store
 from registry.store.blobs import Blobs
-from registry.store.chain import Head, read_head, read_links
+from registry.store.chain import read_head, read_links
 from registry.store.copy_database import copy_tables
 from registry.store.database import Database, name_of, sqlite_file
 from registry.store.local import LocalBlobs
 from registry.store.snapshot import readable
 
-FORMAT = 1
-BLOBS, SNAPSHOTS, MANIFEST = "blobs", "snapshots", "manifest.json"
 DATABASES = ("lineage.db", "mlflow.db")
 KEPT = ("*.yaml", f"{keys.FOLDER}/*{keys.KEY_SUFFIX}")
 """Patterns of other files in a backup: settings, policies and trusted keys."""
-_MANIFEST_SIZE = 1 << 30
 _COPIES = 8
 """Blobs that are copied at once."""
-_REMEDY = "take another backup"
-
-
-class BackupManifest(BaseModel):
-    """Contents of a backup.
-
-    Attributes:
-        format: Version of the layout.
-        created_at: Time of the backup, ISO 8601 in UTC.
-        home: Path of the home.
-        files: Databases and settings beside the manifest: name -> digest.
-        blobs: Digest -> size in bytes.
-        left_out: Descriptions of parts of the home that the backup does not contain.
-        head: The newest event of the log, `NUMBER:DIGEST`; empty without events, and in backups of earlier releases.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format: Annotated[int, Field(ge=0, le=1_000_000)]
-    created_at: str
-    home: str
-    files: dict[str, str]
-    blobs: dict[str, Annotated[int, Field(ge=0, lt=1 << 63)]]
-    left_out: tuple[str, ...] = ()
-    head: str = ""
 
 
 @dataclass(frozen=True)
@@ -227,49 +197,6 @@ def _copy_blobs(source: Blobs, target: Blobs, digests: Sequence[str]) -> Iterato
         yield from zip(digests, pool.map(copy, digests), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def read_backup_manifest(snapshot: Path) -> BackupManifest:
-    """Returns the manifest in the folder of a snapshot.
-
-    Raises:
-        StoreError: It is missing or invalid.
-    """
-    path = snapshot / MANIFEST
-    try:
-        with open_regular(path) as file:
-            content = file.read(_MANIFEST_SIZE)
-        return BackupManifest.model_validate(parse_json(content, str(path), StoreError, remedy=_REMEDY))
-    except OSError as error:
-        raise StoreError(f"the manifest cannot be read ({error})", where=str(path), remedy=_REMEDY) from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "the manifest"
-        raise StoreError(
-            f"the manifest cannot be read: {key}: {first['msg']}", where=str(path), remedy=_REMEDY
-        ) from error
-
-
-def read_backup_heads(folder: Path) -> list[KnownHead]:
-    """Returns the heads of the log in the manifests of a folder of backups, oldest first, or of one snapshot in it.
-
-    Raises:
-        StoreError: It is no folder of backups and no snapshot, or a manifest is damaged.
-    """
-    snapshots = folder / SNAPSHOTS
-    paths = sorted(snapshots.glob(f"[!.]*/{MANIFEST}")) if snapshots.is_dir() else [folder / MANIFEST]
-    heads = []
-    for path in paths:
-        manifest = read_backup_manifest(path.parent)
-        try:
-            head = Head.parse(manifest.head) if manifest.head else None
-        except LineageError as error:
-            raise StoreError(
-                f"the manifest of a backup cannot be read ({error})", where=str(path), remedy="name another folder"
-            ) from None
-        if head:
-            heads.append(KnownHead(head, f"backup of {manifest.created_at} in {path.parent}"))
-    return heads
 
 
 def _referenced_blobs(database: Database, store: Store) -> tuple[dict[str, str], list[Problem]]:

@@ -17,8 +17,7 @@ from registry.lineage.record import is_alive
 from registry.store.cells import find_damaged_cells
 from registry.store.snapshot import readable
 from registry.store.tables import ExecutionRow, InputRow, RevocationRow, RunRow, VersionRow
-from registry.versions.projections import project_revocations, project_states
-from registry.versions.promotion import replay
+from registry.versions.projections import project_revocations, project_states, replay
 
 _REPLAY = "`loraline fsck --repair` restores the state of the log; then find out what changed the database"
 _DATABASE = "restore the database from a backup"

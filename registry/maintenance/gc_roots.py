@@ -17,7 +17,6 @@ from registry.entities import ArtifactRef, FileEntry
 from registry.lineage.graph import Edge, NodeId, Relation, upstream, version_ids, version_ref
 from registry.lineage.record import is_alive
 from registry.lineage.rows import artifact_ref
-from registry.store.artifacts import encode_tree
 from registry.store.database import batched
 from registry.store.tables import (
     AliasRow,
@@ -30,6 +29,7 @@ from registry.store.tables import (
     RunRow,
     VersionRow,
 )
+from registry.store.trees import encode_tree
 
 
 def version_roots(session: Session) -> set[str]:

@@ -30,8 +30,7 @@ from registry.maintenance.repair_cells import repair_cells
 from registry.store.artifacts import open_store
 from registry.store.database import Database, sqlite_file
 from registry.store.tables import AliasRow, RevocationRow, VersionRow
-from registry.versions.projections import project_revocations, project_states
-from registry.versions.promotion import replay
+from registry.versions.projections import project_revocations, project_states, replay
 from registry.versions.versions import Versions
 
 __all__ = ["Repair", "repair"]

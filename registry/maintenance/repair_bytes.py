@@ -20,9 +20,10 @@ from registry.home import Home
 from registry.lineage.rows import record_contents
 from registry.maintenance.check_bytes import read_digests
 from registry.maintenance.gc_roots import intact_list, known_artifacts, read_all_files, version_roots
-from registry.store.artifacts import Store, encode_tree
+from registry.store.artifacts import Store
 from registry.store.database import Database
 from registry.store.tables import ContentRow
+from registry.store.trees import encode_tree
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,10 @@ from registry.entities import now
 from registry.errors import HomeError, MissingBlob, StoreError, database_error, disk_errors
 from registry.home import Home
 from registry.maintenance.archive import ARCHIVE_SUFFIX, unpack_archive
-from registry.maintenance.backup import (
+from registry.maintenance.backup import DATABASES, KEPT
+from registry.maintenance.backup_manifest import (
     BLOBS,
-    DATABASES,
     FORMAT,
-    KEPT,
     MANIFEST,
     SNAPSHOTS,
     BackupManifest,
@@ -38,10 +37,11 @@ from registry.maintenance.backup import (
 )
 from registry.maintenance.restored_tables import prepare_mlflow, prepare_tables
 from registry.settings import NAME, VARIABLES, Settings, read_file, write_file
-from registry.store.artifacts import check_relative, open_regular, open_store
+from registry.store.artifacts import open_store
 from registry.store.blobs import Blobs, check_digest, copy_verified
 from registry.store.local import LocalBlobs
 from registry.store.redaction import redact_url
+from registry.store.trees import check_relative, open_regular
 
 _PARTIAL, _LOCK = ".partial", "lock"
 _GRACE = 60.0

@@ -14,12 +14,12 @@ from pathlib import Path
 from sqlalchemy import StaticPool, create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from registry.entities import check_alias, check_name
 from registry.errors import StoreError, VersionError
 from registry.home import Home
 from registry.maintenance.check_rows import check_sqlite
-from registry.store.artifacts import check_relative
+from registry.refs import check_alias, check_name
 from registry.store.schema import create_tables, file_schema
+from registry.store.trees import check_relative
 from registry.versions.rewrite_uris import confine_artifact_uris
 
 _INTERNAL = {"sqlite_sequence", "sqlite_stat1", "sqlite_stat4"}

@@ -8,13 +8,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_engine.documents import read_document
-from registry.entities import check_alias
 from registry.errors import PolicyError, VersionError
 from registry.policy.alias_policy import PRESETS, AliasPolicy
 from registry.policy.consent import ConsentPolicy
 from registry.policy.identity_policy import IdentityPolicy
 from registry.policy.licenses import describe_problems
 from registry.policy.roles import Permission, Role, find_denial
+from registry.refs import check_alias
 
 _NAME = "policy.yaml"
 _KEYS = "policy, aliases, consent, recall, similar, similarity, identity, roles"

@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from lora_engine.files import FilePath, atomic_write, canonical_json, is_file_name, sha256_bytes
-from registry.entities import ArtifactRef, FileEntry, Problem, is_digest
+from lora_engine.files import FilePath, atomic_write, sha256_bytes
+from registry.entities import ArtifactRef, FileEntry, Problem
 from registry.errors import DamagedBlob, MissingBlob, StoreError, disk_errors
 from registry.home import Home
 from registry.store.blobs import Blobs, copy_hashed, damaged
 from registry.store.local import LocalBlobs
 from registry.store.remote import open_blobs
+from registry.store.trees import check_relative, encode_tree, open_regular, parse_tree, scan_tree
 
 Content = FilePath | bytes
 
@@ -59,7 +57,7 @@ class Store:
             StoreError: The folder is missing or empty, or contains a link, a device or a name that is not portable.
             HomeError: The disk is full or read-only.
         """
-        return self.put_files(kind, _scan(Path(folder)))
+        return self.put_files(kind, scan_tree(Path(folder)))
 
     def put_files(self, kind: str, files: Mapping[str, Content]) -> ArtifactRef:
         """Stores files as one artifact, and returns its reference; `put` does the same for a folder.
@@ -90,7 +88,7 @@ class Store:
             MissingBlob: The list is gone.
             DamagedBlob: The list differs from what was stored, or is of another kind.
         """
-        return _parse_tree(self._read_blob(ref.sha256, f"list of {ref.kind} {ref.sha256[:12]}"), ref)
+        return parse_tree(self._read_blob(ref.sha256, f"list of {ref.kind} {ref.sha256[:12]}"), ref)
 
     def read(self, ref: ArtifactRef, relative: str) -> bytes:
         """Returns the verified bytes of one file of an artifact.
@@ -242,80 +240,6 @@ def open_store(home: Home) -> Store:
     """
     url = home.store_url
     return Store(home.store, open_blobs(url) if url else None)
-
-
-def encode_tree(kind: str, files: Mapping[str, FileEntry]) -> bytes:
-    """Returns the canonical list of an artifact's files; its digest names the artifact."""
-    return canonical_json({"kind": kind, "files": {path: vars(entry) for path, entry in files.items()}})
-
-
-def check_relative(relative: str) -> str:
-    """Returns the relative path of a file in an artifact unchanged.
-
-    Raises:
-        StoreError: It is absolute, leaves the tree, or has a character that some file systems cannot write.
-    """
-    if not all(map(is_file_name, relative.split("/"))):
-        raise StoreError(
-            f"invalid path {relative!r} of a file in an artifact",
-            allowed="relative paths of printable names with '/', without '.', '..' and backslashes",
-        )
-    return relative
-
-
-def _scan(folder: Path) -> dict[str, Content]:
-    if folder.is_symlink() or not folder.is_dir():
-        raise StoreError("not a folder", where=str(folder), allowed="a folder of regular files")
-    files: dict[str, Content] = {}
-    for base, folders, names in os.walk(folder):
-        for name in [*folders, *names]:
-            path = Path(base) / name
-            mode = path.lstat().st_mode
-            if stat.S_ISREG(mode):
-                files[path.relative_to(folder).as_posix()] = path
-            elif not stat.S_ISDIR(mode):
-                raise _irregular(path)
-    return files
-
-
-def open_regular(path: Path) -> io.BufferedReader:
-    """Opens a regular file for reading, never a link, a pipe or a device.
-
-    Raises:
-        StoreError: It is missing, or not a regular file.
-    """
-    try:
-        # The path may have been replaced since the scan: do not follow a link or wait for the writer of a pipe.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-    except FileNotFoundError:
-        raise StoreError("no such file", where=str(path)) from None
-    except OSError as error:
-        raise _irregular(path) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise _irregular(path)
-    return os.fdopen(descriptor, "rb")
-
-
-def _irregular(path: Path) -> StoreError:
-    return StoreError(
-        "not a readable regular file",
-        where=str(path),
-        allowed="regular files; no links, pipes or devices",
-        remedy="replace it with a copy of the file",
-    )
-
-
-def _parse_tree(content: bytes, ref: ArtifactRef) -> dict[str, FileEntry]:
-    where = f"list of {ref.kind} {ref.sha256[:12]}"
-    try:
-        tree = json.loads(content)
-        files = {check_relative(path): FileEntry(**entry) for path, entry in tree["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedBlob("the bytes of this digest are not a list of files", where=where) from error
-    if tree.get("kind") != ref.kind or not all(is_digest(entry.sha256) for entry in files.values()):
-        raise DamagedBlob(f"it lists an artifact of kind {tree.get('kind')!r}", where=where, allowed=repr(ref.kind))
-    return files
 
 
 def _problem(error: StoreError, where: str = "") -> Problem:

@@ -17,7 +17,6 @@ from sqlalchemy.orm import Session
 from sqlalchemy.types import JSON, NullType
 
 from registry.entities import (
-    NAME_RULE,
     Action,
     ContentKind,
     EventType,
@@ -28,7 +27,7 @@ from registry.entities import (
     VersionState,
     is_digest,
 )
-from registry.refs import is_unicode
+from registry.refs import NAME_RULE, is_unicode
 from registry.store.damaged import DamagedCell, show_cell
 from registry.store.tables import ArtifactRow, Instant, Table
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from registry import changes, event_log, queries
-from registry.entities import AdapterVersion, Event, check_alias
+from registry.entities import AdapterVersion, Event
 from registry.errors import PromotionError, Refused
 from registry.policy.actors import establish_actor
 from registry.policy.approvals import Endorsement, endorsed_digests, read_endorsements, read_makers
 from registry.policy.policy_file import read_policies
+from registry.refs import check_alias
 from registry.versions.expected_version import require_expected
 from registry.versions.guard import guarded
 from registry.versions.promotion import require_reason

@@ -18,7 +18,7 @@ from registry.policy.ancestry import descendants
 from registry.policy.rights import revoked_upstream
 from registry.store.database import batched
 from registry.store.tables import ContentRow, EventRow, ExecutionRow, RunRow
-from registry.versions.promotion import stack
+from registry.versions.projections import stack
 from registry.versions.subjects import RevocationTarget, find_target
 
 Recall = Literal["flag", "withdraw"]

@@ -11,9 +11,9 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from registry.entities import check_name
 from registry.errors import MlflowError, disk_errors
 from registry.home import Home
+from registry.refs import check_name
 from registry.store.database import sqlite_file
 from registry.store.redaction import redact
 from registry.versions.mlflow_tables import PREFIX, TRAINING_KEY

@@ -1,7 +1,4 @@
-"""Computes states of versions and revocations from the event log; `promotion.replay` computes the aliases.
-
-Pure functions over events.
-"""
+"""Computes aliases, states of versions and revocations from the event log alone: pure functions over events."""
 
 from __future__ import annotations
 
@@ -10,6 +7,29 @@ from collections.abc import Iterable, Mapping
 from registry.entities import Event, VersionState
 
 _STATES: dict[str, VersionState] = {"withdraw": "WITHDRAWN", "delete": "DELETED", "restore": "ACTIVE"}
+
+
+def replay(events: Iterable[Event]) -> dict[tuple[str, str], int]:
+    """Computes the aliases from the log alone: (name, alias) -> number."""
+    aliases: dict[tuple[str, str], int | None] = {}
+    for event in sorted(events, key=lambda entry: entry.seq):
+        if event.alias and event.action != "refuse":
+            aliases[event.name, event.alias] = event.after
+    return {key: number for key, number in aliases.items() if number is not None}
+
+
+def stack(events: Iterable[Event]) -> list[int]:
+    """Returns the versions that one alias had, oldest first, without those that were rolled back."""
+    numbers: list[int] = []
+    for event in events:
+        if event.action == "refuse" or event.after is None:
+            continue
+        if event.action == "rollback" and event.after in numbers:
+            last = len(numbers) - 1 - numbers[::-1].index(event.after)
+            del numbers[last + 1 :]
+        else:
+            numbers.append(event.after)
+    return numbers
 
 
 def project_states(events: Iterable[Event]) -> dict[tuple[str, int], VersionState]:

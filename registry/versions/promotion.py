@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from sqlalchemy.orm import Session
 
 from registry import changes, event_log, queries
-from registry.entities import Action, AdapterVersion, Decision, Event, check_alias
+from registry.entities import Action, AdapterVersion, Decision, Event
 from registry.errors import PromotionError, Refused
 from registry.policy.actors import establish_actor
 from registry.policy.alias_policy import AliasPolicy
@@ -18,12 +18,11 @@ from registry.policy.evaluate import evaluate_policy
 from registry.policy.policy_file import Policies, read_policies
 from registry.policy.rights import revoked_upstream
 from registry.policy.votes import find_unvoted
+from registry.refs import check_alias
 from registry.versions.expected_version import require_expected
 from registry.versions.guard import guarded
-from registry.versions.projections import find_overridden
+from registry.versions.projections import find_overridden, replay, stack
 from registry.versions.versions import Versions
-
-__all__ = ["evaluate_policy", "history", "promote", "read_log", "remove", "replay", "rollback"]
 
 
 @guarded("promote", alias="to")
@@ -91,13 +90,7 @@ def promote(
             versions.sync()
             return events[-1]
     policies = read_policies(versions.home.path)
-    policy = policies.of(to)
-    action: Action = "promote"
-    if not decision.allowed:
-        if not override or decision.final or not policy.overridable:
-            remedy = _remedy(override, decision, policy)
-            raise Refused(f"it cannot become {to!r}", reasons=decision.reasons, where=version.ref, remedy=remedy)
-        action = "override"
+    action = _require_allowed(decision, policies.of(to), version, to, override=override)
     details = {"overridden": list(overridden)} if action == "override" else {}
     details |= {"warnings": list(decision.warnings)} if decision.warnings else {}
     with versions.lineage.database.write() as session:
@@ -149,19 +142,10 @@ def rollback(
         if not any(event.action != "refuse" for event in events):
             queries.read_version(session, name, alias)
         current = queries.alias_target(session, name, alias)
-        numbers = stack(events)
-        earlier = [number for number in (numbers if current is None else numbers[:-1]) if number != current]
         requested = queries.find_row(session, name, to).version if to is not None else None
         if to_event is not None:
             requested = _target_at(events, to_event, alias)
-        if not earlier or (requested is not None and requested not in earlier):
-            allowed = ", ".join(map(str, dict.fromkeys(earlier))) or "none; it has had one version only"
-            raise PromotionError(
-                f"{alias!r} cannot be rolled back" + (f" to version {requested}" if requested else ""),
-                where=name,
-                allowed=allowed,
-            )
-        target = queries.read_version(session, name, requested or earlier[-1])
+        target = queries.read_version(session, name, _find_earlier(events, current, requested, name, alias))
     # What was overridden when the version had the alias does not count again.
     damage = versions.damage(target)
     decision = evaluate_policy(versions, target, alias, actor=actor, damage=damage, approvals=False)
@@ -248,29 +232,6 @@ def read_log(versions: Versions) -> list[Event]:
         return event_log.read_events(session)
 
 
-def replay(events: Iterable[Event]) -> dict[tuple[str, str], int]:
-    """Computes the aliases from the log alone: (name, alias) -> number."""
-    aliases: dict[tuple[str, str], int | None] = {}
-    for event in sorted(events, key=lambda entry: entry.seq):
-        if event.alias and event.action != "refuse":
-            aliases[event.name, event.alias] = event.after
-    return {key: number for key, number in aliases.items() if number is not None}
-
-
-def stack(events: Iterable[Event]) -> list[int]:
-    """Returns the versions that one alias had, oldest first, without those that were rolled back."""
-    numbers: list[int] = []
-    for event in events:
-        if event.action == "refuse" or event.after is None:
-            continue
-        if event.action == "rollback" and event.after in numbers:
-            last = len(numbers) - 1 - numbers[::-1].index(event.after)
-            del numbers[last + 1 :]
-        else:
-            numbers.append(event.after)
-    return numbers
-
-
 def require_reason(reason: str, problem: str) -> str:
     """Returns the reason without surrounding whitespace.
 
@@ -280,6 +241,18 @@ def require_reason(reason: str, problem: str) -> str:
     if not reason.strip():
         raise PromotionError(f"{problem} without a reason", remedy="give a reason; the log stores it")
     return reason.strip()
+
+
+def _require_allowed(
+    decision: Decision, policy: AliasPolicy, version: AdapterVersion, alias: str, *, override: bool
+) -> Action:
+    """Returns `promote`, or `override` for a refusal that the user overrides; raises Refused for any other."""
+    if decision.allowed:
+        return "promote"
+    if not override or decision.final or not policy.overridable:
+        remedy = _remedy(override, decision, policy)
+        raise Refused(f"it cannot become {alias!r}", reasons=decision.reasons, where=version.ref, remedy=remedy)
+    return "override"
 
 
 def _remedy(override: bool, decision: Decision, policy: AliasPolicy) -> str:
@@ -312,6 +285,20 @@ def _refuse_revoked(session: Session, version: AdapterVersion, alias: str) -> No
     if revoked:
         reasons = tuple(f"{subject} was revoked" for subject in revoked)
         raise Refused(f"it cannot become {alias!r}", reasons=reasons, where=version.ref)
+
+
+def _find_earlier(events: Sequence[Event], current: int | None, requested: int | None, name: str, alias: str) -> int:
+    """Returns the requested version, or the latest before the current one, if the alias pointed at it before."""
+    numbers = stack(events)
+    earlier = [number for number in (numbers if current is None else numbers[:-1]) if number != current]
+    if not earlier or (requested is not None and requested not in earlier):
+        allowed = ", ".join(map(str, dict.fromkeys(earlier))) or "none; it has had one version only"
+        raise PromotionError(
+            f"{alias!r} cannot be rolled back" + (f" to version {requested}" if requested else ""),
+            where=name,
+            allowed=allowed,
+        )
+    return requested or earlier[-1]
 
 
 def _target_at(events: Sequence[Event], seq: int, alias: str) -> int:

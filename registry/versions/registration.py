@@ -19,7 +19,8 @@ from registry.lineage.rows import record_artifacts, record_contents
 from registry.policy.alias_policy import numbers
 from registry.policy.evaluate import evaluate_policy
 from registry.policy.policy_file import read_policies
-from registry.store.artifacts import Content, check_relative
+from registry.store.artifacts import Content
+from registry.store.trees import check_relative
 from registry.versions.guard import log_refusal
 from registry.versions.late_revocations import follow_revocations
 
@@ -34,6 +35,13 @@ def require_finite(values: Mapping[str, Any], where: str) -> None:
     if broken:
         first = ", ".join(f"{path} = {value!r}" for path, value in list(broken.items())[:4])
         raise VersionError(f"{len(broken)} numbers are not finite: {first}", where=where, allowed="finite numbers")
+
+
+def require_file(files: Mapping[str, FileEntry], name: str, artifact: ArtifactRef) -> None:
+    """Raises VersionError if an artifact has no file of this name."""
+    if name not in files:
+        where = f"artifact {artifact.sha256[:12]}"
+        raise VersionError(f"no file {name!r}", where=where, allowed=repr([*files]))
 
 
 def verified_files(context: RegistryContext, refs: Sequence[ArtifactRef]) -> dict[ArtifactRef, dict[str, FileEntry]]:

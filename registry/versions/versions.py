@@ -17,13 +17,13 @@ from registry import changes, event_log, queries
 from registry.context import RegistryContext
 from registry.documents.signing import require_valid_signature
 from registry.documents.storage import write_missing
-from registry.entities import AdapterVersion, ArtifactRef, Event, check_alias, check_name
+from registry.entities import AdapterVersion, ArtifactRef, Event
 from registry.errors import HomeError, MlflowError, VersionError
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.policy.actors import establish_actor
 from registry.policy.conditions import require_policy
-from registry.refs import can_exist
+from registry.refs import can_exist, check_alias, check_name
 from registry.store.artifacts import Content, Store
 from registry.store.blobs import damaged
 from registry.store.database import require_json
@@ -31,7 +31,14 @@ from registry.store.redaction import redact_values
 from registry.versions.guard import guarded
 from registry.versions.mlflow_drift import RESTORE, find_drift
 from registry.versions.mlflow_sync import is_synced, sync_mlflow
-from registry.versions.registration import Curves, insert_registered, put_metadata, require_finite, verified_files
+from registry.versions.registration import (
+    Curves,
+    insert_registered,
+    put_metadata,
+    require_file,
+    require_finite,
+    verified_files,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -130,12 +137,7 @@ class Versions(RegistryContext):
         require_finite(curves or {}, "curves")
         require_json(VersionError, {"card": card, "metrics": metrics, "gates": list(gates), "params": params}, name)
         files = verified_files(self, [artifact, *([report] if report else [])])
-        if adapter_file not in files[artifact]:
-            raise VersionError(
-                f"no file {adapter_file!r}",
-                where=f"artifact {artifact.sha256[:12]}",
-                allowed=repr([*files[artifact]]),
-            )
+        require_file(files[artifact], adapter_file, artifact)
         metadata = put_metadata(self, params, curves or {}, pictures or {}, documents or {})
         values = {
             "identity": queries.identity_of(artifact, report),

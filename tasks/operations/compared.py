@@ -7,7 +7,7 @@ from registry.entities import AdapterVersion, ArtifactRef
 from registry.errors import GoneVersion, Refused, UnknownName, UnknownVersion
 from registry.home import Home
 from registry.refs import split_ref, version_number
-from registry.versions.promotion import stack
+from registry.versions.projections import stack
 from registry.versions.versions import Versions
 
 

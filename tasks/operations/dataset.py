@@ -92,6 +92,11 @@ def examine_folder(
     examination = replace(examination, advice=(*examination.advice, *map(str, findings), *odd), ratings=ratings)
     if page is not None:
         atomic_write(page, render_contact_sheet(images.resolve().name, examination).encode())
+    return {**_describe(examination), "page": str(page) if page is not None else None}
+
+
+def _describe(examination: Examination) -> dict[str, Any]:
+    """Returns what was found as JSON values; see `examine_folder`."""
     manifest, prepared = examination.manifest, examination.prepared
     names = [image.entry.source for image in examination.images]
     return {
@@ -108,9 +113,8 @@ def examine_folder(
         },
         "flaws": {image.entry.source: list(image.flaws) for image in examination.images if image.flaws},
         "duplicates": [asdict(group) for group in examination.duplicates],
-        "ratings": dict(ratings),
+        "ratings": dict(examination.ratings),
         "advice": list(examination.advice),
-        "page": str(page) if page is not None else None,
     }
 
 

@@ -12,10 +12,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from lora_engine.documents import read_document
 from lora_engine.errors import did_you_mean
 from lora_engine.files import is_file_name
-from registry.entities import NAME_RULE, check_alias
 from registry.errors import VersionError
 from registry.home import Home
 from registry.policy.licenses import describe_problems
+from registry.refs import NAME_RULE, check_alias
 from tasks.errors import SpecError
 
 DELIVERY_FILE = "delivery.yaml"

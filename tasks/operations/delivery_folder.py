@@ -15,9 +15,9 @@ from uuid import uuid4
 from lora_engine.errors import EngineError
 from lora_engine.files import atomic_write, check_within, write_within
 from registry.errors import StoreError
-from registry.store.artifacts import check_relative
 from registry.store.redaction import redact_url
 from registry.store.remote_errors import malformed_url, unsupported_protocol, with_context
+from registry.store.trees import check_relative
 from tasks.errors import DeliveryError
 
 _ATOMIC_UPLOAD = frozenset({"s3", "s3a", "gs", "gcs"})

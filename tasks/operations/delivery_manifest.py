@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from lora_engine.documents import parse_json
 from lora_engine.files import canonical_json
 from registry.errors import StoreError
-from registry.store.artifacts import check_relative
+from registry.store.trees import check_relative
 from tasks.errors import DeliveryError
 from tasks.operations.delivery_file import DeliveryLayout, DeliveryTarget
 from tasks.operations.delivery_folder import TargetFolder

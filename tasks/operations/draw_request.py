@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_engine.errors import SettingsError
-from lora_engine.inference import ComposedEngine, ImageFormat
-from lora_engine.inference.variation import NoiseVariation
+from lora_engine.inference import ImageFormat
+from lora_engine.inference.draw_options import DrawOptions
 
 if TYPE_CHECKING:
     from lora_engine.inference.draw_settings import DrawSettings
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class DrawRequest:
-    """What to draw.
+class DrawRequest(DrawOptions):
+    """What to draw; see also `DrawOptions`.
 
     Attributes:
         prompt: In A1111's syntax (docs/prompts.md); may name adapters: `<lora:name@production:0.7>` or
@@ -27,25 +27,11 @@ class DrawRequest:
         negative: The negative prompt.
         count: Number of images; of a grid, one per cell.
         seed: Seed of the first image; the others count up.
-        steps: Number of denoising steps.
-        guidance: Scale of classifier-free guidance.
-        size: (height, width) in pixels; None means that of the image to start from, or the base's own.
-        sampler: Name in sd-scripts, A1111 or diffusers; None is the base's own.
         clip_skip: Layer of the text encoders; None means that of the adapters' training.
         vae: Another autoencoder: a folder or a hub id.
-        image: Image to start from; None starts from noise.
-        mask: Mask of that image, whose light parts are drawn; None draws all.
-        strength: Share of the steps that run on the image.
-        enlarge: Factor by which each image is enlarged and drawn again; 1 does not.
-        enlarged_strength: Share of the steps that run on the enlarged image.
-        engine: `auto`, `merged` or `attached`; see `lora_engine.inference.composition.compose`.
         regions: Prompts of parts of the image, `WHERE=PROMPT`; see `lora_engine.inference.regions.parse_region`.
         feather: Standard deviation of the blur of the regions' borders, in pixels.
         only_regions: True draws only what the regions cover of `image`.
-        adapter_guidance: Scale between the predictions without and with the adapters; 1 is that with them.
-        variation: Noise that is mixed in; see `DrawSettings`.
-        seed_size: (height, width) in pixels whose noise is put into the middle; None means the size.
-        batch: Images that are drawn at once.
         tile_vae: True decodes one image at a time, in tiles.
         offload: Share of the denoiser's linear layers whose weights stay in the CPU's memory.
         previews: Steps between two updates of `preview.png`; 0 writes none.
@@ -59,25 +45,12 @@ class DrawRequest:
     negative: str = ""
     count: int = 1
     seed: int = 0
-    steps: int = 20
-    guidance: float = 3.0
-    size: tuple[int, int] | None = None
-    sampler: str | None = None
+    _: KW_ONLY
     clip_skip: int | None = None
     vae: str | None = None
-    image: Path | None = None
-    mask: Path | None = None
-    strength: float = 0.75
-    enlarge: float = 1.0
-    enlarged_strength: float = 0.5
-    engine: ComposedEngine = "auto"
     regions: tuple[str, ...] = ()
     feather: float = 0.0
     only_regions: bool = False
-    adapter_guidance: float = 1.0
-    variation: NoiseVariation | None = None
-    seed_size: tuple[int, int] | None = None
-    batch: int = 8
     tile_vae: bool = False
     offload: float = 0.0
     previews: int = 0
@@ -120,19 +93,6 @@ def settings_of(request: DrawRequest) -> DrawSettings:
     is_varied = request.variation is not None and request.variation.strength > 0.0
     return DrawSettings(
         [request.seed] * request.count if is_varied else range(request.seed, request.seed + request.count),
-        steps=request.steps,
-        guidance=request.guidance,
-        size=request.size,
-        sampler=request.sampler,
-        image=request.image,
-        mask=request.mask,
-        strength=request.strength,
-        enlarge=request.enlarge,
-        enlarged_strength=request.enlarged_strength,
-        engine=request.engine,
-        regions=Regions(tuple(map(parse_region, request.regions)), request.feather, request.only_regions),
-        adapter_guidance=request.adapter_guidance,
-        variation=request.variation,
-        seed_size=request.seed_size,
-        batch=request.batch,
+        Regions(tuple(map(parse_region, request.regions)), request.feather, request.only_regions),
+        **{option.name: getattr(request, option.name) for option in fields(DrawOptions)},
     )

@@ -117,6 +117,7 @@ class OpenDrawing:
             progress=self._publish,
             on_step=on_step,
             on_images=on_images,
+            drawing=drawing,
         )
         self._finished += settings.image_steps
         self._note_recommended(tags, drawing)

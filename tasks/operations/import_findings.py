@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import Session
 
@@ -22,29 +22,11 @@ from registry.policy.revocations import describe_revoked, find_blocks, find_revo
 from registry.policy.rights import terms_of
 from registry.versions.versions import Versions
 from tasks.content import ContentSources, find_sources
+from tasks.operations.import_request import ImportRequest
 
 if TYPE_CHECKING:
     from lora_engine.formats import Card
     from lora_engine.formats.content import AdapterContent
-
-
-class Statements(Protocol):
-    """The user's statements about a file; see `ImportRequest`."""
-
-    @property
-    def name(self) -> str:
-        """The name to register."""
-        ...
-
-    @property
-    def license(self) -> str:
-        """The license."""
-        ...
-
-    @property
-    def override(self) -> bool:
-        """True overrides refusals."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -84,7 +66,7 @@ class ImportFindings:
 
 def judge_import(
     versions: Versions,
-    request: Statements,
+    request: ImportRequest,
     files: Mapping[str, str],
     content: AdapterContent,
     header: Mapping[str, Any],
@@ -173,7 +155,7 @@ def _warnings(licenses: Licenses, stated: LicenseTerms, in_header: object, sourc
         yield f"the header names the parent {claim!r}, which is unknown here"
 
 
-def _log_refusal(versions: Versions, request: Statements, files: Mapping[str, str], reasons: Iterable[str]) -> None:
+def _log_refusal(versions: Versions, request: ImportRequest, files: Mapping[str, str], reasons: Iterable[str]) -> None:
     details = {"name": request.name, "license": request.license, "files": dict(files)}
     actor = establish_actor(versions)
     with versions.lineage.database.write() as session:

@@ -69,7 +69,7 @@ def merge_named(
         RegistryError: A version does not exist, or the images are revoked.
     """
     from lora_engine.merging.files import learns, merge_files
-    from lora_engine.merging.spec import parse_options
+    from lora_engine.merging.methods import parse_options
 
     recorder = recorder_of(home, "merge", output)
     with ExitStack() as stack:

@@ -13,17 +13,18 @@ from typing import Literal
 from sqlalchemy.orm import Session
 
 from registry import event_log, queries
-from registry.entities import AdapterVersion, Event, check_alias
+from registry.entities import AdapterVersion, Event
 from registry.errors import Conflict, PromotionError
 from registry.home import Home
 from registry.policy.actors import establish_actor
 from registry.policy.conditions import AliasState, without_overridden
 from registry.policy.evaluate import evaluate_policy
 from registry.policy.policy_file import read_policies
+from registry.refs import check_alias
 from registry.versions.deletion import withdraw
 from registry.versions.endorsement import endorse
-from registry.versions.projections import find_overridden
-from registry.versions.promotion import remove, rollback, stack
+from registry.versions.projections import find_overridden, stack
+from registry.versions.promotion import remove, rollback
 from registry.versions.versions import Versions
 from tasks.operations.promote import promote_version
 from tasks.operations.status import read_aliases

@@ -13,7 +13,8 @@ from registry.lineage.record import Lineage
 from registry.store.artifacts import open_store
 from tasks.errors import NotReproducible
 from tasks.exclusion import refuse_revoked
-from tasks.operations.rebuild import RebuildPlan, plan_rebuild, rebuild
+from tasks.operations.rebuild import rebuild
+from tasks.operations.rebuild_plan import RebuildPlan, plan_rebuild
 from tasks.operations.reproduction_report import ReproductionReport, report_reproduction
 from tasks.operations.upstream import UpstreamSteps, find_upstream_steps, resolve_version
 from tasks.operations.workspace import workspace

@@ -14,7 +14,7 @@ from registry.entities import AdapterVersion, ArtifactRef, Execution
 from registry.errors import LineageError, StoreError
 from registry.store.artifacts import Store
 from tasks.operations.changes import Change, compare_records
-from tasks.operations.rebuild import RebuildPlan
+from tasks.operations.rebuild_plan import RebuildPlan
 from tasks.operations.upstream import UpstreamSteps
 from tasks.operations.weights import compare_weights, read_file_card
 from tasks.warnings import WARNINGS

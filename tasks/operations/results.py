@@ -18,8 +18,8 @@ from registry.errors import RegistryError
 from registry.home import Home
 from registry.lineage.content import UNKNOWN_INPUTS, find_holders, find_result_sizes, has_weights
 from registry.lineage.rows import read_artifacts
-from registry.store.artifacts import encode_tree
 from registry.store.tables import ExecutionRow
+from registry.store.trees import encode_tree
 from registry.versions.versions import Versions
 from tasks.content import find_sources, read_contents, record_file_contents
 from tasks.operations.promote import find_version

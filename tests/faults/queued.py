@@ -29,7 +29,8 @@ from lora_engine.adapters import Adapter, LoraDelta
 from lora_engine.formats import Card, write_adapter
 from registry.home import Home
 from registry.maintenance.fsck import fsck
-from registry.versions.promotion import read_log, replay
+from registry.versions.projections import replay
+from registry.versions.promotion import read_log
 from registry.versions.versions import Versions
 
 PROJECT = Path(__file__).resolve().parents[2]

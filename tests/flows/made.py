@@ -18,7 +18,8 @@ from registry.policy.revocations import read_revoked
 from registry.versions.versions import Versions
 from tasks.execution import execute
 from tasks.job import prepare_job
-from tasks.operations.import_adapter import ImportRequest, ImportResult, import_adapter
+from tasks.operations.import_adapter import ImportResult, import_adapter
+from tasks.operations.import_request import ImportRequest
 from tests.flows.commands import say
 
 MERGE = """\

@@ -23,7 +23,7 @@ from registry.lineage.record import Lineage
 from registry.store.artifacts import open_store
 from tasks.job import prepare_job
 from tasks.operations.captions import find_caption_models, report_captions
-from tasks.operations.rebuild import pin_models
+from tasks.operations.rebuild_plan import pin_models
 from tasks.steps.caption import Caption
 from tests.flows.commands import loraline_here, say
 from tests.flows.shared import draw_noise

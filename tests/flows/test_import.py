@@ -29,7 +29,8 @@ from registry.lineage.record import Lineage
 from registry.policy.licenses import read_licenses
 from registry.versions.versions import Versions
 from tasks.errors import SpecError
-from tasks.operations.import_adapter import ImportRequest, import_adapter
+from tasks.operations.import_adapter import import_adapter
+from tasks.operations.import_request import ImportRequest
 from tests.flows.made import bring_in, random_adapter, run_line, write_random
 
 

@@ -21,7 +21,8 @@ from registry.versions.promotion import read_log
 from registry.versions.revocation import revoke
 from registry.versions.versions import Versions
 from tasks.operations import import_adapter as importing
-from tasks.operations.import_adapter import ImportRequest, import_adapter
+from tasks.operations.import_adapter import import_adapter
+from tasks.operations.import_request import ImportRequest
 from tests.flows.commands import loraline_here, say
 from tests.flows.made import bring_in, random_adapter, write_random
 

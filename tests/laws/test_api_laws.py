@@ -16,7 +16,8 @@ import torch
 import lora_engine as le
 import registry
 from lora_engine.registries import Loaded, Registry
-from registry.lineage.walk import Edge, Node, NodeId
+from registry.lineage.graph import Node
+from registry.lineage.walk import Edge, NodeId
 
 EXPORTED = {name: getattr(module, name) for module in (le, registry) for name in module.__all__}
 CLASSES = {name: value for name, value in EXPORTED.items() if inspect.isclass(value)}

@@ -10,10 +10,10 @@ from torch import nn
 
 from lora_engine.adapters import Adapter, LoraDelta
 from lora_engine.merging.merge import merge_adapters
+from lora_engine.merging.methods import parse_options
 from lora_engine.merging.methods.dare import dare, dare_ties
 from lora_engine.merging.methods.magnitude_prune import magnitude_prune
 from lora_engine.merging.methods.ties import ties
-from lora_engine.merging.spec import parse_options
 
 LAYERS = ("linear", "conv 3x3")
 NAMES, RANKS, ALPHAS = ("first", "second"), (3, 3), (5.0, 6.0)

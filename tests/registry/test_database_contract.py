@@ -60,7 +60,8 @@ from registry.versions import promotion
 from registry.versions.deletion import delete, restore, withdraw
 from registry.versions.mlflow_tables import read_tables
 from registry.versions.mlflow_writer import MlflowWriter
-from registry.versions.promotion import history, promote, read_log, remove, replay, rollback
+from registry.versions.projections import replay
+from registry.versions.promotion import history, promote, read_log, remove, rollback
 from registry.versions.revocation import lift, revoke
 from registry.versions.versions import Versions
 from tests.conftest import find_program

@@ -13,8 +13,8 @@ from registry.policy.approvals import endorsed_digests
 from registry.policy.policy_file import read_policies
 from registry.versions.deletion import withdraw
 from registry.versions.endorsement import endorse, list_endorsements
-from registry.versions.projections import project_states
-from registry.versions.promotion import history, promote, read_log, replay, rollback
+from registry.versions.projections import project_states, replay
+from registry.versions.promotion import history, promote, read_log, rollback
 from registry.versions.revocation import revoke
 from registry.versions.versions import Versions
 

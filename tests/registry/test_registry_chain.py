@@ -11,7 +11,8 @@ from sqlalchemy import text
 from lora_engine.files import sha256_bytes
 from registry import event_log
 from registry.errors import LineageError
-from registry.maintenance.backup import backup, read_backup_heads
+from registry.maintenance.backup import backup
+from registry.maintenance.backup_manifest import read_backup_heads
 from registry.maintenance.check_chain import EVENTS, KnownHead, check_chain
 from registry.maintenance.fsck import fsck
 from registry.maintenance.repair import repair

@@ -6,7 +6,8 @@ from registry.maintenance.fsck import fsck
 from registry.store.artifacts import open_store
 from registry.versions.deletion import delete, restore, withdraw
 from registry.versions.mlflow_writer import MlflowWriter
-from registry.versions.promotion import history, promote, remove, replay
+from registry.versions.projections import replay
+from registry.versions.promotion import history, promote, remove
 
 
 def state(versions, number, name="zorb"):

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from registry.lineage.graph import Edge, NodeId
-from registry.lineage.walk import Node, Walk
+from registry.lineage.graph import Edge, Node, NodeId
+from registry.lineage.walk import Walk
 
 EVIL = '"];\n<script>&amp;\\N\x00\x1b[31m\ud800 #35; "|'
 ENTITY = re.compile(r"#(\d+);")

@@ -10,7 +10,8 @@ from registry.policy.consent import ConsentFindings, find_consent
 from registry.policy.license_terms import UNRESTRICTED, combine, unknown
 from registry.policy.licenses import read_licenses
 from registry.policy.policy_file import read_policies
-from registry.versions.promotion import history, promote, remove, replay, rollback
+from registry.versions.projections import replay
+from registry.versions.promotion import history, promote, remove, rollback
 
 GATE = {"metric": "clip_t", "of": "difference", "min": 0.0, "max": 1.0, "value": 0.5, "passed": True}
 VERSION = AdapterVersion(

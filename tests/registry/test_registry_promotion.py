@@ -15,7 +15,8 @@ from registry.policy.consent import ConsentFindings
 from registry.policy.license_terms import UNRESTRICTED
 from registry.queries import alias_table
 from registry.versions import promotion
-from registry.versions.promotion import history, promote, replay, rollback
+from registry.versions.projections import replay
+from registry.versions.promotion import history, promote, rollback
 
 GATE = {"metric": "clip_t", "of": "difference", "min": 0.0, "max": 1.0, "value": 0.5, "passed": True}
 VERSION = AdapterVersion(

@@ -7,7 +7,8 @@ from registry.entities import Execution, now
 from registry.errors import PromotionError, Refused, RightsError
 from registry.policy.revocations import read_revoked
 from registry.versions import promotion
-from registry.versions.promotion import history, promote, read_log, replay
+from registry.versions.projections import replay
+from registry.versions.promotion import history, promote, read_log
 from registry.versions.revocation import lift, revoke
 
 GATE = {"metric": "clip_t", "of": "difference", "min": -0.05, "max": None, "value": 0.01, "passed": True}

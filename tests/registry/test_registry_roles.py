@@ -18,7 +18,8 @@ from registry.policy.roles import REQUIREMENTS, Operation, Permission, Role, fin
 from registry.store.cells import find_damaged_cells
 from registry.versions.deletion import delete, restore, withdraw
 from registry.versions.endorsement import endorse
-from registry.versions.promotion import promote, read_log, remove, replay, rollback
+from registry.versions.projections import replay
+from registry.versions.promotion import promote, read_log, remove, rollback
 from registry.versions.revocation import lift, revoke
 from registry.versions.versions import Versions
 from registry.versions.voting import log_comparison, vote

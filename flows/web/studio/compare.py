@@ -11,10 +11,10 @@ import gradio
 
 from flows.web.callers import caller_of
 from flows.web.studio.draw_adapters import constant
-from flows.web.studio.draw_events import add_send_back
+from flows.web.studio.draw_controls import add_controls
 from flows.web.studio.draw_form import DrawForm, request_of
-from flows.web.studio.page_messages import cancel_own_job, follow, show_error, show_note
-from flows.web.studio.page_style import QUIET, UNQUEUED, image_classes
+from flows.web.studio.page_messages import follow, show_error, show_note
+from flows.web.studio.page_style import QUIET, UNQUEUED
 from lora_engine.errors import SettingsError, WordedError
 from lora_engine.inference.prompts.prompt import parse_prompt
 from lora_engine.inference.prompts.tags import AdapterTag
@@ -34,7 +34,7 @@ _Files = dict[str, list[str]]
 
 def add_compare(studio: Studio) -> None:
     """Adds the tab to the open `gradio.Blocks`."""
-    form, drawn, paths, job = studio.form, gradio.State({}), gradio.State([]), gradio.State("")
+    form, drawn = studio.form, gradio.State({})
     if form is None:
         return
     with gradio.Row():
@@ -54,21 +54,27 @@ def add_compare(studio: Studio) -> None:
         info="Other adapters that it names are in all columns. Seed, steps, size are those of the tab Draw.",
         lines=2,
     )
-    with gradio.Row():
-        start = gradio.Button("Compare", variant="primary")
-        take = gradio.Button("Take the prompt of Draw")
-        cancel = gradio.Button("Cancel")
-    status = gradio.HTML(elem_classes="studio-status")
-    gallery = gradio.Gallery(
-        label="Columns side by side, a row per seed",
-        columns=3,
-        height="auto",
-        object_fit="contain",
-        format="png",
-        interactive=False,
-        elem_classes=image_classes(studio.service.settings.base),
+    controls = add_controls(studio, form, draw="Compare", gallery="Columns side by side, a row per seed", columns=3)
+    pair = _add_slider(drawn)
+    metrics = gradio.HTML(elem_classes="studio-metrics")
+
+    events = _CompareEvents(studio)
+    studio.page.load(events.list_adapters, None, [adapter, versions], **UNQUEUED)
+    adapter.focus(events.list_names, [adapter], [adapter], **UNQUEUED)
+    adapter.input(events.list_versions, [adapter], [versions], **UNQUEUED)
+    controls.take.click(events.take_prompt, [form.prompt, adapter], [text], **UNQUEUED)
+    gradio.on(
+        [controls.start.click, text.submit],
+        events.compare,
+        [adapter, versions, weight, text, *form.components],
+        [controls.status, controls.gallery, drawn, controls.paths, *pair, metrics, controls.job, form.seed],
+        trigger_mode="once",
+        **QUIET,
     )
-    add_send_back(studio, gallery, paths, status)
+
+
+def _add_slider(drawn: gradio.State) -> list[Any]:
+    """Adds the slider between two columns; returns its choices left, right and row, and the slider."""
     with gradio.Row():
         with gradio.Column(min_width=300), gradio.Row():
             left = gradio.Dropdown([], label="Left of the slider", interactive=True, min_width=120)
@@ -77,23 +83,8 @@ def add_compare(studio: Studio) -> None:
         slider = gradio.ImageSlider(
             label="Slider", type="filepath", format="png", interactive=False, height=384, elem_classes="studio-small"
         )
-    metrics = gradio.HTML(elem_classes="studio-metrics")
-
-    events = _CompareEvents(studio)
-    studio.page.load(events.list_adapters, None, [adapter, versions], **UNQUEUED)
-    adapter.focus(events.list_names, [adapter], [adapter], **UNQUEUED)
-    adapter.input(events.list_versions, [adapter], [versions], **UNQUEUED)
-    take.click(events.take_prompt, [form.prompt, adapter], [text], **UNQUEUED)
-    gradio.on(
-        [start.click, text.submit],
-        events.compare,
-        [adapter, versions, weight, text, *form.components],
-        [status, gallery, drawn, paths, left, right, row, slider, metrics, job, form.seed],
-        trigger_mode="once",
-        **QUIET,
-    )
-    cancel.click(events.cancel, [job], [status], **UNQUEUED)
     gradio.on([left.input, right.input, row.input], _choose_pair, [drawn, left, right, row], [slider], **UNQUEUED)
+    return [left, right, row, slider]
 
 
 class _CompareEvents:
@@ -126,10 +117,6 @@ class _CompareEvents:
         except WordedError:
             return prompt
         return write_prompt(parsed.text, [tag for tag in parsed.adapters if tag.name.partition("@")[0] != name])
-
-    def cancel(self, job_id: str, request: gradio.Request) -> str:
-        """Cancels the job of this page; returns the status."""
-        return cancel_own_job(self._studio.service, job_id, tenant=caller_of(request).tenant)
 
     def compare(
         self, request: gradio.Request, name: str, columns: list[str], weight: float, text: str, *values: Any

@@ -8,6 +8,7 @@ import gradio
 
 from flows.web.studio.cards import CardList
 from flows.web.studio.draw_adapters import add_rows, add_schedule
+from flows.web.studio.draw_controls import connect_cancel
 from flows.web.studio.draw_events import DrawEvents, DrawResults, choose_image, recompose
 from flows.web.studio.draw_form import OWN_SAMPLER, SAMPLER_CHOICES, DrawForm
 from flows.web.studio.page_style import QUIET, UNQUEUED, image_classes
@@ -50,7 +51,8 @@ def add_draw(studio: Studio) -> None:
     gradio.HTML("<h2>Adapters</h2>")
     cards = CardList(studio)
     events = DrawEvents(studio, cards)
-    _connect_drawing(form, results, events, start, cancel)
+    _connect_drawing(form, results, events, start)
+    connect_cancel(studio, cancel, results.job, results.status)
     _connect_form(form, results, events, cards)
     dropped.upload(events.restore, [dropped, form.layout], [*form.components, results.status], **QUIET)
     inputs = [results.files, results.chosen]
@@ -132,9 +134,7 @@ def _add_results(studio: Studio) -> tuple[DrawResults, gradio.Button, gradio.But
     return DrawResults(status, gallery, files, gradio.State(""), chosen), reuse, start_from
 
 
-def _connect_drawing(
-    form: DrawForm, results: DrawResults, events: DrawEvents, start: gradio.Button, cancel: gradio.Button
-) -> None:
+def _connect_drawing(form: DrawForm, results: DrawResults, events: DrawEvents, start: gradio.Button) -> None:
     outputs = [results.status, results.gallery, results.files, results.job, form.seed]
     gradio.on(
         [start.click, form.text.submit, form.prompt.submit],
@@ -144,7 +144,6 @@ def _connect_drawing(
         trigger_mode="once",
         **QUIET,
     )
-    cancel.click(events.cancel, [results.job], [results.status], **UNQUEUED)
 
 
 def _connect_form(form: DrawForm, results: DrawResults, events: DrawEvents, cards: CardList) -> None:

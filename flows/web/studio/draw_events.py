@@ -1,9 +1,9 @@
-"""The events of the tab Draw: draws images with previews, cancels, and restores settings from images."""
+"""The events of the tab Draw: draws images with previews, and restores settings from images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,14 @@ import gradio
 from flows.web.callers import caller_of
 from flows.web.studio.cards import CardList
 from flows.web.studio.draw_form import DrawForm, Used, compose_prompt, fill, request_of, split_prompt, updates
-from flows.web.studio.page_messages import cancel_own_job, follow, show_error, show_note
-from flows.web.studio.page_style import QUIET, UNQUEUED
+from flows.web.studio.page_messages import follow, show_error, show_note
 from lora_engine.errors import WordedError
 from lora_engine.inference.image_settings import read_image_settings
 from lora_engine.inference.prompts.step_weights import StepWeights
 from lora_engine.inference.prompts.tags import AdapterTag
+from registry.home import Home
 from tasks.serving.batch import DrawingFailed
+from tasks.serving.catalog import resolve_labels
 
 if TYPE_CHECKING:
     from flows.web.studio.context import Studio
@@ -75,10 +76,6 @@ class DrawEvents:
         except WordedError as error:
             yield show_error(error), skip, skip, "", skip
 
-    def cancel(self, job_id: str, request: gradio.Request) -> str:
-        """Cancels the job of this page; returns the status."""
-        return cancel_own_job(self._studio.service, job_id, tenant=caller_of(request).tenant)
-
     def choose_card(
         self, text: str, used: list[Used], layout: int, event: gradio.EventData
     ) -> tuple[str, list[Used], int, str, str, str]:
@@ -114,25 +111,37 @@ class DrawEvents:
         if not path:
             return [*updates({}), gradio.skip()]
         try:
-            settings = read_image_settings(Path(path))
-            notes = "; ".join(["The settings of the image are restored.", *settings.notes])
-            return [*updates(fill(settings, layout)), show_note(notes)]
+            values, notes = restore_settings(path, layout, self._studio.service.home)
+            return [*updates(values), show_note("; ".join(["The settings of the image are restored.", *notes]))]
         except WordedError as error:
             return [*updates({}), show_error(error)]
 
     def restore_chosen(self, files: Sequence[Any] | None, chosen: int, layout: int) -> list[Any]:
         """Fills the form with the settings of the chosen result."""
-        path = _path_of(files, chosen)
+        path = path_of_chosen(files, chosen)
         if path is None:
             return [*updates({}), show_note("Draw or choose an image first.")]
         return self.restore(path, layout)
 
     def start_from(self, files: Sequence[Any] | None, chosen: int) -> tuple[Any, str]:
         """Puts the chosen result into the editor of the image to start from."""
-        path = _path_of(files, chosen)
+        path = path_of_chosen(files, chosen)
         if path is None:
             return gradio.skip(), show_note("Draw or choose an image first.")
         return {"background": path, "layers": [], "composite": path}, show_note("The next images start from it.")
+
+
+def restore_settings(path: str, layout: int, home: Home) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Returns values of the form that restore the settings of a PNG, and what was not restored.
+
+    Raises:
+        DataError: The file states no settings that can be read.
+        SettingsError: The prompt cannot be read.
+    """
+    settings = read_image_settings(Path(path))
+    if settings.has_labels:
+        settings = replace(settings, prompt=resolve_labels(settings.prompt, home))
+    return fill(settings, layout), settings.notes
 
 
 def recompose(text: str, used: list[Used]) -> tuple[str, str]:
@@ -146,35 +155,6 @@ def choose_image(event: gradio.SelectData) -> int:
     return int(event.index)
 
 
-def _path_of(files: Sequence[Any] | None, chosen: int) -> str | None:
-    """Returns the path of a file; Gradio lets only files of its cache through as inputs."""
+def path_of_chosen(files: Sequence[Any] | None, chosen: int) -> str | None:
+    """Returns the path of the chosen file; Gradio lets only files of its cache through as inputs."""
     return str(files[min(max(int(chosen), 0), len(files) - 1)]) if files else None
-
-
-def add_send_back(studio: Studio, gallery: gradio.Gallery, paths: gradio.State, status: gradio.HTML) -> None:
-    """Adds a button that fills the form of the tab Draw with the settings of the chosen image, and shows that tab.
-
-    Args:
-        studio: What the page works with.
-        gallery: The images.
-        paths: State: their files.
-        status: Shows messages.
-    """
-    form = studio.form
-    if form is None:
-        return
-    chosen = gradio.State(0)
-    gallery.select(choose_image, None, [chosen], **UNQUEUED)
-
-    def send(files: list[str], number: int, layout: int) -> list[Any]:
-        path = _path_of(files, number)
-        if path is None:
-            return [*updates({}), show_note("Draw or choose an image first."), gradio.skip()]
-        try:
-            values = fill(read_image_settings(Path(path)), layout)
-        except WordedError as error:
-            return [*updates({}), show_error(error), gradio.skip()]
-        return [*updates(values), show_note("The tab Draw has its settings."), gradio.Tabs(selected="Draw")]
-
-    outputs = [*form.components, status, studio.tabs]
-    gradio.Button("Use its settings in Draw", size="sm").click(send, [paths, chosen, form.layout], outputs, **QUIET)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import gradio
 
 from flows.web.callers import caller_of
-from flows.web.studio.draw_events import add_send_back
+from flows.web.studio.draw_controls import add_controls
 from flows.web.studio.draw_form import DrawForm, request_of
-from flows.web.studio.page_messages import cancel_own_job, follow, show_error, show_note
-from flows.web.studio.page_style import QUIET, UNQUEUED, image_classes
+from flows.web.studio.page_messages import follow, show_error, show_note
+from flows.web.studio.page_style import QUIET, UNQUEUED
 from lora_engine.errors import SettingsError, WordedError
 from lora_engine.inference.grid import SETTINGS, Axis, parse_axis
 from tasks.operations.adapter_cards import list_adapter_cards
@@ -29,7 +29,7 @@ _MOST = 100
 
 def add_grids(studio: Studio) -> None:
     """Adds the tab to the open `gradio.Blocks`."""
-    form, paths, job = studio.form, gradio.State([]), gradio.State("")
+    form = studio.form
     if form is None:
         return
     text = gradio.Textbox(
@@ -40,31 +40,8 @@ def add_grids(studio: Studio) -> None:
     with gradio.Row():
         adapter = gradio.Dropdown([NONE], value=NONE, label="Varied adapter", min_width=180)
         weight = gradio.Slider(-2, 3, 1, step=0.05, label="Its weight, unless an axis has it", min_width=180)
-    axes: list[Any] = []
-    for side, choices, first, values in (("X", CHOICES, WEIGHT, "0..1.2/4"), ("Y", (NONE, *CHOICES), "seed", "1, 2")):
-        with gradio.Row():
-            axes += [
-                gradio.Dropdown([*choices], value=first, label=f"{side} axis", min_width=150),
-                gradio.Textbox(label=f"{side} word", placeholder="a word of the prompt", min_width=130),
-                gradio.Textbox(
-                    values, label=f"{side} values", info="A, B, C or FIRST..LAST/COUNT", min_width=180, scale=2
-                ),
-            ]
-    with gradio.Row():
-        start = gradio.Button("Draw the grid", variant="primary")
-        take = gradio.Button("Take the prompt of Draw")
-        cancel = gradio.Button("Cancel")
-    status = gradio.HTML(elem_classes="studio-status")
-    gallery = gradio.Gallery(
-        label="Cells",
-        columns=4,
-        height="auto",
-        object_fit="contain",
-        format="png",
-        interactive=False,
-        elem_classes=image_classes(studio.service.settings.base),
-    )
-    add_send_back(studio, gallery, paths, status)
+    axes = [*_add_axis("X", CHOICES, WEIGHT, "0..1.2/4"), *_add_axis("Y", (NONE, *CHOICES), "seed", "1, 2")]
+    controls = add_controls(studio, form, draw="Draw the grid", gallery="Cells", columns=4)
     sheet = gradio.Image(
         label="Sheet",
         elem_classes="studio-sheet",
@@ -76,16 +53,25 @@ def add_grids(studio: Studio) -> None:
 
     events = _GridEvents(studio)
     gradio.on([studio.page.load, adapter.focus], events.list_adapters, [adapter], [adapter], **UNQUEUED)
-    take.click(lambda prompt: prompt, [form.prompt], [text], **UNQUEUED)
+    controls.take.click(lambda prompt: prompt, [form.prompt], [text], **UNQUEUED)
     gradio.on(
-        [start.click, text.submit],
+        [controls.start.click, text.submit],
         events.draw,
         [text, adapter, weight, *axes, *form.components],
-        [status, gallery, paths, sheet, job],
+        [controls.status, controls.gallery, controls.paths, sheet, controls.job],
         trigger_mode="once",
         **QUIET,
     )
-    cancel.click(events.cancel, [job], [status], **UNQUEUED)
+
+
+def _add_axis(side: str, choices: Sequence[str], chosen: str, values: str) -> list[Any]:
+    """Adds a row with the kind, the word and the values of an axis; returns them."""
+    with gradio.Row():
+        return [
+            gradio.Dropdown([*choices], value=chosen, label=f"{side} axis", min_width=150),
+            gradio.Textbox(label=f"{side} word", placeholder="a word of the prompt", min_width=130),
+            gradio.Textbox(values, label=f"{side} values", info="A, B, C or FIRST..LAST/COUNT", min_width=180, scale=2),
+        ]
 
 
 class _GridEvents:
@@ -98,10 +84,6 @@ class _GridEvents:
         choices = [NONE, *(reference for card in cards for reference in card.references)]
         first = choices[1] if chosen in {None, NONE} and len(choices) > 1 else NONE
         return gradio.update(choices=choices, value=chosen if chosen in choices[1:] else first)
-
-    def cancel(self, job_id: str, request: gradio.Request) -> str:
-        """Cancels the job of this page; returns the status."""
-        return cancel_own_job(self._studio.service, job_id, tenant=caller_of(request).tenant)
 
     def draw(
         self,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from lora_engine.families.family import Family, HeaderVersion, Pipeline, Size, Targets, families
+from lora_engine.families.flux.blocks import FLUX_BLOCKS
 from lora_engine.families.flux.names import FLUX_NAMES, XLABS_NAMES, swaps_halves
 from lora_engine.families.flux.published import FLUX_DEV, FLUX_SCHNELL
+from lora_engine.families.latent_colors import FLUX_COLORS
 from lora_engine.families.text_encoders import CLIP_L, T5_TEXT, T5_XXL
 from lora_engine.families.training_defaults import TrainingDefaults
 
@@ -27,6 +29,8 @@ FLUX = Family(
         feed_forward=rf"{Targets.feed_forward}|.*\.single_transformer_blocks\.\d+\.proj_(mlp|out)",
         text=rf"{Targets.text}|text_encoder.*\.({T5_TEXT})",
     ),
+    blocks=FLUX_BLOCKS,
+    latent_colors=FLUX_COLORS,
     training=TrainingDefaults(
         resolution=1024,
         learning_rate=1e-4,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from lora_engine.families.block_names import UNET_BLOCKS
 from lora_engine.families.family import Family, HeaderVersion, Pipeline, Unet, UnetLayout, families
+from lora_engine.families.latent_colors import SD_COLORS
 from lora_engine.families.sd.published import SD2, SD2_BASE, SD15
 from lora_engine.families.text_encoders import CLIP_L
 from lora_engine.families.training_defaults import TrainingDefaults
@@ -31,6 +33,8 @@ SD = Family(
         HeaderVersion("sd_v2", "stable-diffusion-v2-512/lora", "512x512", width=1024),
         HeaderVersion("sd_v1", "stable-diffusion-v1/lora", "512x512"),
     ),
+    blocks=UNET_BLOCKS,
+    latent_colors=SD_COLORS,
     training=TrainingDefaults(
         resolution=512,
         learning_rate=1e-4,

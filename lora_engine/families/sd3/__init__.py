@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_engine.families.family import Family, HeaderVersion, Pipeline, Size, Targets, families
+from lora_engine.families.latent_colors import SD3_COLORS
 from lora_engine.families.sd3.names import SD3_NAMES, WIDTHS, swaps_halves
 from lora_engine.families.sd3.published import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
 from lora_engine.families.text_encoders import CLIP_G, CLIP_L, T5_TEXT, T5_XXL
@@ -31,6 +32,7 @@ SD3 = Family(
     header=r"(sd_?|stable_diffusion_v?)3.*",
     versions=(HeaderVersion("sd3", "stable-diffusion-3/lora"),),
     targets=Targets(text=rf"{Targets.text}|text_encoder.*\.({T5_TEXT})"),
+    latent_colors=SD3_COLORS,
     training=TrainingDefaults(
         resolution=1024,
         learning_rate=1e-4,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from lora_engine.families.block_names import UNET_BLOCKS
 from lora_engine.families.family import Family, HeaderVersion, Pipeline, Unet, UnetLayout, families
+from lora_engine.families.latent_colors import SDXL_COLORS
 from lora_engine.families.sdxl.published import SDXL_BASE
 from lora_engine.families.text_encoders import CLIP_G, CLIP_L
 from lora_engine.families.training_defaults import TrainingDefaults
@@ -33,6 +35,8 @@ SDXL = Family(
     header=r"sd_?xl.*",
     reads_framing=True,
     versions=(HeaderVersion("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),),
+    blocks=UNET_BLOCKS,
+    latent_colors=SDXL_COLORS,
     training=TrainingDefaults(
         resolution=1024,
         learning_rate=1e-4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_engine.families.family import Family, HeaderVersion, Pipeline, Size, Targets, Written, families
+from lora_engine.families.latent_colors import FLUX_COLORS
 from lora_engine.families.training_defaults import TrainingDefaults
 from lora_engine.families.z_image.names import QWEN3, Z_IMAGE_NAMES
 from lora_engine.families.z_image.published import Z_IMAGE_BASE
@@ -36,6 +37,7 @@ Z_IMAGE = Family(
         feed_forward=r"transformer\.layers\.\d+\.feed_forward\.w[123]",
         text=r"text_encoder\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
     ),
+    latent_colors=FLUX_COLORS,
     training=TrainingDefaults(
         resolution=1024,
         learning_rate=1e-4,

@@ -9,29 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 
 from lora_engine.errors import SettingsError
+from lora_engine.families import families
 
-_UNETS = ("sd", "sdxl")
 _WEIGHT = re.compile(r"[+-]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})")
 _MAX_LAYERS, _MAX_PATTERN = 100, 200
-_UNET = ("BASE", *(f"IN{n:02d}" for n in range(12)), "MID", *(f"OUT{n:02d}" for n in range(12)))
-
-
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-LISTS: Mapping[int, tuple[str, ...]] = {
-    12: _listed("BASE IN04 IN05 IN07 IN08 MID OUT00 OUT01 OUT02 OUT03 OUT04 OUT05"),
-    17: _listed(
-        "BASE IN01 IN02 IN04 IN05 IN07 IN08 MID OUT03 OUT04 OUT05 OUT06 OUT07 OUT08 OUT09 OUT10 OUT11",
-    ),
-    20: ("BASE", *(f"IN{n:02d}" for n in range(9)), "MID", *(f"OUT{n:02d}" for n in range(9))),
-    26: _UNET,
-    61: ("CLIP", "T5", "IN", *(f"D{n:02d}" for n in range(19)), *(f"S{n:02d}" for n in range(38)), "OUT"),
-}
-"""Names of the values by their number: LoRA on SDXL, LoRA on SD, LyCORIS on SDXL, LyCORIS on SD, FLUX.1."""
 
 BLOCK_PRESETS: Mapping[str, tuple[float, ...]] = {
     name: tuple(map(float, values.split(",")))
@@ -60,10 +44,10 @@ def parse_block_weights(text: str) -> dict[str, float]:
     parts = [part.strip() for part in text.split(",")]
     if len(parts) == 1 and parts[0] in BLOCK_PRESETS:
         return _by_block(BLOCK_PRESETS[parts[0]])
-    if len(parts) not in LISTS:
+    if len(parts) not in block_lists():
         raise SettingsError(
             f"block weights {text[:80]!r}: {'no such preset' if len(parts) == 1 else f'{len(parts)} values'}",
-            allowed=f"{', '.join(BLOCK_PRESETS)}, or {', '.join(map(str, LISTS))} numbers",
+            allowed=f"{', '.join(BLOCK_PRESETS)}, or {', '.join(map(str, block_lists()))} numbers",
         )
     for index, part in enumerate(parts):
         if not _WEIGHT.fullmatch(part):
@@ -107,8 +91,9 @@ def weight_of_layer(module: str, weights: Sequence[tuple[str, float]]) -> float:
 
 
 def fits_family(weights: Mapping[str, float], family: str) -> bool:
-    """Returns True if the list has the blocks of this family; those of FLUX.1 mean nothing in a U-Net."""
-    return family in _UNETS if "BASE" in weights else family == "flux"
+    """Returns True if the family has a list with these blocks; those of FLUX.1 mean nothing in a U-Net."""
+    blocks = families[family].blocks if family in families else None
+    return blocks is not None and weights.keys() <= {name for names in blocks.lists for name in names}
 
 
 def weight_of_module(module: str, weights: Mapping[str, float], family: str) -> float:
@@ -121,32 +106,27 @@ def weight_of_module(module: str, weights: Mapping[str, float], family: str) -> 
 
 def block_of(module: str, family: str) -> str | None:
     """Returns the block of a module, such as `IN04`; None for a module in no block."""
-    component, _, name = module.partition(".")
-    if component.startswith("text_encoder"):
-        if family != "flux":
-            return "BASE"
-        return "CLIP" if component == "text_encoder" else "T5"
-    return _flux_block(name) if family == "flux" else _unet_block(name, family)
+    blocks = families[family].blocks if family in families else None
+    return None if blocks is None else blocks.block_of(module)
 
 
-def _flux_block(name: str) -> str:
-    if match := re.match(r"(single_)?transformer_blocks\.([0-9]+)\.", name):
-        return f"{'S' if match[1] else 'D'}{int(match[2]):02d}"
-    return "OUT" if name.startswith(("norm_out", "proj_out")) else "IN"
+@cache
+def block_lists() -> Mapping[int, tuple[str, ...]]:
+    """Returns the lists of all families by their number of values, ascending."""
+    lists = {len(names): names for family in families.values() if family.blocks for names in family.blocks.lists}
+    return dict(sorted(lists.items()))
 
 
-def _unet_block(name: str, family: str) -> str | None:
-    if name.startswith("conv_in"):
-        return "IN00"
-    if name.startswith("mid_block."):
-        return "MID"
-    if match := re.match(r"(down|up)_blocks\.([0-9]+)\.(resnets|attentions|downsamplers|upsamplers)\.([0-9]+)", name):
-        level, index = int(match[2]), int(match[4])
-        if match[1] == "down":
-            return f"IN{3 * level + (3 if match[3] == 'downsamplers' else 1 + index):02d}"
-        return f"OUT{3 * level + (2 if match[3] == 'upsamplers' else index):02d}"
-    return None
+def describe_lists() -> str:
+    """Returns the numbers of values with the families that they are for."""
+    by_lists: dict[tuple[int, ...], list[str]] = {}
+    for family in families.values():
+        if family.blocks is not None:
+            by_lists.setdefault(tuple(sorted(map(len, family.blocks.lists))), []).append(family.name)
+    return "; ".join(
+        f"{', '.join(map(str, counts))} values for {', '.join(names)}" for counts, names in by_lists.items()
+    )
 
 
 def _by_block(values: Sequence[float]) -> dict[str, float]:
-    return dict(zip(LISTS[len(values)], values, strict=True))
+    return dict(zip(block_lists()[len(values)], values, strict=True))

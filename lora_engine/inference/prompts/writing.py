@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from lora_engine.errors import SettingsError
-from lora_engine.inference.prompts.blocks import LISTS
+from lora_engine.inference.prompts.blocks import block_lists
 from lora_engine.inference.prompts.step_weights import StepWeights
 from lora_engine.inference.prompts.tags import AdapterTag
 
@@ -47,10 +47,10 @@ def _written(weights: StepWeights) -> str:
 
 
 def _listed(blocks: Mapping[str, float]) -> str:
-    for names in LISTS.values():
+    for names in block_lists().values():
         if set(names) == set(blocks):
             return ",".join(f"{blocks[name]:.10g}" for name in names)
     raise SettingsError(
         f"block weights for {', '.join(list(blocks)[:4])}, ...",
-        allowed=f"a list of {', '.join(map(str, LISTS))} blocks; see docs/prompts.md",
+        allowed=f"a list of {', '.join(map(str, block_lists()))} blocks; see docs/prompts.md",
     )

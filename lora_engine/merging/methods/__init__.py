@@ -3,6 +3,6 @@
 To add a method, add a file with an entry; the option `method`, help texts, the JSON Schema and the laws follow from it.
 """
 
-from lora_engine.merging.methods.method import METHODS, Combination, Elementwise, MergeMethod
+from lora_engine.merging.methods.method import METHODS, Combination, Elementwise, MergeMethod, parse_options
 
-__all__ = ["METHODS", "Combination", "Elementwise", "MergeMethod"]
+__all__ = ["METHODS", "Combination", "Elementwise", "MergeMethod", "parse_options"]

@@ -1,11 +1,17 @@
-"""Defines the entry of a merge method: it returns coefficients, or merges dense deltas elementwise."""
+"""Defines the entry of a merge method: it returns coefficients, or merges dense deltas elementwise.
+
+Also parses the options of a method by its name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
+from lora_engine.errors import SettingsError
 from lora_engine.merging.spec import MergeOptions, Weight
 from lora_engine.registries import Registry
 
@@ -77,3 +83,27 @@ class Elementwise(MergeMethod):
 METHODS: Registry[MergeMethod] = Registry(
     "merge method", entry=MergeMethod, source="lora_engine.merging.methods", group="loraline.merge_methods"
 )
+
+
+def parse_options(method: str, options: Mapping[str, Any] | None = None) -> MergeOptions:
+    """Returns the options of a method, parsed from plain values of a command line or a file.
+
+    Raises:
+        SettingsError: The method or an option is unknown, or a value is invalid.
+    """
+    spec = METHODS[method].spec
+    try:
+        return spec.model_validate({**(options or {}), "method": method})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][-1]) if first["loc"] else ""
+        options_of_method = [field for field in spec.model_fields if field != "method"]
+        if first["type"] == "extra_forbidden":
+            raise SettingsError(
+                f"merge method {method!r} has no option {name!r}",
+                allowed=", ".join(options_of_method),
+                remedy="leave it out",
+            ) from None
+        problem = first["msg"].removeprefix("Value error, ")
+        where = f"merge method {method!r}" + (f", {name}" if name else "")
+        raise SettingsError(problem, where=where, remedy="fix the value") from None

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from flows.web.studio.cards import render_cards
 from flows.web.studio.compare import requests_of_columns
 from flows.web.studio.draw_adapters import constant
+from flows.web.studio.draw_events import restore_settings
 from flows.web.studio.draw_form import Used, compose_prompt, fill, request_of, split_prompt, whole_prompt
 from flows.web.studio.grids import ADAPTER, WEIGHT, WORD, axes_of, prompt_of
 from flows.web.studio.page_files import PageFiles
@@ -27,10 +29,12 @@ from flows.web.studio.schedule import (
     schedule_rows,
     schedule_weights,
 )
+from lora_engine.data.pixels import write_png
 from lora_engine.errors import DataError, SettingsError
 from lora_engine.formats import Card
 from lora_engine.inference.image_settings import ImageSettings
 from lora_engine.inference.prompts.step_weights import parse_step_weights
+from registry import Registry
 from registry.home import Home
 from tasks.operations.adapter_cards import choose_cards, list_adapter_cards, read_card_sample, tabulate_metrics
 from tasks.operations.draw_request import DrawRequest
@@ -107,6 +111,17 @@ def test_restored_settings_fill_the_form_and_leave_the_rest() -> None:
     assert (values["text"], values["seed"], values["is_random"], values["size"]) == ("a", 7, False, "48x32")
     assert values["layout"] == 4
     assert "steps" not in values
+
+
+def test_a_label_in_an_image_is_a_version_only_if_the_registry_has_that_adapter(tmp_path: Path) -> None:
+    home = Home.open(register_zorb(tmp_path))
+    (tmp_path / "other.safetensors").write_bytes(b"weights")
+    with Registry.open(home.path) as reg:
+        reg.register("zorb-v3", tmp_path / "other.safetensors", license="MIT")
+    text = "a <lora:zorb-v1:0.5> <lora:zorb-v3:1> <lora:style-v2:1>\nSteps: 4, Sampler: Euler, Seed: 1, Size: 4x4"
+    write_png(tmp_path / "drawn.png", torch.zeros(3, 4, 4), {"parameters": text})
+    values, _ = restore_settings(str(tmp_path / "drawn.png"), 0, home)
+    assert [entry.tag.name for entry in values["used"]] == ["zorb@1", "zorb-v3", "style-v2"]
 
 
 def test_what_is_painted_over_an_image_is_its_mask(tmp_path: Path) -> None:

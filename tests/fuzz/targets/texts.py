@@ -8,17 +8,16 @@ from pathlib import Path
 
 from flows.spec import load_spec
 from lora_engine.adapters.select import select_modules
-from lora_engine.data.caption import render_template
 from lora_engine.data.spec import CaptionSettings
 from lora_engine.data.text_files import clean_text, printable
+from lora_engine.data.trigger import render_template
 from lora_engine.errors import SettingsError, WordedError
 from lora_engine.files import atomic_write, is_file_name, write_within
 from lora_engine.inference.prompts.prompt import chunks_of, parse_prompt
-from lora_engine.merging.spec import parse_options
+from lora_engine.merging.methods import parse_options
 from lora_engine.merging.weights import weights_by_module
-from registry.entities import check_alias, check_name
 from registry.policy.licenses import read_licenses
-from registry.refs import can_exist, split_ref, version_number
+from registry.refs import can_exist, check_alias, check_name, split_ref, version_number
 from tasks.operations.adapter_files import parse_settings, parse_weighted
 from tests.fuzz.files import Files, as_text, text_of, write_files
 from tests.fuzz.target import Target

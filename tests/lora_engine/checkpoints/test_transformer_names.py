@@ -9,7 +9,7 @@ import torch
 from diffusers.loaders import single_file_utils
 
 from lora_engine.checkpoints.names import tensor_shapes
-from lora_engine.checkpoints.tensor_files import StoredTensor
+from lora_engine.checkpoints.stored_tensor import StoredTensor
 from lora_engine.checkpoints.transformer_names import find_transformer, plan_original
 from lora_engine.errors import BaseModelError
 from lora_engine.families import families, published

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from lora_engine.data.caption import caption, holds_word
+from lora_engine.data.caption import caption
 from lora_engine.data.ingest import ingest
 from lora_engine.data.manifest import Manifest
 from lora_engine.data.spec import CaptionSettings, IngestSettings
+from lora_engine.data.trigger import holds_word
 from lora_engine.errors import DataError, SettingsError
 
 Run = Callable[..., list[str]]

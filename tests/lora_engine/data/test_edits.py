@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from lora_engine.data.edits import edit_captions
+from lora_engine.data.editing import edit_captions
 from lora_engine.data.spec import CaptionSettings
 
 

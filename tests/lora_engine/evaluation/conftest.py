@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_engine.adapters import Adapter
-from lora_engine.adapters.attachment import create_adapter
+from lora_engine.adapters.creation import create_adapter
 from lora_engine.bases.base import load_base
 from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
 from lora_engine.data.pixels import write_png

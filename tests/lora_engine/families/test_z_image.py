@@ -19,7 +19,8 @@ from lora_engine.data.manifest import ImageEntry, Manifest
 from lora_engine.data.pixels import write_png
 from lora_engine.errors import AdapterError
 from lora_engine.formats import inspect, read_adapter, write_adapter
-from lora_engine.inference.composition import compose, generate_composed
+from lora_engine.inference.composed_images import generate_composed
+from lora_engine.inference.composition import compose
 from lora_engine.inference.generate import draw_noise, generate
 from lora_engine.inference.prompts.prompt import parse_prompt
 from lora_engine.inference.source_image import SourceImage

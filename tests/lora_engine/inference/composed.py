@@ -13,7 +13,8 @@ from lora_engine.adapters import Adapter, collapse, create_adapter
 from lora_engine.bases.base import BaseModel
 from lora_engine.formats import Bundle, Card
 from lora_engine.inference import ComposedEngine
-from lora_engine.inference.composition import compose, generate_composed
+from lora_engine.inference.composed_images import generate_composed
+from lora_engine.inference.composition import compose
 from lora_engine.inference.merged_cache import MergedCache
 from lora_engine.inference.prompts.prompt import parse_prompt
 from lora_engine.inference.regions import NO_REGIONS, Regions

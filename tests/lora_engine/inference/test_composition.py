@@ -16,7 +16,7 @@ from lora_engine.errors import SettingsError
 from lora_engine.formats import Bundle, Card
 from lora_engine.inference.composition import compose
 from lora_engine.inference.generate import Guidance, draw_noise, generate, sample
-from lora_engine.inference.prompts.blocks import LISTS, weight_of_module
+from lora_engine.inference.prompts.blocks import block_lists, weight_of_module
 from lora_engine.inference.prompts.prompt import parse_prompt
 from tests.lora_engine.inference.composed import STEPS, draw_composed, fused, random_adapter
 
@@ -135,7 +135,7 @@ def test_weights_by_block_multiply_the_deltas_of_the_block(base: BaseModel) -> N
     adapter = random_adapter(base, "lora", 5)
     count = 12 if base.family == "sdxl" else 17
     values = [round(0.1 + 0.05 * index, 2) for index in range(count)]
-    by_block = dict(zip(LISTS[count], values, strict=True))
+    by_block = dict(zip(block_lists()[count], values, strict=True))
     drawn = draw_composed(base, f"a ring <lora:a:0.9:lbw={','.join(map(str, values))}>", [adapter])
     with fused(
         base,

@@ -108,9 +108,13 @@ def test_the_text_of_a1111_is_read() -> None:
     assert (settings.strength, settings.enlarge, settings.enlarged_strength) == (None, 2.0, 0.4)
 
 
-def test_our_text_for_other_programs_names_the_version_again() -> None:
-    text = _drawing("a ring <lora:zorb@3:0.5>").infotext(7, (8, 16))
-    assert settings_of_infotext(text).prompt == "a ring <lora:zorb@3:0.5>"
+def test_our_text_for_other_programs_has_a_label_that_only_the_registry_can_read(tmp_path: Path) -> None:
+    drawing = _drawing("a ring <lora:zorb@3:0.5>")
+    settings = settings_of_infotext(drawing.infotext(7, (8, 16)))
+    assert (settings.prompt, settings.has_labels) == ("a ring <lora:zorb-v3:0.5>", True)
+    write_png(tmp_path / "drawn.png", torch.zeros(3, 8, 16), png_texts(drawing, 7, (8, 16)))
+    settings = read_image_settings(tmp_path / "drawn.png")
+    assert (settings.prompt, settings.has_labels) == ("a ring <lora:zorb@3:0.5>", False)
 
 
 def test_a_prompt_without_settings_is_a_prompt_and_an_unknown_sampler_is_noted() -> None:

@@ -10,10 +10,11 @@ import torch
 
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.errors import DataError, SettingsError
+from lora_engine.families.latent_colors import SD_COLORS
 from lora_engine.inference.draw import Drawer
 from lora_engine.inference.draw_settings import DrawSettings
 from lora_engine.inference.memory import check_memory, estimate_memory
-from lora_engine.inference.previews import FACTORS, preview_latents
+from lora_engine.inference.previews import preview_latents
 from lora_engine.inference.prompts.prompt import parse_prompt
 from tests.support.untrained import write_untrained_base
 
@@ -136,7 +137,7 @@ def test_a_preview_of_a_published_autoencoder_is_linear(tmp_path: Path, monkeypa
     latents[0, 0, 0, 0] = float("nan")
     pixels = preview_latents(base, latents)
     assert pixels.shape == (1, 3, 4, 6)
-    torch.testing.assert_close(pixels[0, :, 1, 1], torch.tensor(FACTORS["sd"][3]))
+    torch.testing.assert_close(pixels[0, :, 1, 1], torch.tensor(SD_COLORS[3]))
     assert torch.equal(pixels[0, :, 0, 0], torch.zeros(3))
 
 

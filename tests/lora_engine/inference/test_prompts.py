@@ -8,7 +8,7 @@ from lora_engine.adapters.published import published_module_shapes
 from lora_engine.errors import SettingsError
 from lora_engine.families import families
 from lora_engine.inference.prompts.blocks import (
-    LISTS,
+    block_lists,
     block_of,
     fits_family,
     parse_block_weights,
@@ -354,7 +354,7 @@ def test_each_published_attention_is_in_a_block_that_a_list_of_the_family_has(fa
         name for entry in families[family].published for name in published_module_shapes(entry.name) if "attn" in name
     ]
     assert len(modules) > 50
-    known = {name for count, names in LISTS.items() for name in names if (count == 61) == (family == "flux")}
+    known = {name for count, names in block_lists().items() for name in names if (count == 61) == (family == "flux")}
     assert {block_of(module, family) for module in modules} <= known
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.errors import InterruptedRun, SettingsError
-from lora_engine.inference.composition import compose, generate_composed
+from lora_engine.inference.composed_images import generate_composed
+from lora_engine.inference.composition import compose
 from lora_engine.inference.prompts.prompt import parse_prompt
 from lora_engine.inference.source_image import SourceImage, fit_image, fit_mask
 from tests.support.untrained import write_untrained_base

@@ -7,7 +7,7 @@ from lora_engine.adapters import Adapter, LoraDelta
 from lora_engine.errors import AdapterError, SettingsError
 from lora_engine.merging.concatenate import concatenate
 from lora_engine.merging.merge import merge_adapters
-from lora_engine.merging.spec import parse_options
+from lora_engine.merging.methods import parse_options
 
 
 def adapter_of(name="unet.a", base="sd", fingerprint=None, shape=(4, 3), dtype=torch.float32):

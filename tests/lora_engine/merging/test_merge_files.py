@@ -14,11 +14,11 @@ from lora_engine.formats import Card, read_adapter, write_adapter
 from lora_engine.merging.files import merge_files
 from lora_engine.merging.learned import denoising_losses, learn_weights
 from lora_engine.merging.merge import merge_adapters
+from lora_engine.merging.methods import parse_options
 from lora_engine.merging.methods.geometric_median import geometric_median
 from lora_engine.merging.methods.learned import Learned
 from lora_engine.merging.methods.model_stock import model_stock
 from lora_engine.merging.methods.slerp import slerp
-from lora_engine.merging.spec import parse_options
 from lora_engine.merging.weights import BLOCK_LISTS, block_weights, weights_by_module
 
 QUERY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -15,7 +15,7 @@ from lora_engine.bases.base import BaseModel, load_base
 from lora_engine.errors import InterruptedRun
 from lora_engine.files import sha256_file
 from lora_engine.formats import read_adapter
-from lora_engine.training import job
+from lora_engine.training import prepare
 from lora_engine.training.batches import Batch, BatchBuilder
 from lora_engine.training.run import train
 from lora_engine.training.spec import TrainSettings
@@ -145,7 +145,7 @@ class Runs:
         all_arguments = {"cache": self.cache, "progress": ending.progress, "stop": ending.stop, **(arguments or {})}
         with pytest.MonkeyPatch.context() as patch:
             if settings.running == Running():
-                patch.setattr(job, "load_base", self.load)
+                patch.setattr(prepare, "load_base", self.load)
             patch.setattr(BatchBuilder, "__call__", _counted(ending))
             train(
                 settings,

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import ValidationError
 
-from lora_engine.training import job, loop
+from lora_engine.training import fit_state, fitting
 from lora_engine.training.loop import fit
 from lora_engine.training.methods import methods
 from lora_engine.training.optimizers import _PACKAGES, optimizers
@@ -173,7 +173,7 @@ def straight(
                 return fit(phases, *rest, **options)
 
             with monkeypatch.context() as patch:
-                patch.setattr(job, "fit", note)
+                patch.setattr(fitting, "fit", note)
                 out = runs("straight", **case.settings)
             straight_runs[key] = Straight(digests(out), *firsts)
         return straight_runs[key]
@@ -208,9 +208,9 @@ def test_a_state_that_is_not_restored_changes_the_bytes(
     settings = settings_of("finetune", "adamw", "ema")
     expected = digests(runs("straight", **settings))
     if missing_state == "optimizer":
-        monkeypatch.setattr(loop, "import_state", lambda *_: None)
+        monkeypatch.setattr(fit_state, "import_state", lambda *_: None)
     else:
-        monkeypatch.setattr(loop.EmaWeights, "restore", lambda *_: None)
+        monkeypatch.setattr(fit_state.EmaWeights, "restore", lambda *_: None)
     out, steps = runs.resume("resumed", [Ending(step=2)], **settings)
     assert steps == [3, 4]
     assert digests(out).keys() == expected.keys()

@@ -14,7 +14,7 @@ from lora_engine.bases.base import load_base
 from lora_engine.data.manifest import Manifest
 from lora_engine.errors import BaseModelError, DataError, NonFiniteError, SettingsError, TrainingError
 from lora_engine.formats import read_adapter
-from lora_engine.training import job as module
+from lora_engine.training import fitting as module
 from lora_engine.training.device import choose_precision
 from lora_engine.training.record import downsample
 from lora_engine.training.run import train

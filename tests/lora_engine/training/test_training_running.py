@@ -139,7 +139,7 @@ def test_a_nondeterministic_operation_is_refused_by_name_and_only_if_determinism
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))  # torch has no deterministic form of it
         return init_adapter(base, settings, *initial)
 
-    monkeypatch.setattr("lora_engine.training.job.init_adapter", init)
+    monkeypatch.setattr("lora_engine.training.prepare.init_adapter", init)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # registers the restore
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     runs("plain")
