@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
-from lora_engine.errors import BaseModelError
+from lora_engine.errors import BaseModelError, NotDownloadedError
 from lora_engine.families.layout import INDEX, download_patterns, read_layout
 
 _log = logging.getLogger(__name__)
+_downloads: ContextVar[bool] = ContextVar("downloads", default=True)
+
+
+@contextmanager
+def downloads(*, allowed: bool) -> Iterator[None]:
+    """Decides whether models that are not in the local cache are downloaded; otherwise `NotDownloadedError` is raised.
+
+    Args:
+        allowed: False sends nothing to the hub until the end of the `with` block.
+    """
+    token = _downloads.set(allowed and _downloads.get())
+    try:
+        yield
+    finally:
+        _downloads.reset(token)
 
 
 def fetch_from_hub(repository: str, revision: str | None) -> tuple[Path, str]:
@@ -63,6 +80,7 @@ def fetch_vae(repository: str, revision: str | None) -> Path:
     try:
         return _snapshot(repository, revision, local=True)
     except OSError:
+        _announce(repository, revision)
         names = ("config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
         patterns = [*names, *(f"vae/{name}" for name in names)]
         return _snapshot_or_explain(repository, revision, patterns)
@@ -93,7 +111,7 @@ def fetch_files(
         refusal = error
     else:
         return folder, folder.name
-    _log.info("downloading %s%s from the Hugging Face hub", repository, f" at {revision}" if revision else "")
+    _announce(repository, revision)
     try:
         folder = _snapshot_or_explain(repository, revision, patterns, noun)
     except BaseModelError as error:
@@ -102,8 +120,19 @@ def fetch_files(
     return folder, folder.name
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def _announce(repository: str, revision: str | None) -> None:
+    """Logs a download; raises if the command downloads nothing."""
+    if not _downloads.get():
+        name = f"{repository}@{revision}" if revision else repository
+        raise NotDownloadedError(
+            f"{name!r} is not on this machine, and a run downloads it first",
+            remedy=f"run `hf download {repository}{f' --revision {revision}' if revision else ''}`",
+        )
     _log.info("downloading %s%s from the Hugging Face hub", repository, f" at {revision}" if revision else "")
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    _announce(repository, revision)
     problem: BaseModelError | None = None
     for variant in (None, "fp16"):
         folder = _snapshot_or_explain(repository, revision, download_patterns(variant))
