@@ -267,11 +267,10 @@ class _Planner:
         if step.force:
             return replace(step, reason=_with_download(step.reason, step.job))
         upstream = [source for sources in step.sources.values() for source in sources if isinstance(source, str)]
-        if upstream:
-            reason = f"takes from {' and '.join(dict.fromkeys(upstream))}, which will run"
+        if upstream or step.job.undownloaded:
+            names = " and ".join(dict.fromkeys(upstream))
+            reason = f"takes from {names}, which will run" if upstream else "its result cannot be looked up"
             return replace(step, reason=_with_cost(reason, step.job))
-        if step.job.undownloaded:
-            return replace(step, reason=_with_cost("no cached result can be looked for", step.job))
         job, inputs = step.job.with_input_kinds(step.inputs, self.lineage), step.inputs
         hit, reason = find_hit(job, inputs, self.home, self.store, self.lineage, self.verified)
         if reason != NO_RESULT:
