@@ -1,4 +1,4 @@
-"""Single files with all components of a base with a transformer become the diffusers folders that they were made from."""
+"""Single files with all components of a base with a transformer become the folders that they were made from."""
 
 from __future__ import annotations
 
