@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+from lora_engine.documents import read_json_object
 from lora_engine.errors import BaseModelError, NotDownloadedError
 from lora_engine.families.layout import INDEX, download_patterns, read_layout
 
 _log = logging.getLogger(__name__)
+_NETWORKS = ("unet", "transformer", "text_encoder", "vae")
 _downloads: ContextVar[bool] = ContextVar("downloads", default=True)
 
 
@@ -49,7 +51,7 @@ def fetch_from_hub(repository: str, revision: str | None) -> tuple[Path, str]:
 
 
 def fetch_configuration(repository: str, revision: str | None) -> Path:
-    """Returns a snapshot folder of a hub repository with its index and the configurations of U-Net and VAE, if any.
+    """Returns a snapshot folder of a hub repository with its index and the configurations of its networks.
 
     Args:
         repository: `owner/name`.
@@ -60,11 +62,19 @@ def fetch_configuration(repository: str, revision: str | None) -> Path:
     """
     try:
         folder = _snapshot(repository, revision, local=True)
-        if (folder / INDEX).is_file():
+        if _has_configurations(folder):
             return folder
     except OSError:
         pass  # not cached
-    return _snapshot_or_explain(repository, revision, patterns=[INDEX, "unet/config.json", "vae/config.json"])
+    return _snapshot_or_explain(repository, revision, patterns=[INDEX, "*/config.json"])
+
+
+def _has_configurations(folder: Path) -> bool:
+    if not (folder / INDEX).is_file():
+        return False
+    index = read_json_object(folder / INDEX, BaseModelError)
+    networks = [name for name, entry in index.items() if name.startswith(_NETWORKS) and isinstance(entry, list)]
+    return all((folder / name / "config.json").is_file() for name in networks if index[name][:1] != [None])
 
 
 def fetch_vae(repository: str, revision: str | None) -> Path:

@@ -129,7 +129,7 @@ def _to_single_file(
             "tensors are unknown",
             str(folder),
             "the tensors of the base",
-            "pass drop_unknown=True to drop them",
+            "drop them with --drop-unknown (drop_unknown=True)",
         )
     predicted = prediction or components["scheduler"].config.get("prediction_type", "epsilon")
     write_tensors(out, plan_single_file(names, components, parts), _metadata(architecture, predicted, folder.name))

@@ -88,7 +88,13 @@ def whole_to_diffusers(
     )
     unknown = [name for name in transformer.others if name not in planned.used and reason_unused(name) is None]
     if not drop_unknown:
-        refuse(unknown, "tensors are unknown", where, "the tensors of the base", "pass drop_unknown=True to drop them")
+        refuse(
+            unknown,
+            "tensors are unknown",
+            where,
+            "the tensors of the base",
+            "drop them with --drop-unknown (drop_unknown=True)",
+        )
     needed = {name: hub_id for name, hub_id in architecture.tokenizers.items() if _text_encoder(name) in components}
     known = replace(architecture, tokenizers=needed)
     tokenizers = {} if without_tokenizer else find_tokenizers(known, tokenizer, config)

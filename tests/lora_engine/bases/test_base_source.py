@@ -11,6 +11,7 @@ import huggingface_hub.constants
 import pytest
 
 from lora_engine.bases.source import resolve_base
+from lora_engine.bases.structure import base_module_shapes
 from lora_engine.errors import BaseModelError
 
 COMMIT = "a" * 40
@@ -185,3 +186,17 @@ def test_finding_a_base_imports_no_torch(untrained: dict[str, Path]) -> None:
     root = str(Path(__file__).parents[3])
     environment = {**os.environ, "PYTHONPATH": root}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+def test_names_and_shapes_of_a_hub_base_need_its_configurations_alone(
+    untrained: dict[str, Path], hub_cache: Path
+) -> None:
+    snapshot = fill_cache(hub_cache, untrained["small-sd"])
+    for weights in [*snapshot.rglob("*.safetensors"), *snapshot.rglob("*.txt")]:
+        weights.unlink()
+    assert base_module_shapes("org/name") == base_module_shapes(untrained["small-sd"])
+    with pytest.raises(BaseModelError, match="cannot be reached"):
+        resolve_base("org/name")
+    (snapshot / "text_encoder" / "config.json").unlink()  # it would be downloaded
+    with pytest.raises(BaseModelError, match="cannot be reached"):
+        base_module_shapes("org/name")
