@@ -276,5 +276,5 @@ def test_a_plan_downloads_no_model_and_names_it(
     say("deployments", path, "-o", tmp_path / "deploy.yaml", home=home)
     assert set(asked) == {True}
     run = loraline_here("run", path, home=home)
-    assert (run.returncode, False in asked) == (1, True)
+    assert (run.returncode > 0, False in asked) == (True, True)
     assert "is not in the local Hugging Face cache" in run.stderr

@@ -195,8 +195,8 @@ def test_names_and_shapes_of_a_hub_base_need_its_configurations_alone(
     for weights in [*snapshot.rglob("*.safetensors"), *snapshot.rglob("*.txt")]:
         weights.unlink()
     assert base_module_shapes("org/name") == base_module_shapes(untrained["small-sd"])
-    with pytest.raises(BaseModelError, match="cannot be reached"):
+    with pytest.raises(BaseModelError, match="there are no weights"):
         resolve_base("org/name")
     (snapshot / "text_encoder" / "config.json").unlink()  # it would be downloaded
-    with pytest.raises(BaseModelError, match="cannot be reached"):
+    with pytest.raises(BaseModelError, match=r"config\.json"):
         base_module_shapes("org/name")

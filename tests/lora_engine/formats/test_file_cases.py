@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import sys
+import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -81,21 +82,21 @@ class Refused:
 
 
 class ScaledModel:
-    """A fuse into scaled float8 changes the values of the weights by the whole difference."""
+    """A fuse into scaled float8 changes the values of the weights, and reports the share that its rounding keeps."""
 
     def check(self, source: Path, folder: Path) -> None:
         case = import_module(source.stem)
-        for name in ("scale_weight", "weight_scale"):
+        for name, rounding, least in (("scale_weight", "nearest", 0.5), ("weight_scale", "stochastic", 0.9)):
             out = folder / name
             case.build(str(out), name)
             model, adapter = out / "unet/diffusion_pytorch_model.safetensors", out / "l.safetensors"
-            report = fuse(model, [(adapter, 1.0)], out / "fused.safetensors")
+            report = fuse(model, [(adapter, 1.0)], out / "fused.safetensors", rounding=rounding, seed=1)
             before, after = load_file(model), load_file(out / "fused.safetensors")
             change = values_of(case, after, name) - values_of(case, before, name)
-            factors = load_file(adapter)
-            up, down = (next(value for key, value in factors.items() if end in key).float() for end in ("up", "down"))
+            factors = load_file(adapter).items()
+            up, down = (next(one for key, one in factors if end in key).float() for end in (".lora_up", ".lora_down"))
             share = float((change * (up @ down)).sum() / (up @ down).square().sum())
-            assert 0.97 < share < 1.03
+            assert least < share < 1.1
             assert report.survived == pytest.approx(share, abs=1e-3)
 
 
@@ -109,7 +110,9 @@ class AddedDifference:
     def check(self, source: Path, folder: Path) -> None:
         case, key = import_module(source.stem), "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
         for is_inpainting in (False, True):
-            case.build(str(folder), str(tiny_folder()), inpaint=is_inpainting)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ResourceWarning)  # the case leaves a file open
+                case.build(str(folder), str(tiny_folder()), inpaint=is_inpainting)
             models = [folder / name for name in "ABC"]
             merge_checkpoints(models, (1.0,), folder / f"R{is_inpainting}", method="add-difference")
             first, merged = (load_unet(path) for path in (models[0], folder / f"R{is_inpainting}"))
@@ -221,7 +224,7 @@ EXPECTED: dict[str, Any] = {
     "c46": Read(assumed=AMBIGUOUS, scales=(1.0,)),
     "c49": Refused("the base's weight"),
     "c50": Refused("flux2"),
-    "c51": Refused("flux2"),
+    "c51": Refused("the layer has 18432 rows and 6144 columns"),
     "c52": Read("flux", scales=(0.5,)),
     "c53": Read(scales=(0.25, 1.0, 8.0), written=("diffusers", "lora_A")),
     "o01": ScaledModel(),
