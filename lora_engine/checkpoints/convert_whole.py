@@ -71,15 +71,33 @@ def whole_to_diffusers(
         BaseModelError: Tensors are missing, unknown or of another shape, the settings are unknown, or a tokenizer is
             missing.
     """
+    architecture, components, plans = plan_whole(original, transformer, config=config, drop_unknown=drop_unknown)
+    needed = {name: hub_id for name, hub_id in architecture.tokenizers.items() if _text_encoder(name) in components}
+    known = replace(architecture, tokenizers=needed)
+    tokenizers = {} if without_tokenizer else find_tokenizers(known, tokenizer, config)
+    return write_folder(out, known, architecture.pipeline, components, plans, tokenizers)
+
+
+def plan_whole(
+    original: OriginalFile, transformer: OriginalTransformer, *, config: Path | None = None, drop_unknown: bool = False
+) -> tuple[Architecture, dict[str, ComponentConfig], dict[str, dict[str, PlannedTensor]]]:
+    """Returns the published base of a file, its components, and the tensors of each that has weights.
+
+    Args:
+        original: The file.
+        transformer: Its transformer.
+        config: A diffusers folder with the settings; None uses the published ones whose shapes fit.
+        drop_unknown: True leaves out tensors that the base does not have.
+
+    Raises:
+        BaseModelError: As `whole_to_diffusers`, but for tokenizers.
+    """
     architecture, components = _components_of(original, transformer, config)
     family, where = transformer.family, str(original.path)
     optional = next(entry.optional for entry in family.pipelines if entry.name == architecture.pipeline)
+    absent = [name for name in optional if name in family.text and not dict(_text_keys(family, name, original))]
+    components = {name: part for name, part in components.items() if name not in absent}
     planned = _plan(original, transformer, components)
-    absent = [name for name in optional if name.startswith("text_encoder") and not _has_text(family, name, original)]
-    for name in absent:
-        components.pop(name, None)
-        planned.plans.pop(name, None)
-        planned.missing = [entry for entry in planned.missing if not entry.startswith(f"{name}: ")]
     refuse(
         planned.missing, "tensors are missing", where, f"all components of {family.title}", "use the diffusers folder"
     )
@@ -88,17 +106,9 @@ def whole_to_diffusers(
     )
     unknown = [name for name in transformer.others if name not in planned.used and reason_unused(name) is None]
     if not drop_unknown:
-        refuse(
-            unknown,
-            "tensors are unknown",
-            where,
-            "the tensors of the base",
-            "drop them with --drop-unknown (drop_unknown=True)",
-        )
-    needed = {name: hub_id for name, hub_id in architecture.tokenizers.items() if _text_encoder(name) in components}
-    known = replace(architecture, tokenizers=needed)
-    tokenizers = {} if without_tokenizer else find_tokenizers(known, tokenizer, config)
-    return write_folder(out, known, architecture.pipeline, components, planned.plans, tokenizers)
+        remedy = "drop them with --drop-unknown (drop_unknown=True)"
+        refuse(unknown, "tensors are unknown", where, "the tensors of the base", remedy)
+    return architecture, components, planned.plans
 
 
 def _components_of(
@@ -188,10 +198,6 @@ def _text_keys(family: Family, component: str, original: OriginalFile) -> Iterat
         name = text_tensor_name(family, key)
         if name is not None and name.partition(".")[0] == component:
             yield name.partition(".")[2], key
-
-
-def _has_text(family: Family, component: str, original: OriginalFile) -> bool:
-    return any(True for _ in _text_keys(family, component, original))
 
 
 def _text_encoder(tokenizer: str) -> str:

@@ -16,9 +16,16 @@ from torch import Tensor
 from lora_engine.bases.base import load_base
 from lora_engine.bases.source import resolve_base
 from lora_engine.checkpoints import convert_checkpoint, inspect_checkpoint
+from lora_engine.checkpoints.convert_whole import plan_whole
+from lora_engine.checkpoints.names import component_names, tensor_shapes
+from lora_engine.checkpoints.original import OriginalFile
+from lora_engine.checkpoints.tensor_files import StoredTensor
 from lora_engine.checkpoints.text_names import canonical_text_name
+from lora_engine.checkpoints.transformer_names import find_transformer, plan_original
 from lora_engine.checkpoints.vae_names import vae_blocks, vae_name
 from lora_engine.errors import BaseModelError
+from lora_engine.families import families, published
+from lora_engine.families.family import ComponentLocation
 
 ROLES = {
     "flux": {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
@@ -164,3 +171,31 @@ def test_a_file_that_is_not_all_of_a_base_is_refused(folder: Path, tmp_path: Pat
     with pytest.raises(BaseModelError, match=r"needs the tokenizer_2.*spiece\.model"):
         convert_checkpoint(file, tmp_path / "out", to="diffusers", config=folder)
     assert not (tmp_path / "out").exists()
+
+
+PUBLISHED = [entry for entry in published.values() if families[entry.family].names is not None]
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in PUBLISHED])
+def test_a_file_of_a_published_base_has_all_of_its_tensors_by_its_settings(name: str) -> None:
+    architecture, file = published[name], Path("whole.safetensors")
+    family, tensors = families[architecture.family], {}
+    for component in ("transformer", "vae", *family.text):
+        shapes = tensor_shapes(component, architecture.components[component])
+        named = {key: StoredTensor(file, 0, "BF16", shape) for key, shape in shapes.items()}
+        if component == "transformer":
+            planned = plan_original(family, named, "", "model.diffusion_model.")
+            tensors |= {key: StoredTensor(file, 0, "BF16", tensor.shape) for key, tensor in planned.items()}
+        elif component == "vae":
+            entries = component_names("vae", ComponentLocation("vae.", "vae"), architecture.components["vae"])
+            shape = {entry.stored: entry.stored_shape(shapes[entry.name]) for entry in entries}
+            tensors |= {key: StoredTensor(file, 0, "BF16", size) for key, size in shape.items()}
+        else:
+            prefix = f"text_encoders.{family.text[component].role}.transformer.{family.text[component].level}"
+            tensors |= {prefix + key: stored for key, stored in named.items()}
+    original = OriginalFile(file, tensors, {})
+    transformer = find_transformer(tensors, str(file))
+    assert transformer is not None
+    found, components, plans = plan_whole(original, transformer)
+    assert found.name == name
+    assert plans.keys() == components.keys() - {"scheduler"} == {"transformer", "vae", *family.text}
