@@ -114,7 +114,7 @@ def adopt_results(spec: PipelineSpec, home: Home) -> Plan:
     Raises:
         RegistryError: The home cannot be read or written.
     """
-    plan = plan_pipeline(spec, home, adopt=True)
+    plan = plan_pipeline(spec, home, adopt=True, download=False)
     if any(step.adoption for step in plan.steps):
         with _recorded_run(plan, home):
             pass

@@ -13,6 +13,7 @@ from typing import Any
 from flows.refusals import nearest
 from flows.selection import ALL_STEPS, Selection, sources_of, upstream_steps
 from flows.spec import PipelineSpec
+from lora_engine.bases.hub import downloads
 from registry.entities import ArtifactRef
 from registry.home import Home
 from registry.lineage.record import Lineage
@@ -114,6 +115,7 @@ def plan_pipeline(
     force: Collection[str] = (),
     adopt: bool = False,
     selection: Selection = ALL_STEPS,
+    download: bool = True,
 ) -> Plan:
     """Plans a run; reads the user's files and every cached artifact once.
 
@@ -123,12 +125,13 @@ def plan_pipeline(
         force: Names of steps to run even if they are cached.
         adopt: True plans as if every result that can be adopted were cached.
         selection: The steps of a partial run; the steps that they take from must be cached.
+        download: False plans steps whose models are not on this machine without them.
 
     Raises:
         RegistryError: A registered adapter in the spec does not exist, or the home cannot be read.
         SpecError: The selection is not possible, or a result that it needs is not cached.
     """
-    (plan,) = plan_pipelines([spec], home, force=force, adopt=adopt, selection=selection)
+    (plan,) = plan_pipelines([spec], home, force=force, adopt=adopt, selection=selection, download=download)
     return plan
 
 
@@ -139,6 +142,7 @@ def plan_pipelines(
     force: Collection[str] = (),
     adopt: bool = False,
     selection: Selection = ALL_STEPS,
+    download: bool = True,
 ) -> list[Plan]:
     """Plans runs of several pipelines as `plan_pipeline`; opens the home, and reads each file and blob, once."""
     lineage = Lineage(home.lineage_url)
@@ -153,9 +157,10 @@ def plan_pipelines(
             planned: dict[str, PlannedStep] = {}
             for name in (name for name in spec.steps if name in upstream_steps(chosen, spec.steps)):
                 sources, absent = _find_sources(spec.steps[name], planned, home)
-                job = prepare_job(
-                    name, spec.steps[name], spec.folder, revoked, concurrency=spec.concurrency, digests=digests
-                )
+                with downloads(allowed=download):
+                    job = prepare_job(
+                        name, spec.steps[name], spec.folder, revoked, concurrency=spec.concurrency, digests=digests
+                    )
                 step = PlannedStep(replace(job, absent=absent), sources, "forced", force=name in force)
                 planned[name] = planner.decide(step, planned)
             _refuse_missing([step for name, step in planned.items() if name not in chosen])
@@ -260,10 +265,11 @@ class _Planner:
     def plan(self, step: PlannedStep) -> PlannedStep:
         """Returns the step with its cached result, or with the reason why it would run."""
         if step.force:
-            return step
+            return replace(step, reason=_with_download(step.reason, step.job))
         upstream = [source for sources in step.sources.values() for source in sources if isinstance(source, str)]
-        if upstream:
-            reason = f"takes from {' and '.join(dict.fromkeys(upstream))}, which will run"
+        if upstream or step.job.undownloaded:
+            names = " and ".join(dict.fromkeys(upstream))
+            reason = f"takes from {names}, which will run" if upstream else "its result cannot be looked up"
             return replace(step, reason=_with_cost(reason, step.job))
         job, inputs = step.job.with_input_kinds(step.inputs, self.lineage), step.inputs
         hit, reason = find_hit(job, inputs, self.home, self.store, self.lineage, self.verified)
@@ -301,5 +307,11 @@ class _Planner:
 
 def _with_cost(reason: str, job: Job) -> str:
     """Returns `reason`, and the work that a run adds by itself."""
+    reason = _with_download(reason, job)
     cost = "" if job.kind.describe_cost is None else job.kind.describe_cost(job.spec)
     return f"{reason}; {cost}" if cost else reason
+
+
+def _with_download(reason: str, job: Job) -> str:
+    """Returns `reason`, and the model that a run downloads."""
+    return f"{reason}; {job.undownloaded}" if job.undownloaded else reason

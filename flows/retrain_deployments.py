@@ -70,7 +70,8 @@ def _read_pipelines(name: str, entry: Any) -> RetrainDeployment | None:
     path = Path(str(given.get("spec", "")))
     names = [given["pipeline"]] if given.get("pipeline") else []
     try:
-        pipelines = load_pipelines(path, parameters=given.get("parameters") or {}, names=names)
+        parameters = given.get("parameters") or {}
+        pipelines = load_pipelines(path, parameters=parameters, names=names, download=False)
         return RetrainDeployment(name, entry.id, path, pipelines)
     except SpecError as error:
         _log.warning("%s: %s", name, error)

@@ -5,6 +5,7 @@ WordedError                 the root of the registry's tree, too
     ├── AdapterError        an adapter file or an adapter in memory: structure, names, ranks, values
     │   └── UnknownBaseError    its base family is unknown or not supported, so its modules have no canonical names
     ├── BaseModelError      a base model: not found, unknown family, shapes that do not match
+    │   └── NotDownloadedError  it is on the hub alone, and the command downloads nothing
     ├── DataError           a folder of images, a manifest, a caption file
     ├── SettingsError       a value in a spec that the engine cannot use (too large a rank, an unknown preset)
     └── TrainingError       a run that had to stop
@@ -75,6 +76,10 @@ class UnknownBaseError(AdapterError):
 
 class BaseModelError(EngineError):
     """A base model, or a model that captions images, that cannot be found, read or used."""
+
+
+class NotDownloadedError(BaseModelError):
+    """A model of the hub that is not on this machine, in a command that downloads nothing, such as a plan."""
 
 
 class DataError(EngineError):

@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_engine.bases.source import TINY, BaseSource, resolve_base
 from lora_engine.bases.vae import resolve_vae
+from lora_engine.errors import NotDownloadedError
 from lora_engine.files import canonical_json, sha256_bytes
 from registry.entities import ArtifactRef
 from registry.lineage.record import Lineage
@@ -42,6 +43,8 @@ class Job:
         models: Role -> name, label, fingerprint and place of the models that it uses beside the base; see `StepKind`.
         absent: Registered version that the step names and can do without -> why it is not there. The reasons are not
             part of the cache key.
+        undownloaded: The model that has to be downloaded before the cache key is known, in words; empty for none. Such
+            a job is only planned.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Job:
     entries: tuple[UsedEntry, ...] = ()
     models: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
+    undownloaded: str = ""
 
     @cached_property
     def revision(self) -> int:
@@ -164,6 +168,8 @@ def prepare_job(
 ) -> Job:
     """Prepares a step; reads the user's files and the base once.
 
+    Within `downloads(allowed=False)`, a model that is not on this machine is in `undownloaded`.
+
     Args:
         name: The step's name in the pipeline.
         spec: Its settings.
@@ -183,6 +189,16 @@ def prepare_job(
         files[role] = known[place]
     find_excluded = STEPS[spec.uses].find_excluded
     excluded = sorted(find_excluded(spec, folder, files, revoked)) if find_excluded is not None and revoked else ()
+    job = Job(name, spec, folder, files, tuple(excluded), concurrency=concurrency)
+    try:
+        return _with_models(job)
+    except NotDownloadedError as error:
+        return replace(job, entries=find_used(spec, None), undownloaded=error.problem)
+
+
+def _with_models(job: Job) -> Job:
+    """Returns a job with its base, the other models that it uses, and its registry entries."""
+    spec, folder = job.spec, job.folder
     base = getattr(spec, "base", None)
     located = locate_base(base, folder) if base else None
     source = resolve_base(located) if located else None
@@ -190,9 +206,9 @@ def prepare_job(
     vae = getattr(spec, "vae", None)
     if description and vae:
         description |= _describe_vae(locate_base(vae, folder))
-    find_models = STEPS[spec.uses].models
+    find_models = job.kind.models
     models = find_models(spec, folder, source) if find_models is not None else {}
-    return Job(name, spec, folder, files, tuple(excluded), description, concurrency, find_used(spec, source), models)
+    return replace(job, base=description, entries=find_used(spec, source), models=models)
 
 
 def _describe_base(source: BaseSource, located: str) -> dict[str, str]:

@@ -119,6 +119,9 @@ def convert(
         Path | None, typer.Option(help="Diffusers folder with the model's configuration (whole models).")
     ] = None,
     without_tokenizer: Annotated[bool, typer.Option(help="Omit the tokenizer (whole models).")] = False,
+    drop_unknown: Annotated[
+        bool, typer.Option("--drop-unknown", help="Omit tensors that the base does not have (whole models).")
+    ] = False,
     recommended: Annotated[
         str | None,
         typer.Option("--recommend", metavar="W", help="Weights for prompts that give none, such as 0.8 or 0@0,1@1."),
@@ -145,6 +148,7 @@ def convert(
             config=config,
             tokenizer=tokenizer,
             without_tokenizer=without_tokenizer,
+            drop_unknown=drop_unknown,
         )
     else:
         approximation = {"rank": rank, "energy": energy} if approximate else None

@@ -62,16 +62,22 @@ def resolve(
 
 
 def load_selected(
-    path: Path, changes: list[str] | None, given: list[str] | None, selected: list[str] | None
+    path: Path,
+    changes: list[str] | None,
+    given: list[str] | None,
+    selected: list[str] | None,
+    *,
+    download: bool = False,
 ) -> tuple[PipelineSpec, ...]:
-    """Returns the pipelines of a file that the options of a verb select.
+    """Returns the pipelines of a file that the options of a verb select; `download` is that of `load_pipelines`.
 
     Raises:
         SpecError: The file or an option is not valid.
     """
     from flows.spec import load_pipelines, parse_parameters
 
-    return load_pipelines(path, changes or (), parameters=parse_parameters(given or ()), names=selected or ())
+    parameters, names = parse_parameters(given or ()), selected or ()
+    return load_pipelines(path, changes or (), parameters=parameters, names=names, download=download)
 
 
 def for_each(

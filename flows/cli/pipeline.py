@@ -177,13 +177,16 @@ def plan(
     selection = Selection(only or (), begin or (), end or ())
     home = open_home()
     try:
-        plans = {plan.name: plan for plan in plan_pipelines(pipelines, home, force=force or (), selection=selection)}
+        found = plan_pipelines(pipelines, home, force=force or (), selection=selection, download=False)
+        plans = {plan.name: plan for plan in found}
     except (EngineError, RegistryError, OSError):
         plans = {}  # each is planned on its own, so that those without an error are shown
     estimates = dict(zip(plans, estimate_costs(plans.values(), home), strict=True))
 
     def plan_one(loaded: PipelineSpec) -> tuple[Any, bool]:
-        planned = plans.get(loaded.name) or plan_pipeline(loaded, home, force=forced[loaded.name], selection=selection)
+        planned = plans.get(loaded.name) or plan_pipeline(
+            loaded, home, force=forced[loaded.name], selection=selection, download=False
+        )
         costs = estimates[loaded.name] if loaded.name in estimates else estimate_costs([planned], home)[0]
         if as_json:
             return [planned_to_json(step) | cost_to_json(step, costs) for step in planned.steps], True
@@ -245,7 +248,7 @@ def run(
     from flows.runners import read_runner, runners
     from flows.selection import Selection
 
-    pipelines = load_selected(spec, changes, given, selected)
+    pipelines = load_selected(spec, changes, given, selected, download=True)
     forced = {loaded.name: _check_force(force, loaded) for loaded in pipelines}
     home = open_home()
     settings = read_runner(home, runner)

@@ -65,7 +65,7 @@ def deployments(
     from flows.spec import load_pipelines, parse_parameters
 
     values = parse_parameters(given or ())
-    pipelines = load_pipelines(spec, parameters=values, names=selected or ())
+    pipelines = load_pipelines(spec, parameters=values, names=selected or (), download=False)
     options = DeploymentOptions(cron, timezone, work_pool, str(home_path()), values, not paused)
     written = write_deployments(spec, pipelines, output, options)
     if as_json:

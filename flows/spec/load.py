@@ -39,6 +39,7 @@ def load_pipelines(
     *,
     parameters: Mapping[str, Any] = _NONE,
     names: Collection[str] = (),
+    download: bool = True,
 ) -> tuple[PipelineSpec, ...]:
     """Reads and validates the pipelines of a file; one, or one per cell of the matrix.
 
@@ -47,11 +48,12 @@ def load_pipelines(
         overrides: Texts `a.b=value`; `adapter.rank=8` is short for `steps.adapter.rank=8`.
         parameters: Values of declared parameters; a text is parsed by the parameter's type.
         names: Names of the pipelines to load, with `*` and `?`; empty means all.
+        download: False takes the names of models on the hub that are not on this machine as they are.
 
     Raises:
         SpecError: The file is not valid, or a name matches no pipeline.
     """
-    bases = Bases()
+    bases = Bases(download=download)
     return tuple(
         _check_cell(document, bases) for document in _expand_file(read_unexpanded(path, overrides), parameters, names)
     )

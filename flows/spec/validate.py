@@ -20,7 +20,7 @@ from flows.spec.document import PipelineDocument
 from flows.spec.head import EXPANDED, INHERITED, Head, PipelineSpec
 from lora_engine.data.archives import is_archive, is_table
 from lora_engine.documents import Document, Where
-from lora_engine.errors import BaseModelError
+from lora_engine.errors import BaseModelError, NotDownloadedError
 from lora_engine.families import Family, families
 from tasks.errors import SpecError
 from tasks.spec import REGISTERED, SAVED, STEP_NAME, ExternalKind, StepSpec
@@ -28,23 +28,31 @@ from tasks.step import STEPS, locate_base
 
 
 class Bases:
-    """Finds base models and autoencoders; each is looked for once, for all pipelines of a file."""
+    """Finds base models and autoencoders; each is looked for once, for all pipelines of a file.
 
-    def __init__(self) -> None:
+    Args:
+        download: False looks for them on this machine alone.
+    """
+
+    def __init__(self, *, download: bool = True) -> None:
+        self._download = download
         self._found: dict[tuple[str, str], Any] = {}
 
     def find(self, field: str, name: str) -> Any:
         """Returns the base, or with the field `vae` the autoencoder, of a name or path.
 
         Raises:
+            NotDownloadedError: It may be on the hub, where it is not looked for.
             BaseModelError: There is none.
         """
+        from lora_engine.bases.hub import downloads
         from lora_engine.bases.source import resolve_base
         from lora_engine.bases.vae import resolve_vae
 
         if (field, name) not in self._found:
             try:
-                self._found[field, name] = (resolve_vae if field == "vae" else resolve_base)(name)
+                with downloads(allowed=self._download):
+                    self._found[field, name] = (resolve_vae if field == "vae" else resolve_base)(name)
             except BaseModelError as error:
                 self._found[field, name] = error
         found = self._found[field, name]
@@ -217,6 +225,8 @@ def _check_base(name: str, spec: StepSpec, folder: Path, document: Document, bas
 def _at_its_line(name: str, field: str, document: Document) -> Iterator[None]:
     try:
         yield
+    except NotDownloadedError:
+        pass  # the run downloads it, and finds out whether it can be used
     except BaseModelError as error:
         location: Where = ("steps", name, field) if ("steps", name, field) in document.lines else (field,)
         raise SpecError(

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
-from lora_engine.errors import BaseModelError
+from lora_engine.documents import read_json_object
+from lora_engine.errors import BaseModelError, NotDownloadedError
 from lora_engine.families.layout import INDEX, download_patterns, read_layout
 
 _log = logging.getLogger(__name__)
+_NETWORKS = ("unet", "transformer", "text_encoder", "vae")
+_downloads: ContextVar[bool] = ContextVar("downloads", default=True)
+
+
+@contextmanager
+def downloads(*, allowed: bool) -> Iterator[None]:
+    """Decides whether models that are not in the local cache are downloaded; otherwise `NotDownloadedError` is raised.
+
+    Args:
+        allowed: False sends nothing to the hub until the end of the `with` block.
+    """
+    token = _downloads.set(allowed and _downloads.get())
+    try:
+        yield
+    finally:
+        _downloads.reset(token)
 
 
 def fetch_from_hub(repository: str, revision: str | None) -> tuple[Path, str]:
@@ -32,7 +51,7 @@ def fetch_from_hub(repository: str, revision: str | None) -> tuple[Path, str]:
 
 
 def fetch_configuration(repository: str, revision: str | None) -> Path:
-    """Returns a snapshot folder of a hub repository with its index and the configurations of U-Net and VAE, if any.
+    """Returns a snapshot folder of a hub repository with its index and the configurations of its networks.
 
     Args:
         repository: `owner/name`.
@@ -43,11 +62,19 @@ def fetch_configuration(repository: str, revision: str | None) -> Path:
     """
     try:
         folder = _snapshot(repository, revision, local=True)
-        if (folder / INDEX).is_file():
+        if _has_configurations(folder):
             return folder
     except OSError:
         pass  # not cached
-    return _snapshot_or_explain(repository, revision, patterns=[INDEX, "unet/config.json", "vae/config.json"])
+    return _snapshot_or_explain(repository, revision, patterns=[INDEX, "*/config.json"])
+
+
+def _has_configurations(folder: Path) -> bool:
+    if not (folder / INDEX).is_file():
+        return False
+    index = read_json_object(folder / INDEX, BaseModelError)
+    networks = [name for name, entry in index.items() if name.startswith(_NETWORKS) and isinstance(entry, list)]
+    return all((folder / name / "config.json").is_file() for name in networks if index[name][:1] != [None])
 
 
 def fetch_vae(repository: str, revision: str | None) -> Path:
@@ -63,6 +90,7 @@ def fetch_vae(repository: str, revision: str | None) -> Path:
     try:
         return _snapshot(repository, revision, local=True)
     except OSError:
+        _announce(repository, revision)
         names = ("config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
         patterns = [*names, *(f"vae/{name}" for name in names)]
         return _snapshot_or_explain(repository, revision, patterns)
@@ -93,7 +121,7 @@ def fetch_files(
         refusal = error
     else:
         return folder, folder.name
-    _log.info("downloading %s%s from the Hugging Face hub", repository, f" at {revision}" if revision else "")
+    _announce(repository, revision)
     try:
         folder = _snapshot_or_explain(repository, revision, patterns, noun)
     except BaseModelError as error:
@@ -102,8 +130,19 @@ def fetch_files(
     return folder, folder.name
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def _announce(repository: str, revision: str | None) -> None:
+    """Logs a download; raises if the command downloads nothing."""
+    if not _downloads.get():
+        name = f"{repository}@{revision}" if revision else repository
+        raise NotDownloadedError(
+            f"{name!r} is not on this machine, and a run downloads it first",
+            remedy=f"run `hf download {repository}{f' --revision {revision}' if revision else ''}`",
+        )
     _log.info("downloading %s%s from the Hugging Face hub", repository, f" at {revision}" if revision else "")
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    _announce(repository, revision)
     problem: BaseModelError | None = None
     for variant in (None, "fp16"):
         folder = _snapshot_or_explain(repository, revision, download_patterns(variant))

@@ -26,6 +26,24 @@ def cache_folder() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "loraline"
 
 
+def check_file(file: Path) -> None:
+    """Raises an error for a file that is no checkpoint by its name and first bytes; reads no more of it.
+
+    Raises:
+        BaseModelError: It has another suffix, or is GGUF.
+    """
+    from lora_engine.formats.safetensors_io import refuse_gguf
+
+    with file.open("rb") as opened:
+        refuse_gguf(file, opened.read(4), BaseModelError)
+    if file.suffix.lower() not in _SUFFIXES:
+        raise BaseModelError(
+            f"{file.name!r} is not a checkpoint file name",
+            where=str(file),
+            allowed=f"a file that ends in {' or '.join(_SUFFIXES)}, or a diffusers folder",
+        )
+
+
 def folder_of_file(file: Path, digest: str, cache: Path | None = None) -> Path:
     """Returns the diffusers folder of a single file; converts the file if it is not cached.
 
@@ -41,12 +59,6 @@ def folder_of_file(file: Path, digest: str, cache: Path | None = None) -> Path:
     Raises:
         BaseModelError: The file is not such a checkpoint or is incomplete, or there is no tokenizer.
     """
-    if file.suffix.lower() not in _SUFFIXES:
-        raise BaseModelError(
-            f"{file.name!r} is not a checkpoint file name",
-            where=str(file),
-            allowed=f"a file that ends in {' or '.join(_SUFFIXES)}, or a diffusers folder",
-        )
     from filelock import FileLock
 
     settings, tokenizer = file.with_suffix(""), file.parent / "tokenizer"

@@ -122,8 +122,9 @@ def _from_folder(name: str, folder: Path, revision: str | None) -> BaseSource:
 def _from_file(file: Path, revision: str | None) -> BaseSource:
     if revision is not None:
         raise BaseModelError(f"{file.name!r} is a file and has no revision {revision!r}", remedy="remove the revision")
-    from lora_engine.bases.single_file import folder_of_file
+    from lora_engine.bases.single_file import check_file, folder_of_file
 
+    check_file(file)  # before all bytes are read for the digest
     folder = folder_of_file(file, digest_of_file(file))
     return _source(str(file), folder, None, file.name)
 

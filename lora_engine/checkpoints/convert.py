@@ -5,30 +5,27 @@ Missing, misshaped and unknown tensors are refused before the first byte is writ
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from lora_engine.checkpoints.convert_transformer import transformer_to_diffusers, transformer_to_original
-from lora_engine.checkpoints.folder import components_of, read_components, write_settings
+from lora_engine.checkpoints.convert_whole import whole_to_diffusers
+from lora_engine.checkpoints.folder import components_of, read_components
+from lora_engine.checkpoints.folder_writer import write_folder
 from lora_engine.checkpoints.names import checkpoint_names, component_locations
 from lora_engine.checkpoints.original import open_original
 from lora_engine.checkpoints.plan import folder_architecture, folder_tensors, plan_folder, plan_single_file, refuse
 from lora_engine.checkpoints.recognize import Prediction, recognize
 from lora_engine.checkpoints.tensor_files import write_tensors
-from lora_engine.checkpoints.tokenizers import find_tokenizers, write_tokenizer
+from lora_engine.checkpoints.tokenizers import find_tokenizers
 from lora_engine.checkpoints.transformer_names import find_transformer
 from lora_engine.errors import BaseModelError, SettingsError
-from lora_engine.families import published
+from lora_engine.families import families, published
 from lora_engine.families.layout import INDEX, read_layout
-from lora_engine.files import FilePath, write_within
+from lora_engine.files import FilePath
 
 TargetLayout = Literal["diffusers", "original", "ldm"]
-_WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 _log = logging.getLogger(__name__)
 
 
@@ -77,6 +74,16 @@ def convert_checkpoint(
         raise SettingsError(f"a checkpoint cannot be converted to {to!r}", allowed="diffusers, original, ldm")
     with open_original(source) as original:
         transformer = None if architecture else find_transformer(original.tensors, str(source))
+        if transformer is not None and transformer.others and out.suffix != ".safetensors":
+            return whole_to_diffusers(
+                original,
+                transformer,
+                out,
+                config=config,
+                tokenizer=tokenizer,
+                without_tokenizer=without_tokenizer,
+                drop_unknown=drop_unknown,
+            )
         if transformer is not None:
             return transformer_to_diffusers(original, transformer, out, config)
         recognized = recognize(
@@ -94,18 +101,10 @@ def convert_checkpoint(
         plans = plan_folder(original, recognized, components, averaged=averaged, drop_unknown=drop_unknown)
         known = published[recognized.architecture]
         tokenizers = {} if without_tokenizer else find_tokenizers(known, tokenizer, config)
-        with _new_folder(out) as folder:
-            written = []
-            for name, tokenizer_folder in tokenizers.items():
-                text = components[name.replace("tokenizer", "text_encoder")]
-                written += write_tokenizer(tokenizer_folder, folder / name, known.components[name], text)
-            for name, plan in plans.items():
-                path = folder / name / _WEIGHTS[components[name].library]
-                write_tensors(path, plan, {"format": "pt"})
-                written.append(path)
-            parts = {name: part for name, part in components.items() if name in plans or name == "scheduler"}
-            written += write_settings(folder, recognized, parts, bool(tokenizers))
-    return sorted(out / path.relative_to(folder) for path in written)
+        used = {name: part for name, part in components.items() if name in plans or name == "scheduler"}
+        pipelines = families[known.family].pipelines
+        pipeline = next(entry.name for entry in pipelines if entry.variant == recognized.variant)
+        return write_folder(out, known, pipeline, used, plans, tokenizers)
 
 
 def _to_single_file(
@@ -130,7 +129,7 @@ def _to_single_file(
             "tensors are unknown",
             str(folder),
             "the tensors of the base",
-            "pass drop_unknown=True to drop them",
+            "drop them with --drop-unknown (drop_unknown=True)",
         )
     predicted = prediction or components["scheduler"].config.get("prediction_type", "epsilon")
     write_tensors(out, plan_single_file(names, components, parts), _metadata(architecture, predicted, folder.name))
@@ -149,19 +148,3 @@ def _metadata(architecture: str, prediction: Any, title: str) -> dict[str, str]:
         "modelspec.resolution": resolution,
         "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
     }
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `out` and renames it to `out` on success."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BaseModelError("the output already exists", where=str(out), allowed="a new or empty folder")
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
-        with write_within(partial):
-            yield partial
-        partial.replace(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

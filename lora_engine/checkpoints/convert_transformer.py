@@ -83,13 +83,16 @@ def transformer_to_original(source: Path, out: Path) -> list[Path]:
 
 
 def is_original_transformer(path: Path) -> bool:
-    """Returns True for a `.safetensors` file with a transformer in its original names.
+    """Returns True for a `.safetensors` file with a transformer in its original names, and nothing else.
 
     Raises:
         BaseModelError: The file is damaged, or has packed weights.
         AdapterError: The file is not a safetensors file.
     """
-    return not is_pickled(path) and find_transformer(weights_of(stored_tensors(path)[0]), str(path)) is not None
+    if is_pickled(path):
+        return False
+    transformer = find_transformer(weights_of(stored_tensors(path)[0]), str(path))
+    return transformer is not None and not transformer.others
 
 
 def class_of(component: Path) -> str:
@@ -104,16 +107,30 @@ def _settings(
     if config is not None:
         folder = config / TRANSFORMER if (config / INDEX).is_file() else config
         settings = read_json(folder / "config.json")
-        known = {"": ComponentConfig("diffusers", str(settings.get("_class_name")), settings)}
+        known = {"the settings in config": ComponentConfig("diffusers", str(settings.get("_class_name")), settings)}
     else:
         known = {entry.name: entry.components[TRANSFORMER] for entry in family.published}
-    shapes = {name: tensor.shape for name, tensor in planned.items()}
-    for component in known.values():
+    component = known[find_settings(known, {name: tensor.shape for name, tensor in planned.items()}, where)]
+    return {**component.config, "_class_name": component.class_name}
+
+
+def find_settings(known: Mapping[str, ComponentConfig], shapes: Mapping[str, tuple[int, ...]], where: Path) -> str:
+    """Returns the name of the settings that give a transformer exactly these tensors.
+
+    Args:
+        known: Name to class and settings.
+        shapes: Name of a tensor in diffusers to its shape.
+        where: The file, for errors.
+
+    Raises:
+        BaseModelError: None does.
+    """
+    for name, component in known.items():
         if tensor_shapes(TRANSFORMER, component) == shapes:
-            return {**component.config, "_class_name": component.class_name}
+            return name
     raise BaseModelError(
         "the tensors do not fit the settings",
         where=str(where),
-        allowed=f"{', '.join(known) or 'the settings in config'}; each sets names and shapes",
+        allowed=f"{', '.join(known)}; each sets names and shapes",
         remedy="pass a folder with the model's config.json as config, or name a .safetensors file as the output",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ from typing import Any
 from lora_engine.checkpoints.recognize import Recognized
 from lora_engine.documents import read_json_object
 from lora_engine.errors import BaseModelError
-from lora_engine.families import ComponentConfig, families, published
+from lora_engine.families import Architecture, ComponentConfig, published
 from lora_engine.families.layout import check_components
 from lora_engine.files import atomic_write
 
 _INDEX = "model_index.json"
+_MODEL_TYPES = {"T5EncoderModel": "t5", "Qwen3Model": "qwen3"}
+"""Class of a text encoder that is no CLIP to transformers' name of its model."""
 
 
 def read_components(folder: Path) -> dict[str, ComponentConfig]:
@@ -64,20 +66,25 @@ def components_of(recognized: Recognized, config: Path | None) -> dict[str, Comp
 
 
 def write_settings(
-    folder: Path, recognized: Recognized, components: Mapping[str, ComponentConfig], tokenizers: bool
+    folder: Path,
+    architecture: Architecture,
+    pipeline: str,
+    components: Mapping[str, ComponentConfig],
+    tokenizers: Collection[str],
 ) -> list[Path]:
     """Writes `model_index.json` and a settings file for every component.
 
     Args:
         folder: The diffusers folder.
-        recognized: Properties of the source file.
-        components: Result of `components_of`.
-        tokenizers: True if the folder has tokenizers.
+        architecture: The published base with these components; those that are absent are optional.
+        pipeline: Name of the pipeline's class.
+        components: Class and settings of the components; tokenizers among them are ignored.
+        tokenizers: Names of the tokenizers that the folder has.
     """
-    architecture = published[recognized.architecture]
-    index: dict[str, Any] = {"_class_name": _pipeline(recognized), **architecture.settings}
+    index: dict[str, Any] = {"_class_name": pipeline, **architecture.settings}
     if architecture.family == "sd":
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    index |= {name: [None, None] for name in architecture.components}
     written = []
     for name, component in sorted(components.items()):
         if name.startswith("tokenizer"):
@@ -86,8 +93,8 @@ def write_settings(
         file = folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
         atomic_write(file, _readable(_described(component)))
         written.append(file)
-    for name in architecture.tokenizers:
-        index[name] = ["transformers", "CLIPTokenizer"] if tokenizers else [None, None]
+    for name in tokenizers:
+        index[name] = ["transformers", architecture.components[name].class_name]
     atomic_write(folder / _INDEX, _readable(index))
     return [*written, folder / _INDEX]
 
@@ -107,16 +114,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _pipeline(recognized: Recognized) -> str:
-    pipelines = families[published[recognized.architecture].family].pipelines
-    return next(pipeline.name for pipeline in pipelines if pipeline.variant == recognized.variant)
-
-
 def _described(component: ComponentConfig) -> dict[str, Any]:
     # The keys by which each library's `from_pretrained` finds the class.
     if component.library == "diffusers":
         return {**component.config, "_class_name": component.class_name}
-    return {"model_type": "clip_text_model", **component.config, "architectures": [component.class_name]}
+    model_type = _MODEL_TYPES.get(component.class_name, "clip_text_model")
+    return {"model_type": model_type, **component.config, "architectures": [component.class_name]}
 
 
 def _readable(content: Mapping[str, Any]) -> bytes:

@@ -20,6 +20,7 @@ from lora_engine.checkpoints.stored_tensor import StoredTensor
 from lora_engine.checkpoints.tensor_files import merge_stored, stored_tensors
 from lora_engine.checkpoints.text_names import text_tensor_name
 from lora_engine.checkpoints.transformer_names import family_of, find_transformer
+from lora_engine.checkpoints.vae_names import VAE_PREFIXES
 from lora_engine.errors import BaseModelError
 from lora_engine.families.layout import INDEX, read_layout
 from lora_engine.families.names import TRANSFORMER
@@ -109,7 +110,7 @@ def _inspect_single_file(original: OriginalFile, quantization: str) -> dict[str,
     if transformer is not None:
         keys = {TRANSFORMER: {entry.key for entry in transformer.tensors}}
         for key in transformer.others:
-            name = text_tensor_name(transformer.family, key) or ("vae" if key.startswith("vae.") else "")
+            name = text_tensor_name(transformer.family, key) or ("vae" if key.startswith(VAE_PREFIXES) else "")
             keys.setdefault(name.partition(".")[0], set()).add(key)
         unknown = keys.pop("", set())
         return {

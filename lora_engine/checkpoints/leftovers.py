@@ -44,6 +44,8 @@ UNUSED = {
     "conditioner.embedders.0.transformer.logit_scale": "temperature of CLIP",
     "conditioner.embedders.0.transformer.text_projection.weight": "projection of CLIP, unused by the U-Net",
     "conditioner.embedders.1.model.logit_scale": "temperature of OpenCLIP",
+    "text_encoders.*.logit_scale": "temperature of CLIP",
+    "text_encoders.*.transformer.text_projection.weight": "projection of CLIP, unused by the transformer",
 }
 
 

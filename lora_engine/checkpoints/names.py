@@ -95,7 +95,7 @@ def checkpoint_names(
     return tuple(
         entry
         for component, location in locations.items()
-        for entry in _component_names(component, location, configs[component])
+        for entry in component_names(component, location, configs[component])
     )
 
 
@@ -170,7 +170,17 @@ def is_buffer(name: str) -> bool:
     return name.endswith((".position_ids", ".attn_mask"))
 
 
-def _component_names(component: str, location: ComponentLocation, config: ComponentConfig) -> list[TensorName]:
+def component_names(component: str, location: ComponentLocation, config: ComponentConfig) -> list[TensorName]:
+    """Returns every tensor of a component with its name in an original file.
+
+    Args:
+        component: Name of the component.
+        location: Its place and naming in the file.
+        config: Its class and settings.
+
+    Raises:
+        BaseModelError: The settings give a tensor without a name in the original layout.
+    """
     original = _path_naming(location, config)
     entries = []
     for name in tensor_shapes(component, config):

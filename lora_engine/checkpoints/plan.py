@@ -69,7 +69,13 @@ def plan_folder(
     refuse(misshaped, "tensors do not fit the settings", where, "the published widths, or those in `config`", "")
     if not drop_unknown:
         unknown = [name for name in original.tensors if name not in used and reason_unused(name) is None]
-        refuse(unknown, "tensors are unknown", where, "the tensors of the base", "pass drop_unknown=True to drop them")
+        refuse(
+            unknown,
+            "tensors are unknown",
+            where,
+            "the tensors of the base",
+            "drop them with --drop-unknown (drop_unknown=True)",
+        )
     return plans
 
 

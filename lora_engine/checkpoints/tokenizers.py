@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lora_engine.checkpoints.folder import read_json
@@ -13,6 +13,8 @@ from lora_engine.families.sd.published import CLIP_L_REPOSITORY
 from lora_engine.files import atomic_write
 
 VOCABULARY = ("vocab.json", "merges.txt")
+_PIECES = ("spiece.model",)
+_CLIP = "CLIPTokenizer"
 _WHOLE = "tokenizer.json"
 
 
@@ -30,14 +32,17 @@ def find_tokenizers(architecture: Architecture, requested: Path | None, config: 
     """
     folders = {}
     for name, repository in architecture.tokenizers.items():
-        folder = _find_folder(name, repository, requested, config)
+        class_name = architecture.components[name].class_name
+        files = _PIECES if class_name.startswith("T5") else VOCABULARY
+        folder = _find_folder(name, repository, requested, config, files, is_clip=class_name == _CLIP)
         if folder is None:
+            source = CLIP_L_REPOSITORY if class_name == _CLIP else repository
             searched = f"{requested or config or 'no folder'}, and the local Hugging Face cache for {repository}"
             raise BaseModelError(
                 f"a diffusers folder needs the {name}, which single files do not have, and it was not found",
                 where=searched,
-                allowed=f"a folder with {' and '.join(VOCABULARY)} (or {_WHOLE}), or a diffusers folder of any base of "
-                f"this family; or a cache filled by `hf download {CLIP_L_REPOSITORY} {' '.join(VOCABULARY)}`",
+                allowed=f"a folder with {' and '.join(files)} (or {_WHOLE}), or a diffusers folder of any base of "
+                f"this family; or a cache filled by `hf download {source} {' '.join(files)}`",
                 remedy="pass --tokenizer, or --without-tokenizer for a folder without tokenizers",
             )
         folders[name] = folder
@@ -57,7 +62,7 @@ def write_tokenizer(source: Path, target: Path, settings: ComponentConfig, text:
         BaseModelError: Its vocabulary is larger than the text encoder's.
     """
     _check_vocabulary(source, text)
-    names = [*VOCABULARY, _WHOLE, "tokenizer_config.json", "special_tokens_map.json"]
+    names = [*VOCABULARY, *_PIECES, _WHOLE, "tokenizer_config.json", "special_tokens_map.json"]
     written = []
     for name in names:
         if (source / name).is_file():
@@ -70,25 +75,29 @@ def write_tokenizer(source: Path, target: Path, settings: ComponentConfig, text:
     return written
 
 
-def _find_folder(name: str, repository: str, requested: Path | None, config: Path | None) -> Path | None:
+def _find_folder(
+    name: str, repository: str, requested: Path | None, config: Path | None, files: Sequence[str], *, is_clip: bool
+) -> Path | None:
     if requested is not None:
         # Only the requested folder: another tokenizer must not replace it silently.
-        candidates = [requested / name, requested, requested / "tokenizer"]
+        candidates = [requested / name, *([requested, requested / "tokenizer"] if is_clip else [])]
     else:
         candidates = [config / name] if config is not None else []
-        candidates += [*_cached(repository), *_cached(CLIP_L_REPOSITORY)]
-    return next((folder for folder in candidates if _is_tokenizer(folder)), None)
+        candidates += _cached(repository, files)
+        # The CLIPs have one vocabulary.
+        candidates += _cached(CLIP_L_REPOSITORY, files) if is_clip else []
+    return next((folder for folder in candidates if _is_tokenizer(folder, files)), None)
 
 
-def _is_tokenizer(folder: Path) -> bool:
-    return (folder / _WHOLE).is_file() or all((folder / name).is_file() for name in VOCABULARY)
+def _is_tokenizer(folder: Path, files: Sequence[str]) -> bool:
+    return (folder / _WHOLE).is_file() or all((folder / name).is_file() for name in files)
 
 
-def _cached(repository: str) -> list[Path]:
+def _cached(repository: str, names: Sequence[str]) -> list[Path]:
     from huggingface_hub import try_to_load_from_cache
 
     # Returns a path, a marker for a file that the repository lacks, or None.
-    files = [try_to_load_from_cache(repository, name) for name in VOCABULARY]
+    files = [try_to_load_from_cache(repository, name) for name in names]
     if all(isinstance(path, str) for path in files):
         return [Path(str(files[0])).parent]
     return []

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+VAE_PREFIXES = ("vae.", "first_stage_model.")
+"""Prefixes of the names in files with all components of a base with a transformer."""
 OUTSIDE = {
     "encoder.conv_in": "encoder.conv_in",
     "encoder.conv_norm_out": "encoder.norm_out",

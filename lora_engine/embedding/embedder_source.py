@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_engine.bases.source import TINY, BaseSource, split_hub_id
 from lora_engine.documents import read_json_object
-from lora_engine.errors import BaseModelError, SettingsError
+from lora_engine.errors import BaseModelError, NotDownloadedError, SettingsError
 from lora_engine.families import families
 from lora_engine.files import canonical_json, sha256_bytes, sha256_file
 
@@ -96,6 +96,8 @@ def resolve_embedder(name: str) -> EmbedderSource:
 
     try:
         folder, commit = fetch_files(*hub_id, _PATTERNS, _require_configuration, "embedder")
+    except NotDownloadedError:
+        raise
     except BaseModelError as error:
         raise SettingsError(error.problem, allowed=_ALLOWED, remedy=error.remedy) from error
     pinned = f"{hub_id[0]}@{commit}"

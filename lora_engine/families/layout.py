@@ -167,6 +167,14 @@ def find_weights(folder: Path, stem: str) -> tuple[str | None, list[str]]:
             allowed=f"{stem}.safetensors",
             remedy="use a revision with safetensors, or convert the weights once in a sandbox",
         )
+    packed = sorted(path.name for path in folder.glob("*.gguf"))
+    if packed:
+        raise BaseModelError(
+            f"the weights exist only as GGUF ({', '.join(packed[:3])}), whose blocks of quantized weights are not read",
+            where=str(folder),
+            allowed=f"{stem}.safetensors",
+            remedy="use the bf16, fp16 or fp8 safetensors files of the same model",
+        )
     raise BaseModelError(
         "there are no weights",
         where=str(folder),

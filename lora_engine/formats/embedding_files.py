@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from lora_engine.finite import check_finite
 from lora_engine.formats.embeddings import FIRST, SECOND, Embedding, embeddings_in
 from lora_engine.formats.pickles import is_pickled, read_pickle
 from lora_engine.formats.safetensors_io import LIMITS, Reader, read_safetensors, write_safetensors
+from lora_engine.lazy_torch import torch
 from lora_engine.registries import Registry
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 TOKEN, COMPONENT = "loraline.token", "loraline.component"
 """Metadata keys of the token and the text encoder, for files that cannot store them otherwise."""
+_log = logging.getLogger(__name__)
 _SUFFIX = ".safetensors"
 _FORBIDDEN = re.compile(r'[<>:"|?*]')  # in file names on Windows
 _KOHYA = {FIRST: "clip_l", SECOND: "clip_g"}
@@ -106,6 +109,51 @@ def write_contents(
         for name, (tensors, metadata) in contents.items():
             write_safetensors(folder / f"{name}{_SUFFIX}", tensors, {**metadata, **stated})
     return [folder / f"{name}{_SUFFIX}" for name in contents]
+
+
+def check_token_files(folder: Path, contents: Mapping[str, EmbeddingContent], adapter: Path | None) -> None:
+    """Checks that the files of tokens replace no adapter and no embedding of another one; writes nothing.
+
+    Programs find an embedding by the name of its file, so it cannot have another name.
+
+    Args:
+        folder: The folder of the files.
+        contents: See `embedding_contents`.
+        adapter: The file of the adapter that they come with; None for tokens alone. If it exists, they belong to an
+            earlier export, and are replaced with a warning.
+
+    Raises:
+        AdapterError: Names the file.
+    """
+    for stem, (tensors, _) in contents.items():
+        place = folder / f"{stem}{_SUFFIX}"
+        if adapter is not None and place.name.lower() == adapter.name.lower():
+            raise AdapterError(
+                f"the embedding {stem!r} and the adapter have the same file name",
+                where=str(place),
+                allowed="another name for the file of the adapter",
+                remedy="choose another output, or a format that holds tokens in the same file, such as onetrainer",
+            )
+        if not place.exists() or _holds(place, tensors):
+            continue
+        if adapter is not None and not adapter.exists():
+            raise AdapterError(
+                f"the file {place.name!r} exists and holds something else than this embedding",
+                where=str(place),
+                allowed="a folder without a file of this name, or with the same embedding",
+                remedy="choose another folder, or delete the file",
+            )
+        _log.warning("%s is replaced: it held something else than this embedding", place)
+
+
+def _holds(path: Path, tensors: Mapping[str, Tensor]) -> bool:
+    try:
+        stored = read_safetensors(path)[0]
+    except AdapterError:
+        return False
+    return stored.keys() == tensors.keys() and all(
+        stored[name].dtype == tensor.dtype and torch.equal(stored[name], tensor) for name, tensor in tensors.items()
+    )
 
 
 def embedding_contents(embeddings: Sequence[Embedding], form: str) -> dict[str, EmbeddingContent]:

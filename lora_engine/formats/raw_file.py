@@ -28,6 +28,9 @@ OLD_MODEL_FILE = "adapter_model.bin"
 PEFT_PREFIX = "base_model.model."
 _USUAL = ("adapter.safetensors", "pytorch_lora_weights.safetensors", "lora.safetensors")
 _TEXT, _TOKENS = ".text_encoder", ".ti"
+_ALPHA, _SCALE = ".alpha", ".scale"
+_DOWN = ("lora_down.weight", "lora_A.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+"""Suffixes of factors with one row per rank."""
 _MAX_CONFIG = 1 << 24
 
 
@@ -88,8 +91,34 @@ def _separate(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: 
     if alone is not None:
         return RawFile({}, metadata, tuple(alone), (path,))
     rest, embeddings = take_embeddings(tensors, metadata)
-    plain = {name: _plain(tensor) for name, tensor in rest.items()}
-    return RawFile(plain, metadata, tuple(embeddings), (path,), _assumed_scale(plain, metadata, path))
+    plain, scaled = _with_alphas({name: _plain(tensor) for name, tensor in rest.items()})
+    assumed = "; ".join(filter(None, [scaled, _assumed_scale(plain, metadata, path)]))
+    return RawFile(plain, metadata, tuple(embeddings), (path,), assumed)
+
+
+def _with_alphas(tensors: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], str]:
+    """Returns the tensors with alpha for the scale of a module, as A1111 and SD.Next read it, and says so.
+
+    There, a `scale` replaces alpha / rank (extensions-builtin/Lora/network.py, `calc_scale`).
+    """
+    alphas: dict[str, Tensor] = {}
+    for name in tensors:
+        module = name.removesuffix(_SCALE)
+        down = next((tensors[key] for end in _DOWN if (key := f"{module}.{end}") in tensors), None)
+        if module != name and down is not None and tensors[name].numel() == 1:
+            alphas[module] = tensors[name].double() * down.shape[0]
+    if not alphas:
+        return tensors, ""
+    kept = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name.rpartition(".")[0] not in alphas or not name.endswith((_SCALE, _ALPHA))
+    }
+    kept |= {f"{module}{_ALPHA}": alpha for module, alpha in alphas.items()}
+    return (
+        kept,
+        f"the tensor 'scale' of {len(alphas)} modules instead of alpha, as in A1111; ComfyUI and diffusers ignore it",
+    )
 
 
 def _assumed_scale(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> str:
@@ -99,7 +128,7 @@ def _assumed_scale(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], p
         AdapterError: It has PEFT's own file name, so its configuration is missing.
     """
     is_peft = bool(tensors) and all(name.startswith(PEFT_PREFIX) for name in tensors)
-    if any(name.endswith(".alpha") for name in tensors):
+    if any(name.endswith(_ALPHA) for name in tensors):
         return ""
     alpha = None if CONFIG in metadata else header_alpha(metadata)
     if alpha is not None:

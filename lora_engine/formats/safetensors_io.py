@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 from safetensors import SafetensorError, safe_open
 
 from lora_engine.documents import parse_json, place_of_key
-from lora_engine.errors import AdapterError
+from lora_engine.errors import AdapterError, EngineError
 from lora_engine.files import FilePath, append_chunks, atomic_write, canonical_json, sha256_chunks
 from lora_engine.finite import check_finite
 from lora_engine.formats.dtypes import STORED_DTYPES, WRITTEN_DTYPES
@@ -201,7 +201,7 @@ def read_header(path: Path, limits: Limits = LIMITS) -> tuple[dict[str, dict[str
     with path.open("rb") as file:
         start = file.read(9)
         _refuse_pickle(path, start)
-        _refuse_gguf(path, start)
+        refuse_gguf(path, start)
         file.seek(8)
         length = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else size
         if length > min(limits.header, size - 8):
@@ -226,9 +226,14 @@ def _refuse_pickle(path: Path, start: bytes) -> None:
         )
 
 
-def _refuse_gguf(path: Path, start: bytes) -> None:
+def refuse_gguf(path: Path, start: bytes, error: type[EngineError] = AdapterError) -> None:
+    """Raises `error` if the first bytes of a file are those of GGUF.
+
+    Raises:
+        EngineError: An `error` with the file and the fix.
+    """
     if start.startswith(b"GGUF"):
-        raise AdapterError(
+        raise error(
             "the file is GGUF, whose blocks of quantized weights are not read",
             where=str(path),
             allowed="a .safetensors file",

@@ -14,7 +14,7 @@ from lora_engine.files import FilePath, atomic_write, canonical_json, write_with
 from lora_engine.finite import is_finite, not_finite
 from lora_engine.formats.card import GENERATED, Card, card_header
 from lora_engine.formats.codec import Codec, Names, codecs
-from lora_engine.formats.embedding_files import embedding_contents, embedding_forms, write_contents
+from lora_engine.formats.embedding_files import check_token_files, embedding_contents, embedding_forms, write_contents
 from lora_engine.formats.embeddings import Embedding, embed
 from lora_engine.formats.kohya import KohyaCodec
 from lora_engine.formats.modelspec import DIGEST, model_spec
@@ -59,8 +59,8 @@ def write_adapter(
         The written files, those of the embeddings last.
 
     Raises:
-        AdapterError: The format or the dtype cannot hold the adapter, a value is NaN or infinite, or it has no modules;
-            nothing is written.
+        AdapterError: The format or the dtype cannot hold the adapter, a value is NaN or infinite, it has no modules, or
+            the file of a token would replace another; nothing is written.
         SettingsError: No such format.
     """
     path, codec = Path(path), codecs[format]
@@ -76,6 +76,10 @@ def write_adapter(
     folder = path.parent if path.suffix == SUFFIX else path
     # Made first, because it refuses: nothing is written then.
     token_files = embedding_contents(tokens, codec.embeddings) if has_own_files else {}
+    is_named = output_name and codec.format.is_renamable
+    file_name = f"{output_name}{SUFFIX}" if is_named else codec.format.file_name
+    file = path if path.suffix == SUFFIX else path / file_name
+    check_token_files(folder, token_files, file if adapter.modules and not codec.format.is_folder else None)
     if has_own_files and not adapter.modules:
         return write_contents(folder, token_files, card.license)
     cast = _cast(adapter, dtype, path)
@@ -88,13 +92,11 @@ def write_adapter(
         metadata = {**metadata, "ss_output_name": output_name}
     ours = {**metadata, **model_spec(adapter, card, kohya_names=isinstance(codec, KohyaCodec)), **card_header(card)}
     header = _header(codec, tensors, card, ours)
-    is_named = output_name and codec.format.is_renamable
-    file_name = f"{output_name}{SUFFIX}" if is_named else codec.format.file_name
     with write_within(folder):
         if codec.format.is_folder:
             files = list(_write_folder(path, codec.format.file_name, tensors, header))
         else:
-            files = [path if path.suffix == SUFFIX else path / file_name]
+            files = [file]
             # checked above, before the first of several files
             write_safetensors(files[0], tensors, header, finite=False)
     if token_files:

@@ -7,7 +7,7 @@ in the home, and each delivered adapter a manifest, which is written before and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from tasks.errors import DeliveryError
 from tasks.operations.delivery_file import DeliveryTarget, locate_target, read_delivery
 from tasks.operations.delivery_folder import TargetFolder, open_target
 from tasks.operations.delivery_layout import build_layout
-from tasks.operations.delivery_manifest import DeliveredFile, DeliveryManifest
+from tasks.operations.delivery_manifest import DeliveredFile, DeliveryManifest, read_manifests
 from tasks.operations.delivery_plan import DeliveryChange, plan_target
 from tasks.operations.results import record_result
 
@@ -119,7 +119,7 @@ def _apply(versions: Versions, target: DeliveryTarget, folder: TargetFolder, cha
         if change.action == "deliver":
             _publish(versions, target, folder, change)
         elif change.action in {"recall", "remove"}:
-            _remove(versions, folder, change)
+            _remove(versions, target, folder, change)
         elif change.action == "confirm" and change.manifest is not None:
             folder.write(change.manifest_path, change.manifest.model_copy(update={"event": change.event}).encode())
     except (EngineError, RegistryError, OSError) as error:
@@ -140,11 +140,12 @@ def _publish(versions: Versions, target: DeliveryTarget, folder: TargetFolder, c
         manifest = change.to_manifest(version.sha256, files)
         # Building takes long: another delivery, or a withdrawal, may have come first.
         _require_newest(versions, target, folder, change)
+        _require_free(target, folder, change.name, built)
         folder.write(change.manifest_path, manifest.model_copy(update={"state": "delivering"}).encode())
         for file in built:
             folder.write(file, scratch / file)
         if change.manifest is not None:
-            for file in change.manifest.files.keys() - files.keys():
+            for file in change.manifest.files.keys() - files.keys() - _files_of_others(target, folder, change):
                 folder.delete(file)
         _record(versions, target, folder, manifest, scratch)
         folder.write(change.manifest_path, manifest.encode())
@@ -160,6 +161,29 @@ def _require_newest(versions: Versions, target: DeliveryTarget, folder: TargetFo
             where=folder.where,
             remedy="deliver again",
         )
+
+
+def _require_free(target: DeliveryTarget, folder: TargetFolder, name: str, files: Iterable[str]) -> None:
+    """Raises DeliveryError if a file that a version brings is there, and no delivery of its adapter brought it.
+
+    The file of a learned token has the name of the token, which another adapter may have, too.
+    """
+    manifests = read_manifests(folder, target).values()
+    own = {file for manifest in manifests if manifest.name == name for file in manifest.files}
+    taken = next((file for file in files if file not in own and folder.size(file) is not None), None)
+    if taken is not None:
+        raise DeliveryError(
+            f"{taken} exists, and no delivery of {name} brought it",
+            where=folder.where,
+            remedy="move it away, or change `to`",
+        )
+
+
+def _files_of_others(target: DeliveryTarget, folder: TargetFolder, change: DeliveryChange) -> set[str]:
+    """Returns the files that other deliveries of the target have, such as those of a token of another version."""
+    manifests = read_manifests(folder, target)
+    others = (manifest for place, manifest in manifests.items() if place != change.manifest_path)
+    return {file for manifest in others if manifest.state != "withdrawn" for file in manifest.files}
 
 
 def _record(
@@ -194,11 +218,11 @@ def _last_entry(versions: Versions, manifest: DeliveryManifest, delivery: Mappin
     return actions[-1] if actions else ""
 
 
-def _remove(versions: Versions, folder: TargetFolder, change: DeliveryChange) -> None:
+def _remove(versions: Versions, target: DeliveryTarget, folder: TargetFolder, change: DeliveryChange) -> None:
     manifest = change.manifest
     if manifest is None:
         return
-    for path in manifest.files:
+    for path in manifest.files.keys() - _files_of_others(target, folder, change):
         folder.delete(path)
     if change.action == "remove":
         folder.delete(change.manifest_path)

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from lora_engine.files import sha256_file
+from lora_engine.formats import read_bundle, read_embeddings, write_adapter
+from lora_engine.formats.embeddings import FIRST, Embedding
 from registry.home import Home
 from registry.versions.promotion import read_log
 from registry.versions.versions import Versions
@@ -244,6 +247,47 @@ def test_files_of_others_are_not_replaced_and_links_are_not_followed(
     assert names(outside) == set()
     (target / "sub").unlink()
     assert actions(deliver(trained)) == [("deliver", 1)]
+
+
+def add_token_version(trained: Trained) -> None:
+    """Registers the adapter of `small@1` with a learned token as the next version."""
+    versions = Versions(trained.home)
+    first = versions.show("small", 1)
+    files = {name: versions.store.read(first.artifact, name) for name in versions.store.files(first.artifact)}
+    with versions.home.temporary_folder(first.size) as folder:
+        adapter = folder / first.adapter_path
+        versions.checkout_adapter(first, adapter)
+        bundle = read_bundle(adapter)
+        token = Embedding("mark", {FIRST: torch.full((1, 4), float(len(versions.list("small"))))})
+        write_adapter(adapter, bundle.adapter, card=bundle.card, embeddings=[token])
+        artifact = versions.store.put_files("adapter", {**files, first.adapter_path: adapter.read_bytes()})
+    gates = {"gates": first.gates, "passed": True, "metrics": first.metrics, "report": first.report}
+    versions.register("small", artifact, first.adapter_path, card=first.card, **gates)
+    versions.close()
+
+
+def test_the_file_of_a_token_replaces_nothing_of_others_and_stays_while_a_version_has_it(
+    trained: Trained, target: Path
+) -> None:
+    settings = {"name": "web-ui", "to": str(target), "layout": "a1111", "file": "{name}-v{version}.safetensors"}
+    write_targets(trained.home, {**settings, "keep": 1})
+    add_token_version(trained)
+    add_token_version(trained)
+    promote(trained, 2)
+    (target / "mark.safetensors").write_bytes(b"of someone else")
+    (report,) = deliver(trained, code=1)
+    (change,) = report["changes"]
+    assert "mark.safetensors exists, and no delivery of small brought it" in change["error"]
+    assert names(target) == {"mark.safetensors"}
+    assert (target / "mark.safetensors").read_bytes() == b"of someone else"
+    (target / "mark.safetensors").unlink()
+    deliver(trained)
+    promote(trained, 3)
+    assert set(actions(deliver(trained))) == {("deliver", 3), ("remove", 2)}
+    assert {"small-v3.safetensors", "mark.safetensors"} <= names(target)
+    assert "small-v2.safetensors" not in names(target)
+    (token,) = read_embeddings(target / "mark.safetensors")
+    assert torch.equal(token.vectors[FIRST], torch.full((1, 4), 2.0))
 
 
 def test_a_manifest_cannot_make_a_recall_delete_other_files(trained: Trained, target: Path, tmp_path: Path) -> None:

@@ -229,6 +229,11 @@ def test_whole_models_are_converted_and_merged(files: Path, tmp_path: Path) -> N
     assert {path.name for path in (tmp_path / "again").iterdir()} - {
         path.name for path in (tmp_path / "bare").iterdir()
     } == {"tokenizer"}
+    save_file(first | {"control_model.x": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(BaseModelError, match=r"unknown: control_model\.x.*--drop-unknown"):
+        say(*arguments, "--without-tokenizer", "-o", tmp_path / "more")
+    say(*arguments, "--without-tokenizer", "--drop-unknown", "-o", tmp_path / "more")
+    assert load_file(tmp_path / "more" / COMPONENT).keys() == load_file(tmp_path / "a" / COMPONENT).keys()
 
 
 def test_an_embedding_is_inspected_and_validated(tmp_path: Path) -> None:

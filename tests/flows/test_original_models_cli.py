@@ -235,6 +235,18 @@ def test_the_text_encoders_of_a_file_with_all_components_are_fused(folders: dict
     facts = json.loads(say("inspect", model, "--json", home=tmp_path))
     assert facts["components"].keys() == {"transformer", "text_encoder", "text_encoder_2", "vae"}
     refused = loraline_here("convert", model, "--to", "diffusers", "-o", tmp_path / "no", home=tmp_path)
+    assert "the tensors do not fit the settings" in refused.stderr  # its sizes are those of no published model
+    refused = loraline_here(
+        "convert",
+        model,
+        "--to",
+        "diffusers",
+        "-o",
+        tmp_path / "no.safetensors",
+        "--config",
+        folders["flux"],
+        home=tmp_path,
+    )
     assert "3 tensors do not belong to the transformer of FLUX.1" in refused.stderr
 
 

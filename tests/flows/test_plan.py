@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 import tasks.digests
@@ -26,7 +27,7 @@ from tasks.execution import execute
 from tasks.job import prepare_job
 from tasks.operations.changes import show_value
 from tasks.progress import StepEvent, listening
-from tests.flows.commands import say
+from tests.flows.commands import loraline_here, say
 from tests.flows.made import run_line
 from tests.flows.shared import Trained
 
@@ -231,3 +232,49 @@ def test_plans_state_the_cost_of_automatic_settings(tmp_path: Path, home: Path) 
         assert cost in done, cost
     plain = write_pipeline(tmp_path / "images", "sks", "thing", name="plain")
     assert "short trainings" not in say("plan", plain, "--json", home=home)
+
+
+UNDOWNLOADED = {
+    "a base": ("base: tiny", "base: org/model@v1", "train", "org/model@v1"),
+    "an autoencoder": ("steps: 2", "vae: org/vae, steps: 2", "train", "org/vae"),
+    "a captioner": ("captioner: template", "captioner: {name: vlm, model: org/vlm}", "caption", "org/vlm"),
+    "an embedder": ("seeds: 1", "embedder: org/clip", "evaluate", "org/clip"),
+}
+LINE = """\
+name: stripes
+base: tiny
+steps:
+  photos:   {uses: ingest, images: images/}
+  prepared: {uses: preprocess, dataset: photos, resolution: 32}
+  captions: {uses: caption, dataset: prepared, captioner: template, trigger: sks, class_word: star}
+  adapter:  {uses: train, dataset: captions, steps: 2}
+  report:   {uses: evaluate, adapter: adapter, dataset: captions, seeds: 1}
+"""
+
+
+@pytest.mark.parametrize("case", UNDOWNLOADED)
+def test_a_plan_downloads_no_model_and_names_it(
+    case: str, pipeline: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after, uses, model = UNDOWNLOADED[case]
+    path, home, asked = pipeline(LINE.replace(before, after)), tmp_path / "home", []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    snapshot = huggingface_hub.snapshot_download
+
+    def record(*arguments: object, local_files_only: bool, **settings: object) -> object:
+        asked.append(local_files_only)
+        return snapshot(*arguments, local_files_only=local_files_only, **settings)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", record)
+    steps = json.loads(say("plan", path, "--json", home=home))
+    named = {step["uses"] for step in steps if f"{model!r} is not on this machine, and a run" in step["reason"]}
+    assert named == ({"train", "evaluate"} if case == "a base" else {uses})
+    assert not any(step["cached"] for step in steps)
+    say("adopt", path, home=home)
+    say("resolve", path, home=home)
+    say("deployments", path, "-o", tmp_path / "deploy.yaml", home=home)
+    assert set(asked) == {True}
+    run = loraline_here("run", path, home=home)
+    assert (run.returncode > 0, False in asked) == (True, True)
+    assert "is not in the local Hugging Face cache" in run.stderr

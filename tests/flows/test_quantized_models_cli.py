@@ -383,17 +383,52 @@ def test_packed_weights_are_refused_by_every_verb_with_their_name(form: str, ada
     assert form in completed.stdout + completed.stderr
 
 
-def test_a_gguf_file_is_refused_by_name(adapter: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model.gguf"
+PIPELINE = """\
+name: stripes
+base: model.gguf
+steps:
+  photos:   {uses: ingest, images: images/}
+  prepared: {uses: preprocess, dataset: photos, resolution: 32}
+  captions: {uses: caption, dataset: prepared, trigger: sks, class_word: star}
+  adapter:  {uses: train, dataset: captions, steps: 2}
+"""
+
+
+def test_a_gguf_file_is_refused_by_every_verb_with_its_name(adapter: Path, tmp_path: Path) -> None:
+    plain, model = save(random_weights(), tmp_path / "plain.safetensors"), tmp_path / "model.gguf"
     model.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(64))
-    renamed = tmp_path / "model.safetensors"
+    renamed = tmp_path / "renamed.safetensors"
     renamed.write_bytes(model.read_bytes())
+    (tmp_path / "images").mkdir()
+    (tmp_path / "pipeline.yaml").write_text(PIPELINE)
+    out = tmp_path / "out.safetensors"
     for path in (model, renamed):
-        for arguments in (("fuse", path, adapter, "-o", tmp_path / "o.safetensors"), ("inspect", path)):
-            completed = loraline_here(*arguments, home=tmp_path)
-            assert completed.returncode == 1
-            assert "GGUF" in completed.stderr
-            assert "Fix: " in completed.stderr
+        for arguments in (
+            ("inspect", path),
+            ("validate", path),
+            ("fuse", path, adapter, "-o", out),
+            ("fuse", path, adapter, "--take-out", "-o", out),
+            ("fuse", plain, adapter, "--take-out", "--original", path, "-o", out),
+            ("extract", path, "--base", plain, "--rank", 2, "-o", out),
+            ("extract", plain, "--base", path, "--rank", 2, "-o", out),
+            ("merge", path, plain, "-o", out),
+            ("merge", adapter, adapter, "-m", "ties", "--base", path, "-o", out),
+            ("convert", path, "--to", "diffusers", "-o", tmp_path / "out"),
+            ("convert", path, "--to", "original", "-o", out),
+            ("convert", path, "--to", "plain", "-o", out),
+            ("convert", adapter, "--to", "kohya", "--base", path, "-o", out),
+            ("resize", adapter, "--rank", 2, "--base", path, "-o", out),
+            ("import", adapter, "--name", "a", "--license", "MIT", "--base", path),
+            ("generate", "a ring", "--base", path, "-o", tmp_path / "out"),
+            ("init", tmp_path / "out", "--base", path),
+            ("plan", tmp_path / "pipeline.yaml", "--set", f"base={path.name}"),
+            ("run", tmp_path / "pipeline.yaml", "--set", f"base={path.name}"),
+        ):
+            completed = loraline_here(*arguments, home=tmp_path / "home")
+            assert completed.returncode in (1, 2), arguments
+            assert "GGUF" in completed.stderr, (arguments, completed.stderr)
+            assert "use the bf16, fp16 or fp8" in completed.stderr
+            assert not out.exists()
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ RUNS: dict[tuple[str, str], Run] = {
         is_less=lambda report, other: report["approximation"]["retained"] < other["approximation"]["retained"],
     ),
 }
-OF_MODELS = {("convert", name) for name in ("tokenizer", "config", "without_tokenizer")}
+OF_MODELS = {("convert", name) for name in ("tokenizer", "config", "without_tokenizer", "drop_unknown")}
 OF_MODELS |= {("fuse", name) for name in ("rounding", "seed")}
 """Options of whole models, which `test_files_cli.py` converts, and `test_quantized_models_cli.py` rounds."""
 

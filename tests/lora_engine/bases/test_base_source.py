@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import huggingface_hub.constants
 import pytest
 
 from lora_engine.bases.source import resolve_base
+from lora_engine.bases.structure import base_module_shapes
 from lora_engine.errors import BaseModelError
 
 COMMIT = "a" * 40
@@ -185,3 +187,26 @@ def test_finding_a_base_imports_no_torch(untrained: dict[str, Path]) -> None:
     root = str(Path(__file__).parents[3])
     environment = {**os.environ, "PYTHONPATH": root}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+def test_names_and_shapes_of_a_hub_base_need_its_configurations_alone(
+    untrained: dict[str, Path], hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot, asked, download = fill_cache(hub_cache, untrained["small-sd"]), [], huggingface_hub.snapshot_download
+
+    def record(*arguments: object, **settings: object) -> object:
+        asked.append(settings["allow_patterns"])
+        return download(*arguments, **settings)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", record)
+    for weights in [*snapshot.rglob("*.safetensors"), *snapshot.rglob("*.txt")]:
+        weights.unlink()
+    assert base_module_shapes("org/name") == base_module_shapes(untrained["small-sd"])
+    assert asked == [None], "the cache has them"
+    with pytest.raises(BaseModelError, match="there are no weights"):
+        resolve_base("org/name")
+    (snapshot / "text_encoder" / "config.json").unlink()
+    asked.clear()
+    with pytest.raises(BaseModelError, match=r"config\.json"):
+        base_module_shapes("org/name")
+    assert asked == [None, ["model_index.json", "*/config.json"]]

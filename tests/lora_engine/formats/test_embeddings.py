@@ -100,6 +100,27 @@ def test_two_tokens_of_one_file_name_are_refused(tmp_path):
         write_embeddings(tmp_path, tokens)
 
 
+def export(path, vectors):
+    adapter = Adapter({"unet.a": random_delta("lora", (4, 4))}, "sd")
+    return write_adapter(path, adapter, format="kohya", embeddings=[Embedding("zorb", {ONE: vectors})])
+
+
+def test_the_token_of_an_export_replaces_neither_its_adapter_nor_the_token_of_another(tmp_path, caplog):
+    export(tmp_path / "one.safetensors", VECTORS)
+    export(tmp_path / "two.safetensors", VECTORS)  # the same embedding
+    written = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    for name in ("zorb", "Zorb"):
+        with pytest.raises(AdapterError, match="'zorb' and the adapter have the same file name"):
+            export(tmp_path / f"{name}.safetensors", VECTORS)
+    with pytest.raises(AdapterError, match=r"'zorb\.safetensors' exists and holds something else"):
+        export(tmp_path / "three.safetensors", 2 * VECTORS)
+    assert written == {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert not caplog.records
+    export(tmp_path / "one.safetensors", 2 * VECTORS)
+    assert "zorb.safetensors is replaced" in caplog.text
+    assert torch.equal(load_file(tmp_path / "zorb.safetensors")["emb_params"], 2 * VECTORS)
+
+
 def test_a_token_that_is_too_long_for_a_file_name_is_refused(tmp_path):
     long = Embedding("\U0001f300" * 70, {ONE: VECTORS})
     with pytest.raises(AdapterError, match="cannot be the name of a file"):

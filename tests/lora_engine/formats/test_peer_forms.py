@@ -129,6 +129,28 @@ def test_factors_without_the_word_weight_are_read(suffixes: tuple[str, str], tmp
     assert _read({down: torch.ones(2, 8), up: torch.ones(6, 2)}, tmp_path).rank == 2
 
 
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+@pytest.mark.parametrize("has_alpha", [False, True])
+def test_a_scale_replaces_alpha_as_in_a1111_and_is_said(kind: str, has_alpha: bool, tmp_path: Path) -> None:
+    delta = random_delta(kind, (6, 8), 1)
+    tensors, _ = codecs["kohya"].encode(Adapter({Q: delta}, "sd"))
+    module = next(iter(tensors)).partition(".")[0]
+    stored = {name: tensor for name, tensor in tensors.items() if has_alpha or not name.endswith(".alpha")}
+    save_file(stored | {f"{module}.scale": torch.tensor(0.25)}, tmp_path / "a.safetensors")
+    bundle = read_bundle(tmp_path / "a.safetensors", {Q: (6, 8)})
+    assert delta.rank is not None
+    expected = type(delta).from_factors(delta.factors(), 0.25 * delta.rank)
+    weight = _random(6, 8)
+    torch.testing.assert_close(bundle.adapter.modules[Q].delta_weight(weight), expected.delta_weight(weight))
+    assert "'scale' of 1 modules" in bundle.assumptions
+    assert "'scale' of 1 modules" in inspect(tmp_path / "a.safetensors")["assumed"]
+
+
+def test_a_scale_of_a_kind_without_rank_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="no factor of a kind"):
+        _read({"lora_unet_a.diff": _random(6, 8), "lora_unet_a.scale": torch.tensor(0.5)}, tmp_path)
+
+
 @pytest.mark.parametrize("inputs", [5, 6])
 def test_both_orders_of_glora_are_read(inputs: int, tmp_path: Path) -> None:
     """The newer is `W a1 a2 + b1 b2` (LyCORIS 2, ComfyUI), the older `W a2 a1 + b2 b1` (A1111, ComfyUI)."""
