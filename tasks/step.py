@@ -117,7 +117,7 @@ class StepKind:
         summary: File of the artifact that plans and summaries show; read while the artifact is verified. None means
             no summary.
         is_still_valid: Takes (home, content of the summary file); returns False if a side effect of the step was
-            undone, which invalidates a cached result. None means that the step has no side effect.
+            undone, or if what it read of the registry changed, which invalidates a cached result. None means neither.
         find_excluded: Takes (spec, folder of the pipeline file, digests of the user's files, everything revoked);
             returns the revoked subjects in these files, which enter the cache key. None means none.
         imports: Takes (spec, folder of the pipeline file); returns names of modules to import before any step starts,

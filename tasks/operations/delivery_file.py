@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
 from string import Formatter
@@ -109,8 +110,8 @@ class DeliverySettings(BaseModel):
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        names = [target.name for target in self.targets]
-        repeated = sorted({name for name in names if names.count(name) > 1})
+        counts = Counter(target.name for target in self.targets)
+        repeated = sorted(name for name, count in counts.items() if count > 1)
         if repeated:
             raise ValueError(f"several targets have the name {repeated[0]!r}")
         return self
