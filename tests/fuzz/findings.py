@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_engine.files import canonical_json
 from lora_engine.formats.safetensors_io import serialize
 from tests.fuzz.files import Files, as_text
 
@@ -82,10 +83,45 @@ def _broken_exif() -> Files:
     }
 
 
+def _absolute_export() -> Files:
+    """Returns a folder whose statement of the export, which no signature covers, has a path outside of the folder."""
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    statement = {
+        "_type": "https://in-toto.io/Statement/v1",
+        "predicate": {"adapter": {"sha256": "0" * 64}, "version": ""},
+        "predicateType": "urn:loraline:export:v1",
+        "subject": [{"digest": {"sha256": "0" * 64}, "name": "/etc/hostname"}],
+    }
+    return {
+        "out/records/exported.json": canonical_json(statement),
+        "out/records/signature.json": b"{}",
+        "release.pub": ec.derive_private_key(7, ec.SECP256R1())
+        .public_key()
+        .public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
+    }
+
+
 FINDINGS: Mapping[str, Case] = {
     "a number of 60,000 digits in a prompt": Case("prompts", lambda: as_text("(a:" + "9" * 60_000)),
     "many pieces of one weight": Case("prompts", lambda: as_text("a:" * 60_000)),
     "60,000 open brackets": Case("prompts", lambda: as_text("(a" * 30_000), "more than 100 open brackets"),
+    "60,000 spaces in a prompt": Case("prompts", lambda: as_text("a" + " " * 60_000 + "!")),
+    "20,000 weights of another program before a bracket": Case("prompts", lambda: as_text(" 1::a:" * 20_000 + "]")),
+    "60,000 spaces in an infotext": Case("infotexts", lambda: as_text("a" + " " * 60_000 + "!")),
+    "a word of 250,000 characters in a script": Case(
+        "trainers", lambda: {"run.sh": b"train" * 50_000}, "starts no training script"
+    ),
+    "a script that repeats a long variable": Case(
+        "trainers",
+        lambda: {"run.sh": b"A=" + b"a" * 400_000 + b"\npython train.py" + b" $A" * 15_000},
+        "the values of its variables are too long",
+    ),
+    "120,000 quotes without an end beside a surrogate": Case(
+        "indices", lambda: {"model_index.json": b'"\\ud800' + b'\\"' * 120_000}, "not JSON"
+    ),
+    "a statement of an export that names a file by its absolute path": Case("signed", _absolute_export, "unknown form"),
     "a control character in a key": Case("policies", lambda: {"policy.yaml": '"a\u202eb\x1b": 1'.encode()}, "not YAML"),
     "a direction character in a key": Case("policies", lambda: {"policy.yaml": b'"a\\u202Eb": 1'}, r"\\u202e"),
     "a control character in a name of --set": Case("set", lambda: as_text("ada\x1bpter.rank=[\t"), r"\\x1b"),
