@@ -50,7 +50,7 @@ def check_ballot(folder: Path, output: Path) -> None:
 def _seed_signed(folder: Path) -> list[Files]:
     folder.mkdir(parents=True)
     home = register_zorb(folder)
-    say("keys", "new", folder / "release", "--without-passphrase", home=home)
+    say("keys", "new", folder / "release", "--without-passphrase", "--trust", home=home)
     say("sign", "zorb@1", "--key", folder / "release", home=home)
     say("export", "zorb@1", "--to", "kohya", "-o", folder / "out", "--with-records", home=home)
     exported = {f"out/{name}": content for name, content in read_files(folder / "out").items()}
