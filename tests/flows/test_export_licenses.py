@@ -15,6 +15,7 @@ from lora_engine.formats import Card
 from lora_engine.formats.safetensors_io import read_header
 from registry.home import Home
 from registry.lineage.record import Lineage
+from registry.policy.licenses import read_licenses
 from registry.store.artifacts import open_store
 from tasks.execution import execute, find_hit
 from tasks.job import Job, prepare_job
@@ -86,17 +87,16 @@ def test_files_are_written_again_when_the_inherited_license_changes(
     opened: Home, converted: tuple[Job, Inputs, Lineage], tmp_path: Path
 ) -> None:
     job, inputs, lineage = converted
-    (opened.path / "licenses.yaml").write_text(
-        "date: 2026-11-01\nlicenses: [{id: LicenseRef-House, aliases: [isc], permissions: [commercial]}]\n"
-    )
+    fingerprint = read_licenses().bases[-1].fingerprints[0]
+    table = f"date: 2026-11-01\nbases: [{{license: MIT, hub: [tiny], fingerprints: [{fingerprint}]}}]\n"
+    (opened.path / "licenses.yaml").write_text(table)
     store = open_store(opened)
     hit, reason = find_hit(job, inputs, opened, store, lineage)
     assert (hit, reason) == (None, "what it relied on in the registry changed")
     run = lineage.start_run("again", {})
     again = execute(job, inputs, opened, run.id)
     store.checkout(again.ref, tmp_path / "out")
-    changed = INHERITED.replace("ISC", "LicenseRef-House")
-    assert set(licenses_of(tmp_path / "out").values()) == {changed}
+    assert set(licenses_of(tmp_path / "out").values()) == {"CC-BY-NC-4.0 AND ISC AND MIT"}
     assert find_hit(job, inputs, opened, store, lineage)[0] is not None
 
 

@@ -15,6 +15,7 @@ from lora_engine.formats.safetensors_io import serialize
 from tests.fuzz.files import Files, as_text
 
 _MODULE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+_FLAT = _MODULE.replace(".", "_")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,19 @@ def _stored(header: Mapping[str, str], component: str = "unet") -> Files:
     names = (f"{component}.{_MODULE}.lora_{part}.weight" for part in ("down", "up"))
     tensors = {name: torch.ones(2, 2) for name in names} | {f"{component}.{_MODULE}.alpha": torch.tensor(2.0)}
     return {"adapter.safetensors": b"".join(bytes(part) for part in serialize(tensors, header))}
+
+
+def _kohya(more: Mapping[str, torch.Tensor]) -> Files:
+    """Returns a file of kohya's with one matrix and other tensors."""
+    tensors = {f"lora_unet_{_FLAT}.lora_{part}.weight": torch.ones(2, 2) for part in ("down", "up")}
+    header = {"loraline.base": "sd"}
+    return {"adapter.safetensors": b"".join(bytes(part) for part in serialize({**tensors, **more}, header))}
+
+
+def _embedding(token: str) -> Files:
+    """Returns a file of kohya's with one learned token."""
+    parts = serialize({"emb_params": torch.ones(2, 4)}, {"loraline.token": token})
+    return {"zorb.safetensors": b"".join(map(bytes, parts))}
 
 
 def _patterns() -> Files:
@@ -152,6 +166,23 @@ FINDINGS: Mapping[str, Case] = {
     "a value of undecodable bytes": Case("set", lambda: as_text("\udcfe" * 4_000), r"\\udcfe.* \.\.\. "),
     "a set within a set": Case("patterns", lambda: as_text("re:[[a]"), "Possible nested set"),
     "a glob of 70,000 characters": Case("patterns", lambda: as_text("unet.[" * 12_000), "72,000 characters"),
+    "a token that is named like a text encoder": Case("embeddings", lambda: _embedding("text_encoder")),
+    "a token with a dot": Case("embeddings", lambda: _embedding("a.b")),
+    "a stated shape that is one number": Case(
+        "adapters",
+        lambda: _kohya({f"lora_unet_{_FLAT}.reshape_weight": torch.tensor(7.0)}),
+        "'reshape_weight' is",
+    ),
+    "a stated shape that is not a number": Case(
+        "adapters",
+        lambda: _kohya({f"lora_unet_{_FLAT}.reshape_weight": torch.tensor([float("nan"), 2.0])}),
+        "NaN|'reshape_weight' is",
+    ),
+    "a module of two denoisers": Case(
+        "adapters",
+        lambda: _stored({}, "transformer.unet"),
+        "is of two denoisers, and no base has both",
+    ),
     "a module with two components": Case("adapters", lambda: _stored({"loraline.base": "sd"}, "text_encoder.unet")),
 }
 """What was wrong -> its case."""
