@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_engine.bases.source import BaseSource
+from lora_engine.files import is_present
 from lora_engine.progress import Progress
 from lora_engine.registries import Registry
 from registry.entities import ArtifactRef
@@ -206,4 +207,4 @@ Inputs = Mapping[str, tuple[ArtifactRef, ...]]
 def locate_base(base: str, folder: Path) -> str:
     """Resolves a base as written in a pipeline file: a path relative to that file if it exists, else a name."""
     path = folder / base
-    return str(path) if path.exists() else base
+    return str(path) if is_present(path) else base

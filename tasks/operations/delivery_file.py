@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from fnmatch import fnmatchcase
-from pathlib import Path
 from string import Formatter
 from typing import Annotated, Literal, Self
 
@@ -12,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from lora_engine.documents import read_document
 from lora_engine.errors import did_you_mean
-from lora_engine.files import is_file_name
+from lora_engine.files import expand_home, is_file_name
 from registry.entities import NAME_RULE, check_alias
 from registry.errors import VersionError
 from registry.home import Home
@@ -157,4 +156,4 @@ def locate_target(home: Home, target: DeliveryTarget) -> str:
     """Returns the URL of a target, or the absolute path of its folder."""
     if "://" in target.to:
         return target.to
-    return str(home.path / Path(target.to).expanduser())
+    return str(home.path / expand_home(target.to))

@@ -166,6 +166,24 @@ FINDINGS: Mapping[str, Case] = {
     "a value of undecodable bytes": Case("set", lambda: as_text("\udcfe" * 4_000), r"\\udcfe.* \.\.\. "),
     "a set within a set": Case("patterns", lambda: as_text("re:[[a]"), "Possible nested set"),
     "a glob of 70,000 characters": Case("patterns", lambda: as_text("unet.[" * 12_000), "72,000 characters"),
+    **{
+        f"a path of 5,000 characters as {field}": Case(
+            "pipelines",
+            lambda line=line: {"line.yaml": f"name: a\nbase: tiny\n{line.replace('LONG', 'a' * 5000)}\n".encode()},
+            refusal,
+        )
+        for field, line, refusal in (
+            ("images", "steps: {s: {uses: ingest, images: LONG}}", "does not exist"),
+            ("a base", "steps: {s: {uses: merge, adapters: [x@1], base: LONG}}", "neither a folder or file nor"),
+            ("an extended file", "extends: LONG", "which is no file"),
+            ("a matrix", "matrix: {file: LONG}\nsteps: {s: {uses: merge, adapters: [x@1]}}", "which is no file"),
+        )
+    },
+    "the home of an unknown user as a base": Case(
+        "pipelines",
+        lambda: {"line.yaml": b"name: a\nbase: ~nobody-of-that-name/x\nsteps: {s: {uses: merge, adapters: [x@1]}}\n"},
+        "neither a folder or file nor a hub id",
+    ),
     "a token that is named like a text encoder": Case("embeddings", lambda: _embedding("text_encoder")),
     "a token with a dot": Case("embeddings", lambda: _embedding("a.b")),
     "a stated shape that is one number": Case(
