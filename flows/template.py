@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from lora_engine.bases.defaults import training_defaults
 from lora_engine.bases.source import TINY, split_hub_id
 from lora_engine.families.training_defaults import TrainingDefaults
-from lora_engine.files import atomic_write
+from lora_engine.files import atomic_write, expand_home
 from lora_engine.training.specs.choosing import AUTO
 from lora_engine.training.specs.lengths import Steps
 from registry.refs import check_name
@@ -148,7 +148,7 @@ def write_pipeline(
     text = _PIPELINE.substitute(
         file=path.name,
         name=name,
-        base=Path(base).expanduser().resolve() if split_hub_id(base) is None and base != TINY else base,
+        base=expand_home(base).resolve() if split_hub_id(base) is None and base != TINY else base,
         images=_relative(images, path.parent),
         heldout=0.25 if auto else 0.2,
         resolution=_explain(defaults, "resolution"),

@@ -110,6 +110,30 @@ def is_present(path: FilePath) -> bool:
         return False
 
 
+def is_present_file(path: FilePath) -> bool:
+    """Returns True if there is a file; otherwise as `is_present`."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_present_folder(path: FilePath) -> bool:
+    """Returns True if there is a folder; otherwise as `is_present`."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def expand_home(path: FilePath) -> Path:
+    """Returns a path with the home folder for a leading `~`, and as it is if the system knows no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def exchange(first: Path, second: Path) -> None:
     """Exchanges two files or folders of one file system, atomically where the system can.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from lora_engine.files import FilePath, atomic_write
+from lora_engine.files import FilePath, atomic_write, expand_home
 from registry.errors import DiskFull, HomeError, disk_errors
 from registry.settings import Settings, read_settings
 from registry.store.snapshot import find_scratch
@@ -92,7 +92,7 @@ class Home:
 
     @classmethod
     def _at(cls, path: FilePath) -> Home:
-        return cls(Path(path).expanduser().absolute())
+        return cls(expand_home(path).absolute())
 
     @property
     def exists(self) -> bool:

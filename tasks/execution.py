@@ -68,7 +68,7 @@ def verify_result(
         return None, f"the cached result is damaged: {problems[0].what}"
     hit = Outcome(ref, cached=True, summary=summary or b"")
     if job.kind.is_still_valid is not None and not job.kind.is_still_valid(home, hit.summary):
-        return None, "its effect was undone since"
+        return None, "what it relied on in the registry changed"
     return hit, "cached"
 
 

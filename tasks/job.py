@@ -11,7 +11,7 @@ from typing import Any
 from lora_engine.bases.source import TINY, BaseSource, resolve_base
 from lora_engine.bases.vae import resolve_vae
 from lora_engine.errors import NotDownloadedError
-from lora_engine.files import canonical_json, sha256_bytes
+from lora_engine.files import canonical_json, expand_home, is_present, sha256_bytes
 from registry.entities import ArtifactRef
 from registry.lineage.record import Lineage
 from registry.policy.revocations import read_revoked
@@ -214,14 +214,14 @@ def _with_models(job: Job) -> Job:
 def _describe_base(source: BaseSource, located: str) -> dict[str, str]:
     """Returns label, fingerprint and, for a local base, path."""
     is_path = source.revision is None and source.name != TINY
-    path = {"path": str(Path(located).expanduser().resolve())} if is_path else {}
+    path = {"path": str(expand_home(located).resolve())} if is_path else {}
     return {"label": source.label, "fingerprint": _fingerprint(located)} | path
 
 
 def _describe_vae(located: str) -> dict[str, str]:
     """Returns label, fingerprint and, if it is local, path of another autoencoder."""
     source = resolve_vae(located)
-    path = {"vae_path": str(source.folder)} if Path(located).expanduser().exists() else {}
+    path = {"vae_path": str(source.folder)} if is_present(expand_home(located)) else {}
     return {"vae": source.label, "vae_fingerprint": source.fingerprint()} | path
 
 

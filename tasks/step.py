@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_engine.bases.source import BaseSource
+from lora_engine.files import is_present
 from lora_engine.progress import Progress
 from lora_engine.registries import Registry
 from registry.entities import ArtifactRef
@@ -117,7 +118,7 @@ class StepKind:
         summary: File of the artifact that plans and summaries show; read while the artifact is verified. None means
             no summary.
         is_still_valid: Takes (home, content of the summary file); returns False if a side effect of the step was
-            undone, which invalidates a cached result. None means that the step has no side effect.
+            undone, or if what it read of the registry changed, which invalidates a cached result. None means neither.
         find_excluded: Takes (spec, folder of the pipeline file, digests of the user's files, everything revoked);
             returns the revoked subjects in these files, which enter the cache key. None means none.
         imports: Takes (spec, folder of the pipeline file); returns names of modules to import before any step starts,
@@ -206,4 +207,4 @@ Inputs = Mapping[str, tuple[ArtifactRef, ...]]
 def locate_base(base: str, folder: Path) -> str:
     """Resolves a base as written in a pipeline file: a path relative to that file if it exists, else a name."""
     path = folder / base
-    return str(path) if path.exists() else base
+    return str(path) if is_present(path) else base

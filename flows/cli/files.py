@@ -155,7 +155,14 @@ def convert(
         recorder = recorder_of(home_path(), "convert", output)
         with checkout_adapter(file, home_path(), recorder) as path:
             result = convert_adapter(
-                path, output, to, base=base, dtype=dtype, approximation=approximation, recommended=recommended
+                path,
+                output,
+                to,
+                base=base,
+                dtype=dtype,
+                approximation=approximation,
+                license_expression=recorder.license_of(file),
+                recommended=recommended,
             )
             stated = {"recommended": recommended} if recommended else {}
             recorder.record({"to": to, "dtype": dtype, **stated}, module_shapes_of(base))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from flows.cli.verbs import Access, add_verb, open_home
 
 if TYPE_CHECKING:
     from registry.entities import Event
+    from registry.store.chain import Head
     from registry.versions.versions import Versions
 
 
@@ -61,16 +63,23 @@ def log(
     name: Annotated[str | None, typer.Argument(help="Adapter to show. Default: all.")] = None,
     alias: Annotated[str | None, typer.Option(help="Alias to show. Default: all.")] = None,
     head: Annotated[bool, typer.Option("--head", help="Print number and digest of the newest event only.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="With --head: its file, and FILE.sig for the signature."),
+    ] = None,
+    key: Annotated[Path | None, typer.Option(metavar="FILE", help="Private key that signs the head.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show the log of events: action, time, user and reason."""
     from flows.cli.output import print_json, print_table
     from registry.versions.promotion import history, read_log
 
+    if output or key:
+        _write_head(head, output, key, as_json)
+        return
     if head:
         _print_head(as_json)
         return
-
     events = read_log(open_versions()) if name is None else history(open_versions(), name, alias)
     if as_json:
         print_json(events)
@@ -91,13 +100,38 @@ def log(
     print_table(("event", "time (UTC)", "action", "target", "before", "after", "user", "reason"), rows)
 
 
-def _print_head(as_json: bool) -> None:
-    from flows.cli.output import print_json
+def _read_head() -> Head | None:
     from registry.maintenance.check_chain import EVENTS
     from registry.store.chain import read_head
 
     with open_versions().lineage.database.read() as session:
-        newest = read_head(session, EVENTS)
+        return read_head(session, EVENTS)
+
+
+def _write_head(is_head: bool, output: Path | None, key: Path | None, as_json: bool) -> None:
+    from flows.cli.output import print_json
+    from flows.cli.records import read_passphrase
+    from lora_engine.errors import SettingsError
+    from registry.documents.heads import write_head
+
+    if not is_head or output is None or key is None:
+        raise SettingsError("a signed head needs --head, -o FILE and --key FILE", remedy="add what is missing")
+    newest = _read_head()
+    if newest is None:
+        raise SettingsError("the log has no event", remedy="register a version first")
+    files = [str(file) for file in write_head(newest, output, key, read_passphrase(key))]
+    if as_json:
+        print_json({"seq": newest.seq, "digest": newest.digest, "files": files})
+        return
+    print(newest)
+    for file in files:
+        print(file)
+
+
+def _print_head(as_json: bool) -> None:
+    from flows.cli.output import print_json
+
+    newest = _read_head()
     if as_json:
         print_json(newest)
     elif newest:

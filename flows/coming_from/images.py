@@ -14,6 +14,7 @@ from flows.coming_from.translation import Translation
 from flows.coming_from.values import is_off, truth
 from lora_engine.data.folder import Tree, list_tree
 from lora_engine.data.subsets import find_subsets
+from lora_engine.files import expand_home, is_present_folder
 
 
 def find_images(source: SettingsSource, translation: Translation, images: Path | None) -> Folders:
@@ -128,9 +129,9 @@ def _existing(setting: Setting | None, source: SettingsSource, translation: Tran
     path = Path(str(setting.value))
     # A name of the file can be too long, or of an unknown user.
     with suppress(OSError, RuntimeError):
-        path = path.expanduser()
+        path = expand_home(path)
         for candidate in (path, source.path.parent / path):
-            if candidate.is_dir():
+            if is_present_folder(candidate):
                 return candidate.resolve()
     translation.drop(setting, "no such folder on this machine; give one with --images")
     return None

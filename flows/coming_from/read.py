@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ _KNOWN = (
     "a config.toml of sd-scripts, a YAML or JSON file of ai-toolkit, a JSON file of OneTrainer or of kohya's GUI, or a "
     "shell script that starts a training script of diffusers or sd-scripts"
 )
-_SCRIPT = re.compile(r"(?:^|/)([\w-]*train[\w-]*)\.py$")
+_SCRIPT = re.compile(r"([\w-]+)\.py")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 
@@ -204,27 +204,38 @@ def _from_script(path: Path) -> SettingsSource:
     if len(content) > _MAX_BYTES:
         raise SpecError("the file is too large", where=str(path), allowed=f"at most {_MAX_BYTES} bytes")
     text = decode(content, str(path), SpecError, "save the file as UTF-8").replace("\r\n", "\n")
-    variables: dict[str, str] = {}
+    variables = _Variables()
     for line, command in _commands(text):
         where = f"{path}:{line}"
-        try:
-            words = shlex.split(command, comments=True)
-        except ValueError as problem:
-            raise SpecError(f"not a shell command: {problem}", where=where, remedy="close the quote") from None
-        if len(words) > _MAX_WORDS:
-            raise SpecError(f"a command of {len(words)} words", where=where, allowed=f"at most {_MAX_WORDS}")
-        words = words[1:] if words[:1] == ["export"] else words
-        script = next((match for word in words if (match := _SCRIPT.search(word))), None)
+        words = _split(command, where)
+        script = next((name for word in words if (name := _script_of(word))), None)
         if script is None:
             for word in words:
                 if (match := _ASSIGNMENT.fullmatch(word)) is not None:
-                    variables[match[1]] = _expand(match[2], variables, where)
+                    variables.values[match[1]] = variables.expand(match[2], where)
             continue
-        start = next(number for number, word in enumerate(words) if _SCRIPT.search(word)) + 1
-        settings = tuple(_arguments([_expand(word, variables, where) for word in words[start:]], where))
-        trainer = "sd" if script[1].endswith("train_network") else "diffusers"
-        return SettingsSource(path, trainer, script[1], settings)
+        start = next(number for number, word in enumerate(words) if _script_of(word)) + 1
+        settings = tuple(_arguments([variables.expand(word, where) for word in words[start:]], where))
+        trainer = "sd" if script.endswith("train_network") else "diffusers"
+        return SettingsSource(path, trainer, script, settings)
     raise SpecError("the file starts no training script", where=str(path), allowed=_KNOWN)
+
+
+def _split(command: str, where: str) -> list[str]:
+    """Returns the words of a command without a leading `export`."""
+    try:
+        words = shlex.split(command, comments=True)
+    except ValueError as problem:
+        raise SpecError(f"not a shell command: {problem}", where=where, remedy="close the quote") from None
+    if len(words) > _MAX_WORDS:
+        raise SpecError(f"a command of {len(words)} words", where=where, allowed=f"at most {_MAX_WORDS}")
+    return words[1:] if words[:1] == ["export"] else words
+
+
+def _script_of(word: str) -> str:
+    """Returns the name of the training script that a word is, without its suffix; empty if it is none."""
+    match = _SCRIPT.fullmatch(word.rpartition("/")[2])
+    return match[1] if match is not None and "train" in match[1] else ""
 
 
 def _commands(text: str) -> Iterator[tuple[int, str]]:
@@ -242,25 +253,39 @@ def _commands(text: str) -> Iterator[tuple[int, str]]:
         yield start, " ".join(parts)
 
 
-def _expand(word: str, variables: Mapping[str, str], where: str) -> str:
-    if "$(" in word or "`" in word:
-        raise SpecError(
-            f"{word!r} would run a command", where=where, allowed="plain values", remedy="write the value itself"
-        )
+@dataclass
+class _Variables:
+    """The variables of a script, and the characters that were put in their places, of which a file has a bound.
 
-    parts: list[str] = []
-    end = length = 0
-    for match in _VARIABLE.finditer(word):
-        name = match[1] or match[2]
-        if name not in variables:
+    Attributes:
+        values: Name -> value.
+        length: Characters so far.
+    """
+
+    values: dict[str, str] = field(default_factory=dict)
+    length: int = 0
+
+    def expand(self, word: str, where: str) -> str:
+        """Returns a word with the values of its variables."""
+        if "$(" in word or "`" in word:
             raise SpecError(
-                f"the variable {name!r} has no value in the file", where=where, remedy=f"add {name}=... before it"
+                f"{word!r} would run a command", where=where, allowed="plain values", remedy="write the value itself"
             )
-        parts += [word[end : match.start()], variables[name]]
-        end, length = match.end(), length + len(variables[name])
-        if length > _MAX_BYTES:
-            raise SpecError("a value is too long", where=where, allowed=f"at most {_MAX_BYTES} characters")
-    return "".join([*parts, word[end:]])
+        parts: list[str] = []
+        end = 0
+        for match in _VARIABLE.finditer(word):
+            name = match[1] or match[2]
+            if name not in self.values:
+                raise SpecError(
+                    f"the variable {name!r} has no value in the file", where=where, remedy=f"add {name}=... before it"
+                )
+            parts += [word[end : match.start()], self.values[name]]
+            end = match.end()
+            self.length += len(self.values[name])
+            if self.length > _MAX_BYTES:
+                allowed = f"at most {_MAX_BYTES} characters in a file"
+                raise SpecError("the values of its variables are too long", where=where, allowed=allowed)
+        return "".join([*parts, word[end:]])
 
 
 def _arguments(words: list[str], where: str) -> Iterator[Setting]:

@@ -21,7 +21,7 @@ from lora_engine.bases.defaults import family_of, training_defaults
 from lora_engine.bases.source import TINY, split_hub_id
 from lora_engine.documents import read_document
 from lora_engine.errors import BaseModelError
-from lora_engine.files import atomic_write
+from lora_engine.files import atomic_write, expand_home, is_present_file, is_present_folder
 from tasks.errors import SpecError
 
 
@@ -94,7 +94,7 @@ def _set_base(
         raise SpecError("the file names no base model", where=str(source.path), remedy="give it with --base")
     try:
         if base != TINY and split_hub_id(base) is None:
-            base = str((source.path.parent / Path(base).expanduser()).resolve())
+            base = str((source.path.parent / expand_home(base)).resolve())
         defaults, family = training_defaults(base), family_of(base)
     except (OSError, RuntimeError) as error:  # a name that is too long, or of an unknown user
         raise SpecError(f"the base is {base[:100]!r}", where=named.where, remedy="give it with --base") from error
@@ -144,8 +144,8 @@ def _set_files(translation: Translation, source: SettingsSource) -> None:
 
 def _find_path(folder: Path, written: str, kind: str) -> Path | None:
     with suppress(OSError, RuntimeError):  # a name that is too long, or of an unknown user
-        path = (folder / Path(written).expanduser()).resolve()
-        if path.is_dir() if kind == "folder" else path.is_file():
+        path = (folder / expand_home(written)).resolve()
+        if is_present_folder(path) if kind == "folder" else is_present_file(path):
             return path
     return None
 

@@ -13,6 +13,7 @@ from flows.spec.document import PipelineDocument, refuse_secrets
 from flows.spec.parameters import Parameter, check_parameter_name
 from flows.spec.references import MAX_PIPELINES, References, typed_value
 from lora_engine.documents import Where, read_document, read_table
+from lora_engine.files import is_present_file
 from tasks.errors import SpecError
 
 _MAX_TABLE = 1_000_000
@@ -159,7 +160,7 @@ class MatrixReader:
         if not isinstance(name, str) or not name or "\0" in name or "://" in name:
             raise SpecError(f"matrix.file is {name!r}", where=where, allowed="the path of a CSV, YAML or JSON file")
         path = self._document.file_of(location).parent / name
-        if not path.is_file():
+        if not is_present_file(path):
             raise SpecError(f"matrix.file is {written!r}, which is no file", where=where, allowed="a CSV or YAML file")
         rows = list(self._table(path) if path.suffix.lower() == ".csv" else self._listed(path))
         if not rows:

@@ -10,6 +10,7 @@ from typing import Any
 
 from flows.spec.document import PipelineDocument, refuse_secrets
 from lora_engine.documents import Where, read_document
+from lora_engine.files import is_present, is_present_file
 from tasks.errors import SpecError
 from tasks.spec import External, Input, is_path, marked_fields
 from tasks.step import STEPS
@@ -66,7 +67,7 @@ class _Reader:
             raise SpecError(f"the files extend each other: {names}", where=where, remedy="remove one `extends`")
         if len(chain) >= _MAX_DEPTH:
             raise SpecError("the chain of extended files is too long", where=where, allowed=f"at most {_MAX_DEPTH}")
-        if not base.is_file():
+        if not is_present_file(base):
             raise SpecError(f"extends {str(base)!r}, which is no file", where=where, allowed="a pipeline file")
 
 
@@ -171,7 +172,7 @@ class Relocation:
         """Moves a base and an autoencoder if they are paths, as `locate_base` decides it."""
         for key in ("base", "vae"):
             source = self._other_folder(data.get(key), (*parent, key))
-            if source is not None and (source / data[key]).exists():
+            if source is not None and is_present(source / data[key]):
                 data[key] = self._relative(source, data[key])
 
     def _other_folder(self, value: Any, location: Where) -> Path | None:

@@ -22,6 +22,7 @@ from lora_engine.data.archives import is_archive, is_table
 from lora_engine.documents import Document, Where
 from lora_engine.errors import BaseModelError, NotDownloadedError
 from lora_engine.families import Family, families
+from lora_engine.files import is_present, is_present_file, is_present_folder
 from tasks.errors import SpecError
 from tasks.spec import REGISTERED, SAVED, STEP_NAME, ExternalKind, StepSpec
 from tasks.step import STEPS, locate_base
@@ -198,7 +199,7 @@ def _check_files(name: str, spec: StepSpec, folder: Path, document: Document) ->
     for field, written, kind in spec.externals():
         path = folder / written
         if not _is_of_kind(path, kind):
-            state = f"is not a {kind}" if path.exists() else "does not exist"
+            state = f"is not a {kind}" if is_present(path) else "does not exist"
             raise SpecError(
                 f"{name}.{field} is {written!r}, which {state}",
                 where=document.where(("steps", name, field)),
@@ -207,9 +208,9 @@ def _check_files(name: str, spec: StepSpec, folder: Path, document: Document) ->
 
 
 def _is_of_kind(path: Path, kind: ExternalKind) -> bool:
-    if path.is_dir():
+    if is_present_folder(path):
         return kind != "file"
-    if not path.is_file() or kind == "folder":
+    if not is_present_file(path) or kind == "folder":
         return False
     return kind == "file" or is_archive(path.name) or is_table(path.name)
 

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from lora_engine.errors import BaseModelError, EngineError
-from lora_engine.files import canonical_json, sha256_bytes, sha256_file
+from lora_engine.files import canonical_json, expand_home, sha256_bytes, sha256_file
 
 _SUFFIXES = (".safetensors", ".ckpt")
 # Increased whenever the conversion of the same file changes.
@@ -21,7 +21,7 @@ def cache_folder() -> Path:
     """Returns the cache folder, which may not exist yet."""
     configured = os.environ.get("LORALINE_CACHE")
     if configured:
-        return Path(configured).expanduser()
+        return expand_home(configured)
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "loraline"
 

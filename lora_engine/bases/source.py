@@ -11,7 +11,16 @@ from pathlib import Path
 
 from lora_engine.errors import BaseModelError, did_you_mean
 from lora_engine.families.layout import Layout, read_layout
-from lora_engine.files import FilePath, canonical_json, sha256_bytes, sha256_file
+from lora_engine.files import (
+    FilePath,
+    canonical_json,
+    expand_home,
+    is_present,
+    is_present_file,
+    is_present_folder,
+    sha256_bytes,
+    sha256_file,
+)
 
 TINY = "tiny"
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -84,10 +93,10 @@ def resolve_base(name: FilePath, revision: str | None = None) -> BaseSource:
         from lora_engine.bases.tiny import folder as tiny_folder
 
         return _from_folder(TINY, tiny_folder(), revision)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = expand_home(name)
+    if is_present_folder(path):
         return _from_folder(name, path.resolve(), revision)
-    if path.is_file():
+    if is_present_file(path):
         return _from_file(path.resolve(), revision)
     hub_id = split_hub_id(name)
     if hub_id is None:
@@ -109,7 +118,7 @@ def split_hub_id(name: FilePath) -> tuple[str, str | None] | None:
     """Returns repository and revision of a hub id; None if the name is the embedded base, a path or neither."""
     name = os.fspath(name)
     repository, _, revision = name.partition("@")
-    is_path = name == TINY or Path(name).expanduser().exists()
+    is_path = name == TINY or is_present(expand_home(name))
     return None if is_path or not _HUB_ID.fullmatch(repository) else (repository, revision or None)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from lora_engine.bases.source import digest_of_file, split_hub_id
 from lora_engine.errors import BaseModelError
 from lora_engine.families.layout import find_component
-from lora_engine.files import FilePath, canonical_json, sha256_bytes
+from lora_engine.files import FilePath, canonical_json, expand_home, is_present_file, is_present_folder, sha256_bytes
 
 _FOLDER = "vae"
 
@@ -45,8 +45,8 @@ def resolve_vae(name: FilePath) -> VaeSource:
     Raises:
         BaseModelError: There is none, or its weights are pickles.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = expand_home(name)
+    if is_present_folder(path):
         return _from_folder(path.name or str(path), path.resolve())
     hub_id = split_hub_id(name)
     if hub_id is None:
@@ -55,7 +55,7 @@ def resolve_vae(name: FilePath) -> VaeSource:
             where="vae",
             allowed="a folder in diffusers' layout, or a hub id (`owner/name` or `owner/name@revision`)",
             remedy="save a single file with diffusers' AutoencoderKL.from_single_file first"
-            if path.is_file()
+            if is_present_file(path)
             else "check the path",
         )
     from lora_engine.bases.hub import fetch_vae

@@ -12,7 +12,7 @@ from lora_engine.data.text_files import printable
 from lora_engine.documents import read_json_object
 from lora_engine.errors import BaseModelError
 from lora_engine.families.layout import find_weights
-from lora_engine.files import FilePath
+from lora_engine.files import FilePath, expand_home, is_present_folder
 
 _TEXTS = ("*.json", "*.jinja", "*.txt", "*.model")
 _WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
@@ -132,8 +132,8 @@ def list_tagger_files(folder: Path) -> tuple[str, ...]:
 def _resolve(
     name: FilePath, patterns: list[str], files: Callable[[Path], tuple[str, ...]], noun: str
 ) -> CaptionerModel:
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = expand_home(name)
+    if is_present_folder(path):
         folder = path.resolve()
         return CaptionerModel(str(name), folder, None, files(folder))
     hub_id = split_hub_id(name)

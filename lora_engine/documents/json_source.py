@@ -16,7 +16,8 @@ MAX_DIGITS = 100
 """Digits of an integer; a longer one has no use and takes quadratic time."""
 # Parts after which the search for the place of a fault ends; it takes about a microsecond per part.
 _MAX_PARTS = 1_000_000
-_PART = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}:,]|[^\s"\[\]{}:,]+', re.DOTALL)
+# A string without an end is one part, too: else each of its quotes would be searched for its end.
+_PART = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[\]{}:,]|[^\s"\[\]{}:,]+', re.DOTALL)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 _INTEGER = re.compile(r"-?[0-9]+")
 
@@ -155,7 +156,7 @@ def _first_fault(text: str, depth: int | None) -> tuple[str, int | None] | None:
             if depth is not None and len(nested) > depth:
                 return f"nested more than {depth} levels deep", match.start()
         elif part in "]}":
-            nested = nested[:-1]
+            del nested[-1:]
         elif part == ":" and nested and nested[-1] is not None:
             if last in nested[-1]:
                 return f"duplicate key {_short(last)!r}", start

@@ -12,7 +12,7 @@ from lora_engine.bases.source import TINY, BaseSource, split_hub_id
 from lora_engine.documents import read_json_object
 from lora_engine.errors import BaseModelError, NotDownloadedError, SettingsError
 from lora_engine.families import families
-from lora_engine.files import canonical_json, sha256_bytes, sha256_file
+from lora_engine.files import canonical_json, expand_home, is_present_folder, sha256_bytes, sha256_file
 
 NO_EMBEDDER = "none"
 """The name that leaves out the metrics of an embedder."""
@@ -86,8 +86,8 @@ def resolve_embedder(name: str) -> EmbedderSource:
         from lora_engine.bases.tiny import folder as tiny_folder
 
         return _source(TINY, f"{TINY}/clip", tiny_folder() / "clip")
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = expand_home(name)
+    if is_present_folder(path):
         return _source(str(path.resolve()), path.resolve().name, path.resolve())
     hub_id = split_hub_id(name)
     if hub_id is None:

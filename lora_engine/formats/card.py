@@ -70,6 +70,23 @@ def card_header(card: Card) -> dict[str, str]:
     return {CARD: canonical_json(card.model_dump(exclude={"extra"}, exclude_defaults=True)).decode()}
 
 
+def restate(card: Card, *, license_expression: str | None = None, recommended: str | None = None) -> Card:
+    """Returns a card with another license or recommendation; None keeps it.
+
+    Header entries of other programs with the same meaning are removed, because they would replace the card's when the
+    file is written.
+    """
+    stated = {
+        "license": ("modelspec.license", license_expression),
+        "recommended": ("modelspec.usage_hint", recommended),
+    }
+    for name, (entry, value) in stated.items():
+        if value is not None:
+            extra = {key: text for key, text in card.extra.items() if key != entry}
+            card = card.model_copy(update={name: value, "extra": extra})
+    return card
+
+
 def read_card(header: Mapping[str, str]) -> Card:
     """Returns the card of a header; for another program's header, from its `modelspec.*` and `ss_*` entries.
 

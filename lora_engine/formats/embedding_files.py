@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from lora_engine.errors import AdapterError
 from lora_engine.files import FilePath, is_file_name, write_within
 from lora_engine.finite import check_finite
-from lora_engine.formats.embeddings import FIRST, SECOND, Embedding, embeddings_in
+from lora_engine.formats.embeddings import FIRST, SECOND, Embedding, can_be_key, embeddings_in
 from lora_engine.formats.pickles import is_pickled, read_pickle
 from lora_engine.formats.safetensors_io import LIMITS, Reader, read_safetensors, write_safetensors
 from lora_engine.lazy_torch import torch
@@ -221,6 +221,10 @@ def _kohya(embedding: Embedding) -> dict[str, tuple[dict[str, Tensor], dict[str,
 
 def _diffusers(embedding: Embedding) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
     # Like diffusers' examples: `learned_embeds` and `learned_embeds_2`, with one tensor each, named after the token.
+    if not can_be_key(embedding.token):
+        problem, where = "a tensor of this name is no token in diffusers' format", f"embedding {embedding.token!r}"
+        allowed = "a name without dots that is no part of a file, or one in angle brackets"
+        raise AdapterError(problem, where=where, allowed=allowed, remedy="rename the token")
     return {
         f"learned_embeds{name.removeprefix(FIRST)}": (
             {embedding.token: tensor if embedding.count > 1 else tensor[0]},

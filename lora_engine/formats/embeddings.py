@@ -218,12 +218,20 @@ def embeddings_in(content: object, token: str, component: str = "") -> list[Embe
     if set(tensors) <= set(_PARTS):
         return [Embedding(token, _by_component(tensors))]
     # Any single name without dots may be a token. Several names are tokens only if all are in angle brackets.
-    marked = all(key.startswith("<") and key.endswith(">") for key in tensors)
     name, tensor = next(iter(tensors.items()))
-    is_token = len(tensors) == 1 and "." not in name and name not in _NO_TOKENS and tensor.dim() in (1, 2)
-    if marked or is_token:
+    is_token = len(tensors) == 1 and can_be_key(name) and tensor.dim() in (1, 2)
+    if all(map(_is_marked, tensors)) or is_token:
         return [Embedding(key, {_encoder(value, component): value}) for key, value in sorted(tensors.items())]
     return None
+
+
+def can_be_key(token: str) -> bool:
+    """Returns True if a token is read again from a file whose only tensor has its name."""
+    return token not in _PARTS and (_is_marked(token) or ("." not in token and token not in _NO_TOKENS))
+
+
+def _is_marked(token: str) -> bool:
+    return token.startswith("<") and token.endswith(">")
 
 
 def _by_component(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

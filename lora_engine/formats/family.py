@@ -183,6 +183,8 @@ def component_problem(names: Iterable[str]) -> str:
             return f"the module {name!r} is a whole component, not a layer"
         if component in _COMPONENTS and path.startswith((f"{component}.", "base_model.model.base_model.")):
             return f"the module {name!r} has a prefix twice, which other formats would read as another module"
+        if component in _DENOISERS and path.partition(".")[0] in _DENOISERS:
+            return f"the module {name!r} is of two denoisers, and no base has both"
         first.setdefault(component, name)
     if set(_DENOISERS) <= set(first):
         return f"{' and '.join(repr(first[name]) for name in _DENOISERS)} are of two denoisers, and no base has both"

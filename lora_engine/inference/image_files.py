@@ -34,7 +34,7 @@ _MAX_SEGMENT = 65_000
 """Bytes of the EXIF or XMP of a JPEG; a segment holds 65 533, from which headers are subtracted."""
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_PROPERTY = re.compile(rb"<loraline:generation>(.{0,8000000}?)</loraline:generation>", re.DOTALL)
+_PROPERTY = (b"<loraline:generation>", b"</loraline:generation>")
 # The packet of Adobe's XMP specification, part 1, section 7.3; the first property is of IPTC's Extension schema.
 _PACKET = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
@@ -142,8 +142,10 @@ def read_used_adapters(path: Path) -> dict[str, str] | None:
     """
     with open_inside(path, path.parent) as file:
         text = dict(read_png_texts(file)).get(CHUNK)
-        if text is None and (match := _PROPERTY.search(read_xmp(file))):
-            text = unescape(match[1].decode("utf-8", "replace"))
+        if text is None:
+            first, last = _PROPERTY
+            content, is_closed, _ = read_xmp(file).partition(first)[2].partition(last)
+            text = unescape(content.decode("utf-8", "replace")) if is_closed else None
     if text is None:
         return None
     facts = parse_json(text, f"{path}, metadata {CHUNK!r}", DataError)

@@ -13,7 +13,7 @@ from lora_engine.inference.prompts.prompt import MAX_LENGTH
 
 MAX_INFOTEXT = 2 * MAX_LENGTH
 """Characters of an infotext."""
-_PAIR = re.compile(r'\s*(\w[\w \-/]{0,100}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_PAIR = re.compile(r'(\w[\w \-/]{0,100}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _LEAST_PAIRS = 3
 """Pairs that make the last line one of settings, as in A1111."""
 _NEGATIVE = "Negative prompt:"

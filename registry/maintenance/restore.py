@@ -21,7 +21,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lora_engine.files import atomic_write, exchange, sync_folder, write_within
+from lora_engine.files import atomic_write, exchange, expand_home, sync_folder, write_within
 from registry.entities import now
 from registry.errors import HomeError, MissingBlob, StoreError, database_error, disk_errors
 from registry.home import Home
@@ -85,7 +85,7 @@ def restore_backup(source: Path, home: Path, *, replace: bool = False, with_sett
         HomeError: The home exists, or the disk is full.
         StoreError: The source is not a complete backup; nothing was changed.
     """
-    home = home.expanduser().absolute()
+    home = expand_home(home).absolute()
     if not replace and holds_something(home):
         raise HomeError(
             "the folder is not empty",

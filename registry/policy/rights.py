@@ -9,9 +9,10 @@ from sqlalchemy.orm import Session
 
 from registry.context import RegistryContext
 from registry.entities import AdapterVersion, ArtifactRef, now
+from registry.errors import PolicyError
 from registry.policy.ancestry import trace
 from registry.policy.consent import ConsentFindings, ConsentPolicy, find_consent, strictest
-from registry.policy.license_terms import LicenseTerms
+from registry.policy.license_terms import LicenseTerms, combine, unknown
 from registry.policy.licenses import Licenses, read_licenses
 from registry.policy.policy_file import read_policies
 from registry.policy.revocations import active_revocations, describe_revoked, find_revoked
@@ -79,3 +80,27 @@ def terms_of(session: Session, context: RegistryContext, artifact: ArtifactRef) 
     """
     ancestry, licenses = trace(session, artifact), read_licenses(context.home.path)
     return resolve_terms(ancestry, read_datasets(context.store, ancestry.datasets), licenses)[0], licenses
+
+
+def inherited_license(context: RegistryContext, artifact: ArtifactRef, stated: str | None = None) -> str | None:
+    """Returns the licenses of everything that an artifact was made from, as one SPDX expression.
+
+    None means that nothing upstream has a license. If the license table of the home is invalid, which `loraline rights`
+    explains, the license is `NOASSERTION`.
+
+    Args:
+        context: The registry.
+        artifact: The adapter's tree; must be recorded.
+        stated: The license in the card of the file. It counts until the artifact is registered; then the cards of the
+            versions do, in which an import may have replaced it.
+    """
+    try:
+        licenses = read_licenses(context.home.path)
+        with context.lineage.database.read() as session:
+            ancestry = trace(session, artifact)
+            terms = resolve_terms(ancestry, read_datasets(context.store, ancestry.datasets), licenses)[0]
+    except PolicyError:
+        return unknown("it").expression
+    if stated and not any(version.artifact == artifact for version in ancestry.versions):
+        terms = combine(terms, licenses.terms_of_license(stated, "it"))
+    return terms.expression or None

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 from uuid import uuid4
 
+from lora_engine.files import expand_home
 from registry.entities import is_digest
 from registry.store.blobs import Blobs, Orphan, check_digest, copy_hashed, copy_verified, missing
 from registry.store.local import LocalBlobs
@@ -35,7 +36,7 @@ def open_blobs(url: str) -> Blobs:
     except ValueError:
         raise malformed_url(url) from None  # the cause may quote a password
     if parts.scheme in {"", "file", "local"}:
-        return LocalBlobs(Path(url2pathname(parts.path)) if parts.scheme else Path(url).expanduser().absolute())
+        return LocalBlobs(Path(url2pathname(parts.path)) if parts.scheme else expand_home(url).absolute())
     return FsspecBlobs(url)
 
 

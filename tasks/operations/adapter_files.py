@@ -53,6 +53,7 @@ def convert_adapter(
     from lora_engine.families import published
     from lora_engine.files import sha256_file
     from lora_engine.formats import write_adapter
+    from lora_engine.formats.card import restate
     from lora_engine.formats.dtypes import dtype_of
     from lora_engine.inference.prompts.tags import parse_arguments
     from lora_engine.merging.approximate import approximate
@@ -75,7 +76,7 @@ def convert_adapter(
         output,
         adapter,
         format=to,
-        card=_restated(bundle.card, license_expression, recommended),
+        card=restate(bundle.card, license_expression=license_expression, recommended=recommended),
         dtype=dtype_of(dtype),
         embeddings=bundle.embeddings,
         module_names=names,
@@ -83,19 +84,6 @@ def convert_adapter(
     )
     files = [{"file": str(path), "sha256": sha256_file(path)} for path in written]
     return {"format": to, "files": files, "approximation": retained, "assumed": bundle.assumptions or None}
-
-
-def _restated(card: Card, license_expression: str | None, recommended: str | None) -> Card:
-    """Returns the card with what the user states; other programs' header entries would replace it."""
-    stated = {
-        "license": ("modelspec.license", license_expression),
-        "recommended": ("modelspec.usage_hint", recommended),
-    }
-    for name, (entry, value) in stated.items():
-        if value is not None:
-            extra = {key: text for key, text in card.extra.items() if key != entry}
-            card = card.model_copy(update={name: value, "extra": extra})
-    return card
 
 
 def _cast_adapter(
@@ -109,13 +97,14 @@ def _cast_adapter(
 ) -> dict[str, Any]:
     """Writes an adapter of an unknown base in another dtype; raises `unknown` for any other format than the file's."""
     from lora_engine.files import sha256_file
+    from lora_engine.formats.card import restate
     from lora_engine.formats.dtypes import dtype_of
     from lora_engine.formats.verbatim import NAMES_KEPT, read_verbatim, write_verbatim
 
     original = read_verbatim(file)
     if original.codec.name != to:
         raise unknown
-    card = _restated(original.card, license_expression, recommended)
+    card = restate(original.card, license_expression=license_expression, recommended=recommended)
     stated = {"modelspec.license": license_expression} if license_expression else {}
     original = replace(original, metadata={**original.metadata, **stated})
     written = write_verbatim(output, original, original.adapter, card, dtype=dtype_of(dtype))

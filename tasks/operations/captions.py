@@ -16,7 +16,7 @@ from lora_engine.data.captioners import CAPTIONERS
 from lora_engine.data.manifest import Manifest
 from lora_engine.data.spec import PLACEHOLDERS, CaptionSettings
 from lora_engine.errors import SettingsError
-from lora_engine.files import atomic_write, canonical_json
+from lora_engine.files import atomic_write, canonical_json, expand_home, is_present_folder
 from lora_engine.registries import import_target
 from registry.home import Home
 from tasks.step import locate_base
@@ -119,8 +119,8 @@ def find_caption_models(settings: CaptionSettings, folder: Path) -> dict[str, di
         fingerprint = digest_files(base.folder, files)
         models["tokenizers"] = {"name": check.base, "label": base.label, "fingerprint": fingerprint, **place}
     if check is not None and check.clip is not None:
-        clip = (folder / check.clip).expanduser().resolve()
-        if not clip.is_dir():
+        clip = expand_home(folder / check.clip).resolve()
+        if not is_present_folder(clip):
             raise SettingsError(
                 f"check.clip is {check.clip!r}: there is no such folder",
                 remedy="give a local folder that CLIPModel.save_pretrained wrote, with its tokenizer",

@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_engine.data.manifest import ImageEntry, Manifest
 from lora_engine.errors import DataError
-from lora_engine.files import sha256_file
+from lora_engine.files import expand_home, sha256_file
 from registry.entities import ArtifactRef
 from registry.errors import StoreError
 from registry.home import Home
@@ -85,7 +85,7 @@ def dataset_roots(home: Home) -> list[Path]:
     """Returns the folders below which captions may be changed: `datasets` of loraline.yaml, or the home's project."""
     stated = home.settings.datasets
     if stated is not None:
-        return [Path(text).expanduser().resolve() for text in stated]
+        return [expand_home(text).resolve() for text in stated]
     return [home.path.resolve().parent] if home.path.name == ".loraline" else []
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from fnmatch import fnmatchcase
-from pathlib import Path
 from string import Formatter
 from typing import Annotated, Literal, Self
 
@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from lora_engine.documents import read_document
 from lora_engine.errors import did_you_mean
-from lora_engine.files import is_file_name
+from lora_engine.files import expand_home, is_file_name
 from registry.errors import VersionError
 from registry.home import Home
 from registry.policy.licenses import describe_problems
@@ -109,8 +109,8 @@ class DeliverySettings(BaseModel):
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        names = [target.name for target in self.targets]
-        repeated = sorted({name for name in names if names.count(name) > 1})
+        counts = Counter(target.name for target in self.targets)
+        repeated = sorted(name for name, count in counts.items() if count > 1)
         if repeated:
             raise ValueError(f"several targets have the name {repeated[0]!r}")
         return self
@@ -156,4 +156,4 @@ def locate_target(home: Home, target: DeliveryTarget) -> str:
     """Returns the URL of a target, or the absolute path of its folder."""
     if "://" in target.to:
         return target.to
-    return str(home.path / Path(target.to).expanduser())
+    return str(home.path / expand_home(target.to))

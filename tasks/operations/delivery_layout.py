@@ -11,10 +11,10 @@ import yaml
 
 from lora_engine.files import atomic_write
 from registry.entities import AdapterVersion
+from registry.policy.rights import inherited_license
 from registry.versions.versions import Versions
 from tasks.operations.adapter_files import convert_adapter
 from tasks.operations.delivery_file import DeliveryLayout
-from tasks.operations.export_adapter import license_of
 
 if TYPE_CHECKING:
     from registry.documents.facts import Facts
@@ -60,7 +60,7 @@ def build_layout(
         base=None,
         dtype=None,
         approximation=None,
-        license_expression=license_of(versions, version),
+        license_expression=inherited_license(versions, version.artifact),
     )
     adapter.unlink()
     facts = gather_facts(versions, version)

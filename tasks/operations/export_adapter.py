@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from registry.entities import AdapterVersion
-from registry.errors import PolicyError, StoreError
+from registry.errors import StoreError
 from registry.home import Home
-from registry.policy.license_terms import unknown
-from registry.policy.rights import resolve_rights
+from registry.policy.rights import inherited_license
 from registry.versions.versions import Versions
 from tasks.content import read_contents
 from tasks.errors import SpecError
@@ -98,7 +97,7 @@ def export_version(
                 dtype=dtype,
                 approximation=approximation,
                 output_name=name,
-                license_expression=license_of(versions, version),
+                license_expression=inherited_license(versions, version.artifact),
             )
         if home.read_only:
             _logger.warning("%s cannot be written, so its log does not have this export of %s", home.path, version.ref)
@@ -145,15 +144,6 @@ def _saved_file(versions: Versions, version: AdapterVersion, step: int) -> str:
             allowed=", ".join(map(str, saved)) or "none; set save_every in the train step",
         )
     return saved[step]
-
-
-def license_of(versions: Versions, version: AdapterVersion) -> str | None:
-    """Returns the licenses of everything upstream, as one SPDX expression; None if nothing upstream has one."""
-    try:
-        with versions.lineage.database.read() as session:
-            return resolve_rights(session, versions, version).terms.expression or None
-    except PolicyError:  # the license table of the home is invalid; `loraline rights` says why
-        return unknown("it").expression
 
 
 def _check_output(output: Path) -> None:

@@ -18,6 +18,7 @@ from registry.errors import RegistryError
 from registry.home import Home
 from registry.lineage.content import UNKNOWN_INPUTS, find_holders, find_result_sizes, has_weights
 from registry.lineage.rows import read_artifacts
+from registry.policy.rights import inherited_license
 from registry.store.tables import ExecutionRow
 from registry.store.trees import encode_tree
 from registry.versions.versions import Versions
@@ -67,6 +68,17 @@ class VerbRecorder:
             if not is_present(text):
                 raise
             _log.warning("%s is not looked up in the registry: %s", path, error)
+
+    def license_of(self, text: str) -> str | None:
+        """Returns the license that files made of one adapter must state; None for a file, whose header states it.
+
+        Args:
+            text: The argument: `NAME@REF`, or a file.
+        """
+        if self._home is None or is_present(text):
+            return None
+        with closing(Versions(self._home)) as versions:
+            return inherited_license(versions, find_version(versions, text).artifact)
 
     def add_artifact(self, ref: ArtifactRef) -> None:
         """Adds an artifact as an input."""

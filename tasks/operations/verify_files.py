@@ -201,12 +201,16 @@ def _read_statement(folder: Path, version: str, signed: dict[str, str], findings
     except (SpecError, KeyError, TypeError):
         findings.append(f"{EXPORTED}: it cannot be read")
         return {}
-    if not is_known or canonical_json(statement) != content or any(".." in Path(name).parts for name in subjects):
+    if not is_known or canonical_json(statement) != content or not all(map(_is_inside, subjects)):
         findings.append(f"{EXPORTED}: it has an unknown form")
         return {}
     if signed and not (is_of_version and sha256 in signed.values()):
         findings.append(f"{EXPORTED}: it is not of {version} as it was signed")
     return subjects
+
+
+def _is_inside(name: str) -> bool:
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _check_exported(path: Path, folder: Path, signed: dict[str, str], exported: dict[str, str]) -> Iterator[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,14 +13,21 @@ from pydantic import Field
 from lora_engine.catalog.formats import FORMATS, written_formats
 from lora_engine.files import atomic_write, canonical_json
 from lora_engine.registries import names_of
+from registry.entities import ArtifactRef
+from registry.home import Home
 from tasks.imports import base_module
 from tasks.spec import Input, StepSpec
 from tasks.step import Context, step
 
 if TYPE_CHECKING:
+    from lora_engine.formats import Card
+
     FormatName = str
 else:
     FormatName = names_of(written_formats())
+
+
+LICENSE = "license.json"
 
 
 class Convert(StepSpec):
@@ -49,15 +58,36 @@ def find_imports(spec: Convert, folder: Path) -> Iterator[str]:
         yield base_module(spec.base, folder)
 
 
+def find_license(home: Home, adapter: ArtifactRef, stated: str | None) -> str | None:
+    """Returns the license that files of an adapter must state: that of everything that it was made from."""
+    from registry.context import RegistryContext
+    from registry.policy.rights import inherited_license
+
+    with closing(RegistryContext(home)) as context:
+        return inherited_license(context, adapter, stated)
+
+
+def has_same_license(home: Home, summary: bytes) -> bool:
+    """Returns True if the written files state the license that they must have now.
+
+    It follows from lineage and from the home's table of licenses, which no cache key covers.
+    """
+    written = json.loads(summary)
+    adapter = ArtifactRef(written["adapter"]["kind"], written["adapter"]["sha256"], written["adapter"]["size"])
+    return find_license(home, adapter, written["stated"]) == written["license"]
+
+
 @step(
     Convert,
     produces="export",
-    revision=4,
+    revision=5,
+    summary=LICENSE,
+    is_still_valid=has_same_license,
     imports=find_imports,
     entries=lambda spec: [(FORMATS, name) for name in spec.to],
 )
 def convert(spec: Convert, context: Context) -> None:
-    """Writes one folder per format, and `exports.json`, which lists the files of each.
+    """Writes one folder per format, `exports.json`, which lists the files of each, and `license.json`, their license.
 
     If a format required approximation, `approximations.json` has the share of each module that is kept.
     """
@@ -68,6 +98,7 @@ def convert(spec: Convert, context: Context) -> None:
     from lora_engine.merging.approximate import approximate
 
     bundle = read_bundle(context.folder("adapter") / "adapter.safetensors")
+    card = _state_license(context, bundle.card)
     base = load_base(context.base(spec.base), device="cpu") if spec.base is not None and needs_base(spec) else None
     names = None if base is None else module_shapes(base)
     exports, approximations = {}, {}
@@ -84,7 +115,7 @@ def convert(spec: Convert, context: Context) -> None:
             context.out / name,
             adapter,
             format=name,
-            card=bundle.card,
+            card=card,
             dtype=dtype_of(spec.dtype),
             embeddings=bundle.embeddings,
             module_names=names,
@@ -93,3 +124,14 @@ def convert(spec: Convert, context: Context) -> None:
     atomic_write(context.out / "exports.json", canonical_json(exports))
     if approximations:
         atomic_write(context.out / "approximations.json", canonical_json(approximations))
+
+
+def _state_license(context: Context, card: Card) -> Card:
+    """Returns the card with the license that the files must state, and writes `license.json`."""
+    from lora_engine.formats.card import restate
+
+    adapter = context.refs["adapter"][0]
+    license_expression = find_license(context.home, adapter, card.license)
+    written = {"adapter": vars(adapter), "stated": card.license, "license": license_expression}
+    atomic_write(context.out / LICENSE, canonical_json(written))
+    return restate(card, license_expression=license_expression)

@@ -1,71 +1,59 @@
-"""Makes random graphs of versions with pipelines and verbs, and predicts their rights with an independent model."""
+"""Makes random graphs of versions with pipelines and verbs, beside the independent model of their rights."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
 from safetensors.torch import load_file, save_file
 
-from lora_engine.adapters import LoraDelta
+from flows.spec import load_spec
 from lora_engine.catalog.formats import written_formats
-from lora_engine.files import sha256_file
-from lora_engine.formats import Bundle, read_bundle, write_adapter
+from lora_engine.formats import read_bundle, write_adapter
 from lora_engine.formats.card import Card
-from lora_engine.merging.files import merge_files
+from lora_engine.formats.safetensors_io import read_header
 from registry.entities import Execution, Subject, now
 from registry.home import Home
-from registry.policy.license_terms import LicenseTerms, combine
-from registry.policy.licenses import read_licenses
+from registry.policy.license_terms import combine
 from registry.versions.versions import Versions
 from tests.flows.commands import loraline_here
-from tests.flows.made import random_adapter
+from tests.flows.lineage_model import TABLE, LineageModel, Node, digest_of, weights_of
+from tests.flows.made import random_adapter, run_steps
 
 LICENSES = ("MIT", "CC-BY-4.0", "CC-BY-NC-4.0", "Apache-2.0")
 POLICY = "aliases: {shop: {needs_licence: commercial, needs_consent: known}}\n"
-TABLE = read_licenses()
 IMAGE = {"width": 4, "height": 4, "caption": "", "file": "pictures/0000000000000000.png", "source": "a.png"}
-Weights = dict[str, tuple[bytes, bytes]]
+PIPELINE = """\
+name: {name}
+base: tiny
+steps:
+  mix: {{uses: merge, adapters: [{refs}], weights: {weights}}}
+  release: {{uses: register, adapter: mix}}
+  exports: {{uses: convert, adapter: mix, to: [{form}]}}
+"""
 
 
-@dataclass
-class Node:
-    """A version, or a file outside of the store, with what it was truly made from."""
-
-    name: str
-    parents: set[str] = field(default_factory=set)
-    license: str = ""
-    image: str = ""
-    consent: str = ""
-    expired: bool = False
-    weights: Weights = field(default_factory=dict)
-    digest: str = ""
-    is_file: bool = False
-
-
-class World:
+class World(LineageModel):
     """A home, files that left it, and the model of both."""
 
     def __init__(self, folder: Path, seed: int) -> None:
+        super().__init__()
         self.random, self.folder, self.seed = Random(seed), folder, seed
         self.home = Home.open(folder / "home")
         (self.home.path / "policy.yaml").write_text(POLICY)
-        self.nodes: dict[str, Node] = {}
         self.files: list[Path] = []
-        self.revoked: set[str] = set()
+        self.forms: set[str] = set()
         self.refused = 0
 
-    def grow(self, steps: int) -> None:
-        """Does random things; the first two make versions."""
+    def grow(self, count: int) -> None:
+        """Does random things until there are that many versions."""
         self.train()
         self.bring_from_outside()
         actions = [self.train, self.bring_from_outside, self.merge_in_a_pipeline, self.export, self.export, self.strip]
         actions += [self.convert, self.resize, self.merge_files, self.import_a_file, self.import_a_file]
-        for _ in range(steps):
+        while len(self.versions()) < count:
             self.random.choice(actions)()
 
     # What happens
@@ -100,21 +88,24 @@ class World:
         self._import(path, self.random.choice(LICENSES), override=False)
 
     def merge_in_a_pipeline(self) -> None:
-        """Registers a merge of two versions by a recorded step."""
-        chosen = self._some_versions(2)
-        out = self.folder / f"{len(self.nodes)}-pipeline.safetensors"
+        """Runs a pipeline that merges versions, registers the result and writes it in some format."""
+        chosen, form = self._some_versions(2), self._form()
+        name = f"n{len(self.nodes)}"
+        path = self.folder / f"{name}.yaml"
+        refs = ", ".join(node.name for node in chosen)
+        path.write_text(PIPELINE.format(name=name, refs=refs, weights=[1.0, 0.5][: len(chosen)], form=form))
+        outputs = run_steps(load_spec(path), self.home)
         with closing(Versions(self.home)) as versions:
-            found = [versions.show(*node.name.split("@")) for node in chosen]
-            parts = [self.folder / f"part{index}.safetensors" for index in range(len(found))]
-            for version, part in zip(found, parts, strict=True):
-                versions.store.checkout_file(version.artifact, version.adapter_path, part)
-            merge_files(parts, [1.0, 0.5][: len(parts)], out)
-            adapter = versions.store.put_files("adapter", {"adapter.safetensors": out.read_bytes()})
-            run = versions.lineage.start_run("merge", {})
-            inputs = {f"adapters.{index}": version.artifact for index, version in enumerate(found)}
-            step = Execution(run.id, run.id, "m", "merge", "1", run.id, {}, inputs, adapter, started_at=now())
-            versions.lineage.log_execution(step, contents=versions.store.files(adapter))
-            self._register(versions, adapter, out, {node.name for node in chosen})
+            version = versions.show(name, 1)
+            merged, out = self._next("merged.safetensors"), self._next("pipeline")
+            versions.store.checkout_file(version.artifact, version.adapter_path, merged)
+            versions.store.checkout(outputs["exports"], out)
+        parents = {node.name for node in chosen}
+        self._add_version(Node(version.ref, parents, weights=weights_of(merged), digest=version.sha256))
+        folder = out / form
+        files = [folder] if form == "peft" else list(folder.glob("*.safetensors"))
+        self._add_file(*files, {version.ref})
+        self._check_license(*files, version.ref)
 
     def export(self) -> None:
         """Exports a version in some format."""
@@ -122,11 +113,14 @@ class World:
         out = self._next("export")
         more = ["--dtype", "float16"] if self.random.random() < 0.3 else []
         self._verb(out, {node.name}, "export", node.name, "--to", self._form(), "--base", "tiny", *more)
+        self._check_license(self.files[-1], node.name)
 
     def convert(self) -> None:
         """Converts a version or a file."""
         text, sources = self._some_input()
         self._verb(self._next("convert"), sources, "convert", text, "--to", self._form(), "--base", "tiny")
+        if text in self.nodes:
+            self._check_license(self.files[-1], text)
 
     def resize(self) -> None:
         """Resizes a version or a file to rank 1."""
@@ -146,7 +140,7 @@ class World:
             out = self._next("stripped").with_suffix(".safetensors")
             header = {"format": "pt"}
             save_file(load_file(source), out, header)
-            if _weights(out) == _weights(source):  # a format may keep its alphas in the header
+            if weights_of(out) == weights_of(source):  # a format may keep its alphas in the header
                 self.files.append(out)
 
     def import_a_file(self) -> None:
@@ -154,54 +148,6 @@ class World:
         if self.files:
             path = self.random.choice(self.files)
             self._import(path, self.random.choice(LICENSES), override=self.random.random() < 0.3)
-
-    # The model
-
-    def ancestors(self, name: str) -> set[str]:
-        """Returns a node and everything that it was truly made from."""
-        found, waiting = set[str](), [name]
-        while waiting:
-            current = waiting.pop()
-            if current not in found:
-                found.add(current)
-                waiting += self.nodes[current].parents
-        return found
-
-    def versions(self) -> list[Node]:
-        """Returns the versions."""
-        return [node for node in self.nodes.values() if not node.is_file]
-
-    def terms_of(self, names: set[str]) -> LicenseTerms:
-        """Returns the meet of the statements of nodes and of everything that they were made from."""
-        closure = set[str]().union(*(self.ancestors(name) for name in names))
-        return combine(*(terms for name in closure for terms in self._statements(self.nodes[name])))
-
-    def affected_by(self, subjects: set[str]) -> set[str]:
-        """Returns the versions that are, or were made from, one of the nodes."""
-        return {node.name for node in self.versions() if self.ancestors(node.name) & subjects}
-
-    def may_be_sold(self, name: str) -> bool:
-        """Returns True if the policy of `shop` allows the version."""
-        closure = self.ancestors(name)
-        is_expired = any(self.nodes[entry].expired for entry in closure)
-        return "commercial" in self.terms_of({name}).permissions and not is_expired and not closure & self.revoked
-
-    def found_for(self, path: Path) -> set[str]:
-        """Returns the nodes that the registry may know of a file: those of its bytes, else those of its weights."""
-        by_bytes = {node.name for node in self.nodes.values() if node.digest == _digest(path)}
-        if by_bytes:
-            return by_bytes
-        weights = _weights(path)
-        equal = {node.name for node in self.nodes.values() if node.weights == weights}
-        # A file that was made from nothing but files and versions of the same weights says nothing of its own.
-        return {name for name in equal if not self.nodes[name].is_file or not self.nodes[name].parents <= equal}
-
-    def _statements(self, node: Node) -> Iterator[LicenseTerms]:
-        if not node.is_file:
-            yield TABLE.terms_of_base("tiny")
-            yield TABLE.terms_of_license(node.license, "it")
-        if node.image:
-            yield TABLE.terms_of_license("CC-BY-4.0", "it")
 
     # Parts
 
@@ -216,7 +162,9 @@ class World:
         return self.folder / f"{len(self.nodes)}-{len(self.files)}-{self.random.randrange(10**9)}-{verb}"
 
     def _form(self) -> str:
-        return self.random.choice(sorted(written_formats()))
+        form = self.random.choice(sorted(written_formats()))
+        self.forms.add(form)
+        return form
 
     def _some_versions(self, count: int) -> list[Node]:
         active = self.versions()
@@ -235,9 +183,17 @@ class World:
         out = out if form == "peft" else out.with_suffix(".safetensors")
         done = loraline_here(*arguments, "-o", out, home=self.home.path)
         assert done.returncode == 0, done.stderr
-        node = Node(out.name, sources, weights=_weights(out), digest=_digest(out), is_file=True)
-        self.nodes[node.name] = node
-        self.files.append(out)
+        self._add_file(out, sources)
+
+    def _add_file(self, path: Path, sources: set[str]) -> None:
+        name = path.relative_to(self.folder).as_posix()
+        self.nodes[name] = Node(name, sources, weights=weights_of(path), digest=digest_of(path), is_file=True)
+        self.files.append(path)
+
+    def _check_license(self, path: Path, source: str) -> None:
+        """Asserts that a file states the licenses of everything that its source was made from."""
+        header = read_header(path / "adapter_model.safetensors" if path.is_dir() else path)[1]
+        assert header["modelspec.license"] == self.terms_of({source}).expression, (path, source)
 
     def _import(self, path: Path, license_id: str, *, override: bool) -> None:
         parents, name = self.found_for(path), f"n{len(self.nodes)}"
@@ -258,12 +214,12 @@ class World:
             return
         with closing(Versions(self.home)) as versions:
             version = versions.show(name, 1)
-        self._add_version(Node(version.ref, parents, license_id, weights=_weights(path), digest=version.sha256))
+        self._add_version(Node(version.ref, parents, license_id, weights=weights_of(path), digest=version.sha256))
 
     def _register(self, versions: Versions, adapter: object, path: Path, parents: set[str], **facts: object) -> None:
         license_id = self.random.choice(LICENSES)
         version = versions.register(f"n{len(self.nodes)}", adapter, card={"license": license_id, "base": "tiny"})  # type: ignore[arg-type]
-        node = Node(version.ref, parents, license_id, weights=_weights(path), digest=version.sha256)
+        node = Node(version.ref, parents, license_id, weights=weights_of(path), digest=version.sha256)
         self._add_version(Node(**{**vars(node), **facts}))
 
     def _add_version(self, node: Node) -> None:
@@ -272,20 +228,3 @@ class World:
                 other.parents.add(node.name)
                 node.parents.add(other.name)
         self.nodes[node.name] = node
-
-
-def _weights(path: Path) -> Weights:
-    """Returns the factors of each module of a LoRA, with its scale in `up`."""
-    from lora_engine.bases.structure import base_module_shapes
-
-    bundle: Bundle = read_bundle(path, base_module_shapes("tiny"))
-    weights: Weights = {}
-    for name, delta in bundle.adapter.modules.items():
-        assert isinstance(delta, LoraDelta)
-        up = delta.up if delta.alpha == delta.rank else delta.up * (delta.alpha / delta.rank)
-        weights[name] = (up.flatten(1).float().numpy().tobytes(), delta.down.flatten(1).float().numpy().tobytes())
-    return weights
-
-
-def _digest(path: Path) -> str:
-    return sha256_file(path / "adapter_model.safetensors" if path.is_dir() else path)

@@ -11,7 +11,7 @@ from flows.spec import PipelineSpec, load_spec
 from lora_engine.adapters import Adapter, LoraDelta
 from lora_engine.bases.structure import base_module_shapes
 from lora_engine.formats import Card, write_adapter
-from registry.entities import AdapterVersion
+from registry.entities import AdapterVersion, ArtifactRef
 from registry.home import Home
 from registry.lineage.record import Lineage
 from registry.policy.revocations import read_revoked
@@ -67,9 +67,15 @@ def run_line(path: Path, home: Home) -> AdapterVersion:
 
 def run_spec(spec: PipelineSpec, home: Home) -> AdapterVersion:
     """Runs a pipeline as `run_line` does."""
+    run_steps(spec, home)
+    return Versions(home).show(spec.name)
+
+
+def run_steps(spec: PipelineSpec, home: Home) -> dict[str, ArtifactRef]:
+    """Runs a pipeline as `run_line` does; returns the artifact of each step."""
     lineage = Lineage(home.lineage_url)
     run, revoked = lineage.start_run(spec.name, spec.source), read_revoked(lineage)
-    outputs = {}
+    outputs: dict[str, ArtifactRef] = {}
     for name, step in spec.steps.items():
         inputs: dict = {}
         for field, target, _ in step.references():
@@ -78,7 +84,7 @@ def run_spec(spec: PipelineSpec, home: Home) -> AdapterVersion:
         outputs[name] = execute(prepare_job(name, step, spec.folder, revoked), inputs, home, run.id).ref
     lineage.finish_run(run.id, "COMPLETED")
     lineage.close()
-    return Versions(home).show(spec.name)
+    return outputs
 
 
 def make_merge(folder: Path) -> tuple[Home, AdapterVersion]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+import subprocess
 from contextlib import closing
 from pathlib import Path
 
@@ -122,6 +123,23 @@ def test_a_log_without_an_earlier_head_is_found(home: Path, tmp_path: Path) -> N
         assert "the log was shortened or written anew" in say("fsck", *check, home=home, code=1)
     assert "the log was shortened or written anew" in say("backup", tmp_path / "backups", home=home, code=1)
     assert "is no head of a log" in loraline_here("fsck", "--head", "17", home=home).stderr
+
+
+@pytest.mark.needs("openssl")
+def test_a_signed_head_of_the_log_is_verified_without_loraline(home: Path, tmp_path: Path) -> None:
+    say("keys", "new", tmp_path / "release", "--without-passphrase", home=home)
+    files = tmp_path / "head.json", tmp_path / "head.json.sig"
+    signed = json.loads(say("log", "--head", "-o", files[0], "--key", tmp_path / "release", "--json", home=home))
+    assert signed["files"] == [str(file) for file in files]
+    head = json.loads(files[0].read_bytes())
+    assert (head["seq"], head["digest"]) == (signed["seq"], signed["digest"])
+    assert f"{head['seq']}:{head['digest']}" == say("log", "--head", home=home).strip()
+    verify = ["openssl", "dgst", "-sha256", "-verify", tmp_path / "release.pub", "-signature", files[1], files[0]]
+    assert subprocess.run(verify, capture_output=True).returncode == 0
+    files[0].write_bytes(files[0].read_bytes().replace(b'"seq":', b'"seq": '))
+    assert subprocess.run(verify, capture_output=True).returncode == 1
+    refused = loraline_here("log", "-o", files[0], "--key", tmp_path / "release", home=home)
+    assert (refused.returncode, "needs --head" in refused.stderr) == (1, True)
 
 
 def test_a_stray_file_among_the_keys_is_a_warning(home: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -232,6 +232,16 @@ def test_earlier_versions_are_kept_as_declared(trained: Trained, target: Path) -
     assert actions(deliver(trained)) == []
 
 
+def test_an_alias_whose_version_misses_its_policy_is_not_delivered(trained: Trained, target: Path) -> None:
+    policy = trained.home.path / "policy.yaml"
+    policy.write_text("aliases: {production: {needs_signature: true}}\n")
+    error = deliver(trained, code=1)[0]["changes"][0]["error"]
+    assert "small@1 may not be used: it is not signed" in error
+    assert list(target.iterdir()) == []
+    policy.unlink()
+    assert actions(deliver(trained)) == [("deliver", 1)]
+
+
 def test_files_of_others_are_not_replaced_and_links_are_not_followed(
     trained: Trained, target: Path, tmp_path: Path
 ) -> None:

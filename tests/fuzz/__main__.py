@@ -126,7 +126,8 @@ def _work(arguments: argparse.Namespace) -> None:
 def _report(name: str, result: Result, seconds: float) -> None:
     print(
         f"{name}: {result.inputs} inputs ({result.inputs / max(0.001, seconds):.0f} a second), {result.accepted} "
-        f"accepted, slowest {result.slowest[0]:.1f} s (input {result.slowest[1]}), {len(result.findings)} findings",
+        f"accepted, slowest {result.slowest[0]:.1f} s (input {result.slowest[1]}), memory at most "
+        f"{result.peak / 1e6:.0f} MB, {len(result.findings)} findings",
         flush=True,
     )
     for number, finding in result.findings.items():
@@ -141,7 +142,7 @@ def _run_one(arguments: argparse.Namespace, name: str, seed: int) -> None:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         work = Path(folder)
         if arguments.guided:
-            run_guided(TARGETS[name], work, arguments.seconds)
+            run_guided(TARGETS[name], work, arguments.seconds, arguments.keep)
         else:
             files = input_of(TARGETS[name], seed, arguments.only, work)
             write_files(arguments.keep / f"{name}-{seed}-{arguments.only}", files)

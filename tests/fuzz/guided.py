@@ -6,16 +6,22 @@ import sys
 from pathlib import Path
 from random import Random
 
-from tests.fuzz.files import Files
+from tests.fuzz.files import Files, write_files
 from tests.fuzz.mutate import mutate
-from tests.fuzz.target import Target, seeds_of, try_input
+from tests.fuzz.target import Finding, Target, seeds_of, try_input
 
 
-def run_guided(target: Target, work: Path, seconds: float) -> None:
-    """Runs a target until the time is over or there is a finding; does not return.
+def run_guided(target: Target, work: Path, seconds: float, keep: Path) -> None:
+    """Runs a target until the time is over or there is a finding, whose input it keeps; does not return.
 
-    atheris knows bytes, and a target files. Its bytes are a number that chooses the seed and starts the generator of
-    the mutations, so that an input can be repeated, as without atheris.
+    atheris changes bytes, and a target reads files. The bytes choose the seed and start the generators of the
+    mutations.
+
+    Args:
+        target: The target.
+        work: A folder for seeds and inputs.
+        seconds: Seconds to run.
+        keep: Folder for the input of a finding.
 
     Raises:
         SystemExit: atheris is not installed.
@@ -27,10 +33,17 @@ def run_guided(target: Target, work: Path, seconds: float) -> None:
     seeds = seeds_of(target, work)
 
     def try_bytes(data: bytes) -> None:
-        try_input(target, files_of(data, seeds), work)
+        files = files_of(data, seeds)
+        try:
+            try_input(target, files, work)
+        except Finding:
+            write_files(keep / f"{target.name}-guided", files)
+            raise
 
     atheris.instrument_all()
-    atheris.Setup([sys.argv[0], f"-max_total_time={int(seconds)}", "-max_len=64"], try_bytes)
+    atheris.Setup(
+        [sys.argv[0], f"-max_total_time={int(seconds)}", "-max_len=64", f"-artifact_prefix={work}/"], try_bytes
+    )
     atheris.Fuzz()
 
 

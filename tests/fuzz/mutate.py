@@ -17,6 +17,8 @@ MUTATORS: Mapping[str, Sequence[Mutator]] = {
     ".safetensors": (mutate_weights, mutate_weights, mutate_weights, mutate_bytes),
     ".json": (mutate_json, mutate_json, mutate_text, mutate_bytes),
     ".yaml": (mutate_yaml, mutate_text, mutate_text, mutate_bytes),
+    ".toml": (mutate_text, mutate_text, mutate_bytes),
+    ".sh": (mutate_text, mutate_text, mutate_bytes),
     ".csv": (mutate_text, mutate_text, mutate_bytes),
     ".txt": (mutate_text, mutate_text, mutate_bytes),
     ".png": (mutate_png, mutate_png, mutate_bytes),

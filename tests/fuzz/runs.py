@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.fuzz.files import Files
-from tests.fuzz.target import Finding, Target, input_of, try_input
+from tests.fuzz.guards import peak_memory, reset_peak
+from tests.fuzz.target import Finding, Target, input_of, seeds_of, try_input
 
 _KEPT = 20
 """Findings of a run after which it ends: the first ones are to be fixed first."""
@@ -23,12 +24,14 @@ class Result:
         inputs: Number of inputs.
         accepted: Number of inputs that were not refused.
         slowest: Processor seconds of the slowest input, and its number.
+        peak: Most resident memory of the process, in bytes, with torch and what the target imports.
         findings: Number of the input -> what went wrong.
     """
 
     inputs: int = 0
     accepted: int = 0
     slowest: tuple[float, int] = (0.0, 0)
+    peak: int = 0
     findings: dict[int, str] = field(default_factory=dict)
 
 
@@ -43,6 +46,8 @@ def run(target: Target, seed: int, numbers: Iterable[int], work: Path, progress:
         progress: A file that holds target and number of the current input, for the case that the process dies.
     """
     result = Result()
+    seeds_of(target, work)
+    reset_peak()
     for number in numbers:
         if progress is not None:
             progress.write_text(f"{target.name} {number}")
@@ -56,6 +61,7 @@ def run(target: Target, seed: int, numbers: Iterable[int], work: Path, progress:
         result.slowest = max(result.slowest, (time.process_time() - began, number))
         if len(result.findings) >= _KEPT:
             break
+    result.peak = peak_memory()
     return result
 
 

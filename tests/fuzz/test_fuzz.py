@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import random
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ from lora_engine.errors import SettingsError
 from tests.fuzz.files import Files, as_text, text_of
 from tests.fuzz.findings import FINDINGS
 from tests.fuzz.guards import bounded_memory, bounded_time
-from tests.fuzz.guided import files_of
+from tests.fuzz.guided import files_of, run_guided
 from tests.fuzz.runs import minimize, run
 from tests.fuzz.target import Finding, Target, input_of, seeds_of, try_input
 from tests.fuzz.targets import TARGETS
@@ -156,12 +158,35 @@ def test_bytes_of_a_guided_run_choose_seed_and_mutations(tmp_path: Path) -> None
     assert files_of(b"", seeds)
 
 
+COMMAND = [sys.executable, "-m", "tests.fuzz"]
+
+
+def test_a_guided_run_names_the_absent_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "atheris", None)
+    with pytest.raises(SystemExit, match="Fix: pip install atheris"):
+        run_guided(TARGETS["refs"], tmp_path, 1, tmp_path)
+
+
+@pytest.mark.nightly
+def test_a_guided_run_ends_in_time_without_findings(tmp_path: Path) -> None:
+    pytest.importorskip("atheris", reason="atheris is not installed; it is no dependency")
+    done = subprocess.run([*COMMAND, "refs", "--guided", "--seconds", "5", "--keep", str(tmp_path)], timeout=300)
+    assert done.returncode == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_peak_of_memory_is_that_of_the_run(tmp_path: Path) -> None:
+    def check(folder: Path, output: Path) -> None:
+        bytearray(1 << 27)
+
+    large = run(Target("large", lambda _: [as_text("a")], check), 1, range(1), tmp_path).peak
+    small = run(Target("small", lambda _: [as_text("a")], lambda *_: None), 1, range(1), tmp_path).peak
+    assert large - small > 1 << 26
+
+
 @pytest.mark.nightly
 def test_the_command_reports_findings_and_dead_processes(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    command = [sys.executable, "-m", "tests.fuzz", "refs", "file-names", "--count", "40", "--seed", "3"]
+    command = [*COMMAND, "refs", "file-names", "--count", "40", "--seed", "3"]
     done = subprocess.run(
         [*command, "--keep", str(tmp_path)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

@@ -47,10 +47,12 @@ from registry.store.tables import (
     NAMESPACE,
     SCHEMA,
     DistributionsRow,
+    DocumentRow,
     EventRow,
     ExecutionRow,
     MetaRow,
     NameRow,
+    RevocationRow,
     RunRow,
     SubjectRow,
     Table,
@@ -1108,21 +1110,67 @@ def test_tables_are_in_their_namespace_with_one_collation(create, made):
     engine.dispose()
 
 
+def write_first_schema(connection):
+    """Writes the tables of the first schema with the rows of schema-1.sql into an empty database."""
+    script = SCHEMA_1
+    if connection.dialect.name == "postgresql":
+        # SQLite has no boolean type.
+        script = script.replace("'ml1', 1,", "'ml1', true,").replace("'[]', 1, '{", "'[]', true, '{")
+        connection.execute(text(f"CREATE SCHEMA {NAMESPACE}"))
+        connection.execute(text(f"SET search_path TO {NAMESPACE}"))
+    migrate(connection, 0, 1)
+    for statement in (part.strip() for part in script.split(";\n")):
+        if statement.startswith("INSERT"):
+            connection.exec_driver_sql(statement)
+
+
 @pytest.fixture
 def old_server(server_url):
     """Yields an engine of a PostgreSQL database with the first schema and the rows of schema-1.sql."""
     engine = create_engine(server_url)
-    # SQLite has no boolean type.
-    script = SCHEMA_1.replace("'ml1', 1,", "'ml1', true,").replace("'[]', 1, '{", "'[]', true, '{")
-    statements = [part.strip() for part in script.split(";\n") if part.startswith("INSERT")]
     with engine.begin() as connection:
-        connection.execute(text(f"CREATE SCHEMA {NAMESPACE}"))
-        connection.execute(text(f"SET search_path TO {NAMESPACE}"))
-        migrate(connection, 0, 1)
-        for statement in statements:
-            connection.exec_driver_sql(statement)
+        write_first_schema(connection)
     yield engine
     engine.dispose()
+
+
+SECOND_SCHEMA = (
+    "INSERT INTO events (seq, action, actor, reason, gates, at, subject, details) VALUES "
+    "(3, 'revoke', 'ada', 'r', '[]', '2026-01-02T00:00:00.000000+00:00', 'C-1', '{\"kind\": \"consent\"}'), "
+    f"(4, 'revoke', 'ada', 'r', '[]', '2026-01-02T00:00:01.000000+00:00', '{'5' * 64}', '{{}}'), "
+    f"(5, 'revoke', 'ada', 'r', '[]', '2026-01-02T00:00:02.000000+00:00', '{'6' * 64}', '{{\"kind\": \"picture\"}}')",
+    f"INSERT INTO revocations (subject, seq) VALUES ('C-1', 3), ('{'5' * 64}', 4), ('{'6' * 64}', 5)",
+    f"INSERT INTO subjects (artifact, subject, label, kind) VALUES ('{ONE}', 'C-1', 'consent C-1', 'consent')",
+    f"INSERT INTO version_records VALUES (1, 'card', '{THREE}', '2026-01-02T00:00:03.000000+00:00')",
+)
+"""Rows that only the second schema can have, beside those of the first one."""
+
+
+def test_rows_of_the_second_schema_keep_their_meaning(backend, request, tmp_path):
+    """The kind of a revocation moves from its event to its row, and the log gets its chain over JSON of both forms."""
+    address = request.getfixturevalue("create")() if backend == "postgres" else f"sqlite:///{tmp_path / 'two.db'}"
+    engine = create_engine(address)
+    with engine.begin() as connection:
+        write_first_schema(connection)
+        migrate(connection, 1, 2)
+        for statement in SECOND_SCHEMA:
+            connection.exec_driver_sql(statement)
+    engine.dispose()
+    with closing(Lineage(address)) as lineage, lineage.database.read() as session:
+        revocations = session.execute(select(RevocationRow.kind, RevocationRow.subject, RevocationRow.seq))
+        assert sorted(revocations.all()) == [("consent", "C-1", 3), ("picture", "5" * 64, 4), ("picture", "6" * 64, 5)]
+        subjects = session.execute(select(SubjectRow.kind, SubjectRow.subject, SubjectRow.label))
+        assert sorted(subjects.all()) == [("consent", "C-1", "consent C-1"), ("picture", "5" * 64, "picture one.jpg")]
+        assert session.execute(select(DocumentRow.version, DocumentRow.kind, DocumentRow.artifact)).all() == [
+            (1, "card", THREE)
+        ]
+        assert list(find_breaks(read_links(session, EventRow.__table__))) == []
+        assert [event.action for event in read_events(session)][-4:] == ["revoke", "revoke", "revoke", "link"]
+        assert set(read_revoked(lineage)) == {"C-1", "5" * 64, "6" * 64}
+    if backend == "postgres":
+        with engine.connect() as connection:
+            assert connection.scalar(text(f"SELECT count(*) FROM {NAMESPACE}_schema_2.revocations")) == 3
+        engine.dispose()
 
 
 @needs_postgres

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BIAS = "lora_B.bias"
+_MOST_SIZES = 8  # of a weight; the product of a long tensor takes quadratic time
 EMBEDDING = {"lora_embedding_B": "down", "lora_embedding_A": "up"}
 """PEFT's suffixes for embeddings, whose factors are swapped and transposed: `A` is `up.T`, `B` is `down.T`."""
 
@@ -46,7 +47,7 @@ class LoraKeys(TableFactorKeys):
         factors = {name: tensor for name, tensor in tensors.items() if name != RESHAPE}
         delta = super().read(factors, alpha)
         if RESHAPE in tensors and isinstance(delta, LoraDelta) and not list(delta.issues()):
-            stated, shape = [int(size) for size in tensors[RESHAPE].tolist()], list(delta.weight_shape)
+            stated, shape = tensors[RESHAPE].flatten()[:_MOST_SIZES].tolist(), list(delta.weight_shape)
             if (stated[:1], math.prod(stated)) != (shape[:1], math.prod(shape)):
                 raise AdapterError(
                     f"{RESHAPE!r} is {stated}, and the difference has the shape {shape}",

@@ -36,14 +36,28 @@ _KINDS: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class _Syntax:
-    """A syntax of another program: its pattern, what it is there, and what to write here."""
+    """A syntax of another program.
+
+    Attributes:
+        pattern: Matches it.
+        meaning: What it is there.
+        remedy: What to write here.
+        at_end: True finds it only after the last square bracket of a text.
+    """
 
     pattern: re.Pattern[str]
     meaning: str
     remedy: str
+    at_end: bool = False
+
+    def find(self, text: str) -> re.Match[str] | None:
+        """Returns the first match in a text; None if there is none."""
+        return self.pattern.search(text, 1 + max(text.rfind("["), text.rfind("]")) if self.at_end else 0)
 
 
 _NUMBER = r"(?:[0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})"
+_WEIGHT = rf"(?<![\w.:\[])-?{_NUMBER}::"
+_WORDS = ("NovelAI's weight of words", "write (text:1.2)")
 _SYNTAXES = (
     _Syntax(
         re.compile(r"(?<!\\)\{[^{}|]*\|[^{}]*\}"),
@@ -55,11 +69,8 @@ _SYNTAXES = (
         "NovelAI's emphasis",
         "write (text:1.05), or a backslash before a brace that is text",
     ),
-    _Syntax(
-        re.compile(rf"(?<![\w.:\[])-?{_NUMBER}::(?=[^:\[\]]+::|\s*[^\s\[\]][^\[\]]*\Z)"),
-        "NovelAI's weight of words",
-        "write (text:1.2)",
-    ),
+    _Syntax(re.compile(rf"{_WEIGHT}(?=[^:\[\]]+::)"), *_WORDS),
+    _Syntax(re.compile(rf"{_WEIGHT}(?=\s*\S)"), *_WORDS, at_end=True),
     _Syntax(re.compile(rf"\)(?:\+{{1,20}}|-{{1,20}}|{_NUMBER})(?![\w+-])"), "InvokeAI's weight", "write (text:1.1)"),
     _Syntax(re.compile(r"(?<!\w)[^\W\d_]{2,80}\+\+"), "InvokeAI's weight", "write (text:1.2)"),
     _Syntax(
@@ -93,7 +104,7 @@ def check_foreign(text: str) -> None:
     Raises:
         SettingsError: There is one; names its position.
     """
-    hits = [(match, syntax) for syntax in _SYNTAXES if (match := syntax.pattern.search(text))]
+    hits = [(match, syntax) for syntax in _SYNTAXES if (match := syntax.find(text))]
     if hits:
         # Of several that begin at one place, the first of the list is the most specific.
         match, syntax = min(hits, key=lambda hit: hit[0].start())

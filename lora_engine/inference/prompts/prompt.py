@@ -14,7 +14,8 @@ from lora_engine.inference.prompts.tags import AdapterTag, blank_tags, parse_tag
 MAX_LENGTH = 500_000
 """Characters of a prompt."""
 _AND = re.compile(r"\bAND\b")
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+# The spaces before it are matched from the first one on only, which takes linear time.
+_BREAK = re.compile(r"(?:(?<!\s)\s+)?\bBREAK\b\s*")
 _PART_WEIGHT = re.compile(r":\s*([+-]?(?:[0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9}))\s*$")
 _MAX_PARTS, _MAX_BREAKS = 20, 20
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from unittest.mock import patch
 
 from flows.spec import load_pipelines
+from flows.sweep_file import load_sweep
 from lora_engine.data.consent import read_consent
 from lora_engine.data.ingest import ingest
 from lora_engine.data.manifest import Manifest
@@ -17,9 +18,11 @@ from lora_engine.evaluation.prompts import read_prompts
 from lora_engine.families.layout import read_layout
 from lora_engine.files import canonical_json
 from registry.documents.keys import make_key, read_public_key
+from registry.home import Home
 from registry.policy.licenses import read_licenses
 from registry.policy.policy_file import read_policies
 from registry.settings import Settings, read_file, write_file
+from tasks.operations.delivery_file import read_delivery
 from tests.flows.shared import draw_noise
 from tests.fuzz.files import Files, read_files, write_files
 from tests.fuzz.target import Target
@@ -66,6 +69,11 @@ aliases:
   staging: {needs_evaluation: true, movers: ["*@ci"]}
   production: {needs_gate: true, needs_licence: commercial, protected: true}
 """
+_DELIVERY = b"""targets:
+  - {name: web-ui, to: loras, layout: comfyui, adapters: [zorb, "s-*"], file: "{name}-{version}.safetensors", keep: 2}
+  - {name: hub, to: s3://studio/loras, layout: huggingface, alias: staging, file: "a/{name}"}
+on_revocation: retrain
+"""
 _STUDIO = ROOT / "examples" / "studio"
 _BESIDE: Mapping[str, bytes] = {
     "prompts.txt": _PROMPTS,
@@ -100,6 +108,26 @@ def check_pipeline(folder: Path, output: Path) -> None:
             canonical_json(step.key_settings())
             again = type(step).model_validate_json(step.model_dump_json())
             assert again == step, "the step differs when it is read again"
+
+
+def check_sweep(folder: Path, output: Path) -> None:
+    """Loads a pipeline file with a sweep, and checks the trials at the ends of its ranges."""
+    path = next(_files(folder))
+    (output / "images").mkdir()
+    write_files(output, {**_BESIDE, "line.yaml": path.read_bytes()})
+    with patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
+        sweep = load_sweep(output / "line.yaml")
+    assert sweep.registering()
+    assert sweep.trial_steps <= sweep.spec.steps.keys()
+
+
+def check_delivery(folder: Path, output: Path) -> None:
+    """Reads the targets of a home; each path stays in its target."""
+    for target in read_delivery(Home(folder)).targets:
+        path = target.path_of("zorb", 1)
+        assert ".." not in path.split("/")
+        assert not path.startswith("/")
+        target.matches("zorb")
 
 
 def _texts(name: str, *contents: bytes) -> Callable[[Path], list[Files]]:
@@ -177,12 +205,14 @@ def _only(read: Callable[[Path], object]) -> Callable[[Path, Path], object]:
     return lambda folder, _: read(next(_files(folder)))
 
 
-def _files(folder: Path) -> Iterable[Path]:
+def _files(folder: Path) -> Iterator[Path]:
     yield from (path for path in sorted(folder.iterdir()) if path.is_file())
 
 
 SETTINGS = (
     Target("pipelines", _seed_pipelines, check_pipeline, 2.0),
+    Target("sweeps", lambda _: [{"line.yaml": (ROOT / "examples" / "zorb" / "sweep.yaml").read_bytes()}], check_sweep),
+    Target("deliveries", _texts("delivery.yaml", _DELIVERY), check_delivery),
     Target(
         "home-settings",
         _texts(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flows.spec import load_spec
+from flows.web.a1111_infotext import fill_unset
 from lora_engine.adapters.select import select_modules
 from lora_engine.data.spec import CaptionSettings
 from lora_engine.data.text_files import clean_text, printable
@@ -14,10 +15,12 @@ from lora_engine.data.trigger import render_template
 from lora_engine.errors import SettingsError, WordedError
 from lora_engine.files import atomic_write, is_file_name, write_within
 from lora_engine.inference.prompts.prompt import chunks_of, parse_prompt
+from lora_engine.inference.regions import parse_region
 from lora_engine.merging.methods import parse_options
 from lora_engine.merging.weights import weights_by_module
 from registry.policy.licenses import read_licenses
 from registry.refs import can_exist, check_alias, check_name, split_ref, version_number
+from tasks.condition import parse_condition
 from tasks.operations.adapter_files import parse_settings, parse_weighted
 from tests.fuzz.files import Files, as_text, text_of, write_files
 from tests.fuzz.target import Target
@@ -127,6 +130,31 @@ def check_license(text: str, output: Path) -> None:
     assert terms.expression is not None
 
 
+def check_condition(text: str, output: Path) -> None:
+    """Parses a condition of a step; its bound is finite."""
+    try:
+        condition = parse_condition(text)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    assert math.isfinite(condition.bound)
+    assert condition.text == text
+
+
+def check_region(text: str, output: Path) -> None:
+    """Parses a region of an image; it has a box inside the image, or the name of a mask."""
+    region = parse_region(text)
+    if region.mask is None:
+        assert region.box is not None
+        left, top, right, bottom = region.box
+        assert 0 <= left < right <= 1
+        assert 0 <= top < bottom <= 1
+
+
+def check_infotext(text: str, output: Path) -> None:
+    """Fills a request with the settings of an infotext."""
+    assert isinstance(fill_unset({}, text), dict)
+
+
 _PROMPTS = (
     *("a (red:1.3) zorb, [small] <lora:zorb@production:0.7>", "((a)) \\(b\\) [c:0.5] <lora:a.safetensors>"),
     *("a" * 50 + " (b (c (d:2) e):0.1)", "<lora:x:1e3><lora:y:-.5> \u00e9"),
@@ -149,6 +177,12 @@ _PATTERNS = (
     "text_encoder",
     "*",
 )
+_CONDITIONS = ("report.gates passed", "report.gates failed", "report.clip_t >= 0.2", "report.clip_t.difference <= -0.1")
+_REGIONS = ('0,0,0.5,1="a red zorb"', "mask.png=a (zorb:1.2) <lora:x:1>", ".5,0,1,1=b")
+_INFOTEXTS = (
+    "a ring\nNegative prompt: b\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 3, Size: 512x512, Clip skip: 2",
+    'a\nSteps: 3, Lora hashes: "a: 0123, b: 45", Hires upscale: 2',
+)
 _LICENSES = ("MIT", "MIT OR (Apache-2.0 AND CC-BY-4.0)", "GPL-2.0-only WITH Classpath-exception-2.0", "openrail++")
 
 TEXTS = (
@@ -158,6 +192,9 @@ TEXTS = (
     Target("prompts", _texts(*_PROMPTS), _on_text(check_prompt), 2.0),
     Target("captions", _texts("a {trigger} {class_word}", "a \u0301 zorb {trigger}"), _on_text(check_caption)),
     Target("patterns", _texts(*_PATTERNS), _on_text(check_pattern)),
+    Target("conditions", _texts(*_CONDITIONS), _on_text(check_condition), 0.5),
+    Target("regions", _texts(*_REGIONS), _on_text(check_region)),
+    Target("infotexts", _texts(*_INFOTEXTS), _on_text(check_infotext)),
     Target("expressions", _texts(*_LICENSES), _on_text(check_license)),
 )
 """Targets of texts."""
