@@ -79,7 +79,7 @@ def read_source(path: Path, dataset: Path | None = None) -> SettingsSource:
     else:
         source = _from_script(path)
     named = next((setting for setting in source.settings if setting.name == "dataset_config"), None)
-    if dataset is None and named is not None and isinstance(named.value, str):
+    if dataset is None and named is not None and named.value and isinstance(named.value, str):
         dataset = _find_beside(path, named)
     if dataset is None:
         return source

@@ -27,6 +27,7 @@ _OTHER_PARTS = (
     "text_encoder_3", "text_encoder_4", "unconditional_transformer.", "concepts.image.", "concepts.text.",
 )  # fmt: skip
 """Parts of a OneTrainer file that a LoRA does not need, or that are full of defaults."""
+_EXTENSIONS = ("caption_extension", "caption_extention", "datasets.caption_ext")
 _DONE = ("automatic", "not needed")
 """First words of notes on options that need no setting."""
 EPOCHS = ("max_train_epochs", "epoch", "num_train_epochs", "epochs")
@@ -72,6 +73,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "resolution": "512",
         "aspect_ratio_bucketing": True,
         "epochs": 100,
+        "gradient_checkpointing": True,
         "optimizer.optimizer": "ADAMW",
     },
 }
@@ -79,7 +81,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 _INTEGERS = {
     "file.seed", "train.rank", "train.steps", "train.batch", "train.accumulate", "train.captions.keep_tokens",
     "train.captions.tag_warmup", "train.captions.first_tags", "train.captions.dropout_every", "train.checkpoint_every",
-    "train.validate_every", "train.samples.steps", "train.prior.count", "train.schedule.cycles",
+    "train.samples.steps", "train.prior.count", "train.schedule.cycles",
     "train.schedule.timescale", "train.objective.pyramid.levels", "train.running.processes",
     "preprocess.buckets.min_side", "preprocess.buckets.max_side", "preprocess.buckets.step",
 }  # fmt: skip
@@ -88,7 +90,7 @@ _NUMBERS = {
     "train.rank_dropout", "train.module_dropout", "train.norm_limit", "train.rates.up_ratio", "train.weight_decay",
     "train.clip", "train.schedule.power", "train.schedule.floor", "train.rates.ema.decay", "train.prior.weight",
     "train.objective.weighting.gamma", "train.objective.loss.delta", "train.objective.noise_offset",
-    "train.objective.pyramid.discount", "train.objective.input_perturbation", "train.objective.timesteps.shift",
+    "train.objective.pyramid.discount", "train.objective.input_perturbation",
     "train.method.mask.floor", "train.samples.guidance", "train.rates.optimiser.eps", "ingest.heldout",
     "combine.parts.weight",
 }  # fmt: skip
@@ -154,8 +156,8 @@ def apply(translation: Translation, trainer: str, settings: Iterable[Setting]) -
 
 
 def _carry(translation: Translation, setting: Setting, ours: str, note: str) -> None:
-    is_txt = setting.name in ("caption_extension", "datasets.caption_ext") and str(setting.value).strip(".") == "txt"
-    if is_txt or ours in _OF_IMAGES or (not ours and note.startswith(_DONE)):
+    is_read = setting.name in _EXTENSIONS and str(setting.value).strip(".") in ("txt", "caption")
+    if is_read or ours in _OF_IMAGES or (not ours and note.startswith(_DONE)):
         return
     special = carry_epochs if setting.name in EPOCHS else SPECIAL.get(ours)
     if special is not None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.coming_from.finish import finish
+from flows.coming_from.fit_base import fit_base
+from flows.coming_from.gui import to_options
 from flows.coming_from.images import find_images
 from flows.coming_from.options import TRAINERS
 from flows.coming_from.parts import ImageFolder
@@ -59,6 +61,8 @@ def convert_settings(
         SpecError: The file cannot be read, a setting is not valid, or another pipeline file exists. Nothing is written.
     """
     read = read_source(source, dataset)
+    if read.trainer == "sd" and source.suffix.lower() == ".json":
+        read = replace(read, settings=tuple(to_options(read.settings)))
     if images is not None and not images.is_dir():
         raise SpecError(f"{str(images)!r} is not a folder", where="--images", remedy="give the folder with the images")
     translation = translate(read)
@@ -103,7 +107,7 @@ def _set_base(
             error.problem, where=named.where, allowed=error.allowed, remedy="give it with --base"
         ) from error
     translation.set("file.base", base, named.name)
-    _fit_clip_skip(translation, family.name)
+    fit_base(translation, source.trainer, base, family)
     for mine in [folder.translation for folder in images]:
         if mine.get("preprocess.resolution") is None:
             mine.set("preprocess.resolution", defaults.resolution, defaults.reasons.get("resolution", "of the base"))
@@ -111,18 +115,6 @@ def _set_base(
             mine.set("preprocess.crop", "center", "part of an image that is kept")
         if mine.get("preprocess.crop") != "bucket":
             mine.steps["preprocess"].pop("buckets", None)
-
-
-def _fit_clip_skip(translation: Translation, family: str) -> None:
-    """Makes the layer one of the base's text encoders."""
-    origin, layer = translation.origins.get("train.clip_skip"), translation.get("train.clip_skip")
-    if layer is None or origin is None:
-        return
-    if family == "sdxl" and origin != "clip_skip":
-        translation.set("train.clip_skip", layer + 1, origin)  # its own layer is the last but one
-    elif family not in ("sd", "sdxl") or family == "sdxl":
-        reason = "sd-scripts ignores it for SDXL" if family == "sdxl" else "the base has no such layers"
-        translation.drop(Setting(origin, translation.steps["train"].pop("clip_skip"), ""), reason)
 
 
 def _set_files(translation: Translation, source: SettingsSource) -> None:
