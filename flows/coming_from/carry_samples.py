@@ -48,8 +48,8 @@ def _set_interval(translation: Translation, path: str, count: int, origin: str, 
 def set_intervals(translation: Translation) -> None:
     """Joins OneTrainer's intervals with their units; notes those in minutes, which are of the clock."""
     usual = {"train.samples.every": "minute", "train.save_every": "never", "train.validate_every": "epoch"}
-    for path in usual:
-        count, unit = int(translation.counts.get(path, 0)), translation.texts.get(path, usual[path])
+    for path, default in usual.items():
+        count, unit = int(translation.counts.get(path, 0)), translation.texts.get(path, default)
         if not count or (path == "train.validate_every" and not translation.counts.get("validation")):
             continue
         origin = translation.origins[f"{path} of OneTrainer"]

@@ -306,8 +306,11 @@ class TrainingJob:
         }
 
     def _samples(self, base: BaseModel, run: str) -> SampleWriter | None:
-        samples = self.settings.samples if self.group.is_main_process else None
-        return SampleWriter(base, samples, self.state.folder / "samples", run, self.on_samples) if samples else None
+        samples, is_split = self.settings.samples, self.settings.running.shard
+        if samples is None or not (self.group.is_main_process or is_split):
+            return None
+        group = self.group if is_split else ProcessGroup()
+        return SampleWriter(base, samples, self.state.folder / "samples", run, self.on_samples, group)
 
     def _saved(
         self, current: Callable[[], tuple[Adapter, tuple[Embedding, ...]]], card: Card, run: str
