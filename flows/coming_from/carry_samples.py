@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from flows.coming_from.values import NoCounterpart, integer, is_off, number, pla
 from lora_engine.bases.samplers import find_sampler
 from lora_engine.errors import SettingsError
 
+_MAX_SEEDS = 64
 _SAMPLE_OPTIONS: Mapping[str, str] = {
     "width": "w",
     "height": "h",
@@ -71,10 +72,16 @@ def _prompts(translation: Translation, setting: Setting) -> None:
         return
     prompts = [value] if setting.name.startswith("validation_prompt") and isinstance(value, str) else value
     if isinstance(prompts, list):
-        written = [_prompt_of(entry) if isinstance(entry, dict) else str(entry) for entry in prompts]
-        translation.set("train.samples.prompts", [text for text in written if text], setting.name)
+        set_prompts(translation, prompts, setting.name)
     elif not is_off(value):
-        raise NoCounterpart("copy the prompts of the file into samples.prompts")
+        translation.texts["sample file"] = str(value)
+        translation.origins["sample file"] = setting.name
+
+
+def set_prompts(translation: Translation, prompts: Sequence[Any], origin: str) -> None:
+    """Sets the prompts of the samples: texts, or samples of OneTrainer and ai-toolkit."""
+    written = [_prompt_of(entry) if isinstance(entry, dict) else str(entry) for entry in prompts]
+    translation.set("train.samples.prompts", [text for text in written if text], origin)
 
 
 def _prompt_of(sample: Mapping[str, Any]) -> str:
@@ -109,6 +116,8 @@ def _sample_size(translation: Translation, setting: Setting) -> None:
 def _seeds(translation: Translation, setting: Setting) -> None:
     if setting.name == "sample.seed":
         translation.set("train.samples.seeds", [integer(setting)], setting.name)
+    elif setting.name == "num_validation_images" and 0 < number(setting) <= _MAX_SEEDS:
+        translation.set("train.samples.seeds", list(range(integer(setting))), setting.name)
 
 
 OF_SAMPLES: Mapping[str, Callable[[Translation, Setting], None]] = {

@@ -134,7 +134,9 @@ def _of_script(source: SettingsSource) -> dict[str, Any]:
     if source.trainer != "diffusers":
         return {}
     is_text_to_image = "text_to_image" in source.script
-    return {"num_train_epochs": 100, "train_batch_size": 16} if is_text_to_image else {"num_train_epochs": 1}
+    if is_text_to_image:
+        return {"num_train_epochs": 100, "train_batch_size": 16, "validation_epochs": 1}
+    return {"num_train_epochs": 1, "validation_epochs": 50}
 
 
 def apply(translation: Translation, trainer: str, settings: Iterable[Setting]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from flows.coming_from.finish import finish
 from flows.coming_from.fit_base import fit_base
 from flows.coming_from.gui import to_options
 from flows.coming_from.images import find_images
+from flows.coming_from.local_files import set_local_files
 from flows.coming_from.options import TRAINERS
 from flows.coming_from.parts import ImageFolder
 from flows.coming_from.pipeline_text import write_text
@@ -68,7 +68,7 @@ def convert_settings(
     translation = translate(read)
     folders = find_images(read, translation, images)
     _set_base(translation, read, base, folders.images)
-    _set_files(translation, read)
+    set_local_files(translation, read.path.parent)
     finish(translation, read.trainer, folders.count)
     path = folder / "pipeline.yaml"
     text = write_text(translation, read, folders, path)
@@ -115,31 +115,6 @@ def _set_base(
             mine.set("preprocess.crop", "center", "part of an image that is kept")
         if mine.get("preprocess.crop") != "bucket":
             mine.steps["preprocess"].pop("buckets", None)
-
-
-def _set_files(translation: Translation, source: SettingsSource) -> None:
-    """Replaces the paths of an autoencoder and of an adapter by absolute ones; drops what is not on this machine."""
-    for path, kind, remedy in (
-        ("file.vae", "folder", "save the autoencoder as a folder, and name it as vae"),
-        ("train.init", "file", "no such file on this machine; name one as init"),
-    ):
-        written = translation.get(path)
-        if written is None:
-            continue
-        step, key = path.split(".")
-        found = _find_path(source.path.parent, str(written), kind)
-        if found is not None:
-            translation.steps[step][key] = str(found)
-        elif kind == "file" or split_hub_id(written) is None:
-            translation.drop(Setting(translation.origins.pop(path), translation.steps[step].pop(key), ""), remedy)
-
-
-def _find_path(folder: Path, written: str, kind: str) -> Path | None:
-    with suppress(OSError, RuntimeError):  # a name that is too long, or of an unknown user
-        path = (folder / Path(written).expanduser()).resolve()
-        if path.is_dir() if kind == "folder" else path.is_file():
-            return path
-    return None
 
 
 def _check(text: str, path: Path, source: SettingsSource, needs_images: bool) -> None:
