@@ -46,6 +46,14 @@ def _no_upscale(translation: Translation, setting: Setting) -> None:
         translation.set("preprocess.buckets.enlarge", 1.0, setting.name)
 
 
+def _step_of_sizes(translation: Translation, setting: Setting) -> None:
+    step = integer(setting)
+    rounded = max(8, -(-step // 8) * 8)
+    translation.set("preprocess.buckets.step", rounded, setting.name)
+    if rounded != step:
+        translation.drop(setting, f"sizes are multiples of 8; {rounded} was taken")
+
+
 def _text_rate(translation: Translation, setting: Setting) -> None:
     values = setting.value if isinstance(setting.value, list) else [setting.value]
     rates = [number(setting, value) for value in values if value not in (None, "")]
@@ -134,7 +142,10 @@ def _dtype(translation: Translation, setting: Setting) -> None:
 
 
 def _attention(translation: Translation, setting: Setting) -> None:
-    if setting.name in ("xformers", "enable_xformers_memory_efficient_attention", "train.xformers") and truth(setting):
+    if plain(setting.value) in ("sdpa", "none"):  # of kohya's GUI
+        return
+    named = setting.name in ("xformers", "enable_xformers_memory_efficient_attention", "train.xformers")
+    if named and (plain(setting.value) == "xformers" or truth(setting)):
         translation.set("train.running.attention", "xformers", setting.name)
 
 
@@ -144,11 +155,15 @@ def _compile(translation: Translation, setting: Setting) -> None:
 
 
 def _quantise(translation: Translation, setting: Setting) -> None:
-    if setting.name.endswith("weight_dtype"):
+    if setting.name == "model.qtype":
+        translation.texts["quantized as"] = QUANTIZED.get(plain(setting.value), "fp8")
+        if translation.get("train.running.quantise") is not None:
+            translation.set("train.running.quantise", translation.texts["quantized as"], setting.name)
+    elif setting.name.endswith("weight_dtype"):
         if (form := QUANTIZED.get(plain(setting.value))) is not None:
             translation.set("train.running.quantise", form, setting.name)
     elif not is_off(setting.value):
-        form = "fp8" if "fp8" in setting.name else "8bit"
+        form = translation.texts.get("quantized as", "8bit" if "bnb" in setting.name else "fp8")
         translation.set("train.running.quantise", form, setting.name)
 
 
@@ -185,6 +200,7 @@ SPECIAL: Mapping[str, Callable[[Translation, Setting], None]] = {
     "preprocess.resolution": _resolution,
     "preprocess.crop": _crop,
     "preprocess.buckets.enlarge": _no_upscale,
+    "preprocess.buckets.step": _step_of_sizes,
     "train.rates.text": _text_rate,
     "train.learning_rate": _network_rate,
     "train.rates.optimiser": _optimizer,

@@ -55,9 +55,11 @@ def _targets(translation: Translation, setting: Setting) -> None:
         parts = [part.strip() for part in setting.value.split(",") if part.strip()]
         translation.set("train.targets", [f"*.{part}" for part in parts], name)
         return
-    if name in ("layer_filter", "lora_layers", "network.network_kwargs"):
-        if is_off(setting.value):
-            return
+    if name in ("layer_filter", "layer_filter_regex"):  # the patterns of the preset, or others without one
+        if name == "layer_filter" and not is_off(setting.value):
+            translation.texts["layer filter"] = str(setting.value)
+        return
+    if name in ("lora_layers", "network.network_kwargs"):
         raise NoCounterpart("write the patterns into targets yourself")
     if truth(setting):
         flags[
@@ -94,6 +96,9 @@ def set_layers(translation: Translation, trainer: str) -> None:
     flags = translation.counts
     if "unet" not in flags or translation.get("train.kind") in _NO_RANK:
         flags.pop("conv rank", None)
+    patterns = translation.texts.get("layer filter")
+    if patterns is not None and translation.get("train.targets") in (None, "all"):
+        translation.drop(Setting("layer_filter", patterns, ""), "write the patterns into targets yourself")
     targets = [] if "no_network" in flags else _network_targets(translation, trainer)
     if "no_text" not in flags and (trainer in _TRAIN_TEXT or "text" in flags):
         targets.append("text")
@@ -107,6 +112,18 @@ def set_layers(translation: Translation, trainer: str) -> None:
         kind = translation.get("train.kind")
         inner = kind.get("name", "lora") if isinstance(kind, dict) else kind or "lora"
         translation.set("train.kind", {"name": "dora", "inner": inner}, "decomposed weights")
+
+
+def drop_unsuited(translation: Translation) -> None:
+    """Drops the regularization that the kind of the adapter lacks here; its layers have no plain `up @ down`."""
+    kind, train = translation.get("train.kind"), translation.steps["train"]
+    name, options = (kind.get("name"), kind) if isinstance(kind, dict) else (kind, {})
+    if name in (None, "lora", "rslora", "lora-fa") and not options.get("tucker"):
+        return
+    for key in ("rank_dropout", "norm_limit"):
+        if key in train:
+            origin = translation.origins.pop(f"train.{key}")
+            translation.drop(Setting(origin, train.pop(key), ""), "for kinds lora, rslora and lora-fa without tucker")
 
 
 def _network_targets(translation: Translation, trainer: str) -> list[str]:

@@ -8,13 +8,14 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from flows.coming_from.carry_layers import set_layers
+from flows.coming_from.carry_layers import drop_unsuited, set_layers
 from flows.coming_from.carry_samples import set_intervals
 from flows.coming_from.read import Setting
 from flows.coming_from.translation import Translation
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.objective import Objective
 from lora_engine.training.specs.rates import AdamW, Optimizer, Rates
+from lora_engine.training.specs.sample_prompts import PROMPT_OPTIONS
 
 _PROMPT_OPTION = re.compile(r"(?:^|\s)--(\w+)(?=\s)")
 _DECAYED = {"adamw", "adamw-8bit"}
@@ -49,7 +50,10 @@ def finish(translation: Translation, trainer: str, count: Callable[[], int | Non
         ("train.kind", TrainSettings, "kind"),
     ):
         _keep_options(translation, path, model, field)
+    drop_unsuited(translation)
     _fit_optimizer(translation)
+    if (processes := translation.get("train.running.processes") or 1) > 1:
+        translation.set("train.batch", train["batch"] * processes, "train_batch_size, for all processes")
     _set_objective(translation, trainer)
     for group in [key for key, value in train.items() if value == {} and key != "prior"]:
         train.pop(group)
@@ -59,7 +63,17 @@ def finish(translation: Translation, trainer: str, count: Callable[[], int | Non
         train.pop("samples", None)
     else:
         samples.setdefault("every", 250)
-        samples["prompts"] = [prompt + _prompt_options(translation, prompt) for prompt in samples["prompts"]]
+        prompts = [_known_options(translation, prompt) for prompt in samples["prompts"]]
+        samples["prompts"] = [prompt + _prompt_options(translation, prompt) for prompt in prompts]
+
+
+def _known_options(translation: Translation, prompt: str) -> str:
+    """Returns a prompt without the options that have no counterpart, such as a control image."""
+    parts = re.split(r"(?:^|\s)(?=--[a-zA-Z]\w*(?:\s|$))", prompt)
+    unknown = [part for part in parts if part.startswith("--") and part[2:].split()[0] not in PROMPT_OPTIONS]
+    for part in unknown:
+        translation.drop(Setting("an option of a sample prompt", part, ""), "there is no counterpart")
+    return " ".join(part for part in parts if part not in unknown)
 
 
 def _prompt_options(translation: Translation, prompt: str) -> str:

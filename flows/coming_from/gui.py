@@ -66,14 +66,17 @@ def to_options(settings: Sequence[Setting]) -> list[Setting]:
     """
     fields = {setting.name: setting for setting in settings}
     unused = _unused(fields)
-    options = [_of_field(setting) for setting in settings if setting.name not in unused]
+    # The GUI passes no field that is empty, off or 0.
+    options = [_of_field(field) for field in settings if field.name not in unused and not is_off(field.value)]
     return [*options, *_network(fields), *_warmup(fields), *_parts(fields)]
 
 
 def _unused(fields: Mapping[str, Setting]) -> set[str]:
     """Returns the fields that are not passed as they are."""
     is_flux, is_sd3 = (_is_on(fields, f"{name}_checkbox") for name in ("flux1", "sd3"))
-    unused = set(_OF_PROGRAM) | {"xformers"} * (_text(fields, "xformers") in ("sdpa", "none"))
+    unused = set(_OF_PROGRAM)
+    if _text(fields, "xformers") in ("sdpa", "none"):
+        unused.add("xformers")
     if not is_flux:
         unused |= _FLUX
     if not is_sd3:
@@ -88,7 +91,8 @@ def _unused(fields: Mapping[str, Setting]) -> set[str]:
     unused |= {"max_train_steps", "max_train_epochs"} - set(lengths)
     if lengths:
         unused.add("epoch")  # of a computation of max_train_steps
-    unused |= {name for name in ("unet_lr", "text_encoder_lr") if not _is_on(fields, name)}
+    if not _is_on(fields, "multi_gpu"):
+        unused.add("num_processes")
     if not any(_is_on(fields, f"sample_every_n_{unit}") for unit in ("steps", "epochs")):
         unused |= {"sample_prompts", "sample_sampler"}
     return unused

@@ -145,7 +145,8 @@ OPTIONS: tuple[Option, ...] = (
            "among the targets, as they are in `all`"),
     Option("train.targets", "network_train_unet_only network_train_text_encoder_only train_t5xxl preset",
            "train_text_encoder lora_layers", "train.train_text_encoder train.train_unet network.network_kwargs",
-           "layer_filter layer_filter_preset text_encoder.train text_encoder_2.train unet.train transformer.train",
+           "layer_filter layer_filter_preset layer_filter_regex text_encoder.train text_encoder_2.train unet.train "
+           "transformer.train",
            "`attention`, `attention+ff`, `linear`, `all`, `text` or patterns"),
     Option("train.dropout", "network_dropout", "lora_dropout", "network.dropout", "dropout_probability",
            "hides parts of the input, as in PEFT"),
@@ -210,14 +211,18 @@ OPTIONS: tuple[Option, ...] = (
            "train.xformers train.sdp", "attention_mechanism"),
     Option("train.running.compile", "torch_compile", "", "model.compile", "compile"),
     Option("train.running.quantise", "fp8_base fp8_base_unet", "bnb_quantization_config_path do_fp8_training",
-           "model.quantize", "unet.weight_dtype transformer.weight_dtype", "fp8, 8bit or 4bit"),
+           "model.quantize model.qtype", "unet.weight_dtype transformer.weight_dtype", "fp8, 8bit or 4bit"),
+    Option("", "", "", "model.quantize_te model.qtype_te", "text_encoder.weight_dtype text_encoder_2.weight_dtype "
+           "vae.weight_dtype text_encoder.offload_fraction text_encoder_2.offload_fraction",
+           "automatic: results of text encoders and autoencoder are cached, in the precision of the base"),
     Option("train.running.offload", "blocks_to_swap double_blocks_to_swap single_blocks_to_swap", "", "",
            "layer_offload_fraction unet.offload_fraction transformer.offload_fraction",
            "a share of the layers, from 0 to 1, not a number of blocks"),
     Option("", "lowram highvram cpu_offload_checkpointing", "offload", "model.low_vram", "", _MISSING),
     Option("train.running.processes", "num_processes multi_gpu", "", "", "multi_gpu", "batch is that of all processes"),
     Option("", "max_data_loader_n_workers persistent_data_loader_workers ddp_timeout", "dataloader_num_workers "
-           "allow_tf32 local_rank set_grads_to_none", "", "caching_threads", "not needed: batches come from the cache"),
+           "allow_tf32 local_rank set_grads_to_none", "", "caching_threads dataloader_threads",
+           "not needed: batches come from the cache"),
     Option("", "cache_latents cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk "
            "vae_batch_size no_half_vae cache_info skip_cache_check", "cache_latents cache_dir",
            "datasets.cache_latents datasets.cache_latents_to_disk train.cache_text_embeddings",

@@ -135,7 +135,7 @@ def _from_document(document: Document) -> SettingsSource:
             settings.append(Setting("name", data["config"]["name"], document.where(("config", "name"))))
         subsets = _ai_toolkit_datasets(processes[0].get("datasets"), document, (*base, "datasets"))
         return SettingsSource(document.path, "aitk", "", tuple(settings), subsets)
-    if "pretrained_model_name_or_path" in data:
+    if "pretrained_model_name_or_path" in data or "LoRA_type" in data:
         return SettingsSource(document.path, "sd", "", tuple(_flat(document)), _subsets(document))
     if "base_model_name" in data or "training_method" in data:
         nested = {key: value for key, value in data.items() if key != "concepts"}

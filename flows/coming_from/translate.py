@@ -83,7 +83,7 @@ _INTEGERS = {
     "train.captions.tag_warmup", "train.captions.first_tags", "train.captions.dropout_every", "train.checkpoint_every",
     "train.samples.steps", "train.prior.count", "train.schedule.cycles",
     "train.schedule.timescale", "train.objective.pyramid.levels", "train.running.processes",
-    "preprocess.buckets.min_side", "preprocess.buckets.max_side", "preprocess.buckets.step",
+    "preprocess.buckets.min_side", "preprocess.buckets.max_side",
 }  # fmt: skip
 _NUMBERS = {
     "train.alpha", "train.learning_rate", "train.caption_dropout", "train.captions.tag_dropout", "train.dropout",

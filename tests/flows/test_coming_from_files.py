@@ -83,7 +83,7 @@ def test_timesteps_of_a_flow_are_drawn_as_the_trainer_draws_them(
     content: dict[str, Any] = {
         "config.toml": f"{KOHYA_FLUX}{added}\n",
         "toolkit.yaml": TOOLKIT.replace("train: {batch_size: 1,", f"train: {{batch_size: 1,{added}{',' * bool(added)}"),
-        "trainer.json": {**ONE_TRAINER, **(added or {})},
+        "trainer.json": {**ONE_TRAINER, **(added if isinstance(added, dict) else {})},
         "run.sh": SCRIPT.replace("--train_text_encoder", ""),
     }
     train, _ = converted(write(name, content[name]), flux)
