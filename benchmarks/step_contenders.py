@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import torch
 import torch.nn.functional as F
@@ -224,10 +224,12 @@ def attach_kohya(network: nn.Module, modules: list[str], rank: int) -> dict[str,
 def _import_kohya() -> Any:
     """Returns `networks.lora` of the checkout; image libraries that it imports and does not use may be missing."""
     sys.path.insert(0, CHECKOUT)
-    for name in ("cv2", "torchvision", "torchvision.transforms"):
-        if importlib.util.find_spec(name.partition(".")[0]) is None:
-            sys.modules.setdefault(name, MagicMock())
-    return importlib.import_module("networks.lora")
+    unused = ("cv2", "torchvision", "torchvision.transforms")
+    missing = [name for name in unused if importlib.util.find_spec(name.partition(".")[0]) is None]
+    with patch.dict(sys.modules, {name: MagicMock() for name in missing}):
+        module = importlib.import_module("networks.lora")
+    module.logger.setLevel("WARNING")
+    return module
 
 
 def share_weights(network: nn.Module) -> nn.Module:
