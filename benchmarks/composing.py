@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training_step import SHAPES, make_batch, make_network, share_weights
+from benchmarks.step_contenders import SHAPES, make_batch, make_network, share_weights
 from lora_engine.adapters import Adapter, attach, create_adapter
 from lora_engine.adapters.merged_weights import MergedWeights
 

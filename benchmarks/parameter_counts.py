@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from benchmarks.training_step import SHAPES
+from benchmarks.step_contenders import SHAPES
 from lora_engine.adapters import DictTree
 from lora_engine.adapters.select import select_modules
 from lora_engine.adapters.tree import module_shapes

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.composing import make_adapters
-from benchmarks.training_step import make_batch, make_network, share_weights
+from benchmarks.step_contenders import make_batch, make_network, share_weights
 from lora_engine.adapters import Adapter, attach
 from lora_engine.adapters.merged_weights import MergedWeights
 from lora_engine.adapters.row_factors import RowAdapter, RowFactors

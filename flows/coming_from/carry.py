@@ -1,17 +1,19 @@
-"""Carries over the options of other trainers whose values need more than a type: images, network, rates, devices."""
+"""Carries over the options of other trainers whose values need more than a type: images, rates, lengths, devices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from flows.coming_from.carry_layers import OF_LAYERS
 from flows.coming_from.carry_objective import OF_OBJECTIVE
+from flows.coming_from.carry_samples import OF_SAMPLES
 from flows.coming_from.read import Setting
 from flows.coming_from.translation import Translation
 from flows.coming_from.values import (
     DTYPES,
-    KIND_NAMES,
     OPTIMIZERS,
     PRECISIONS,
+    QUANTIZED,
     NoCounterpart,
     choose,
     integer,
@@ -21,28 +23,6 @@ from flows.coming_from.values import (
     sizes,
     truth,
 )
-
-
-def _kind(translation: Translation, setting: Setting) -> None:
-    if plain(setting.value) in ("lycoris.kohya", ""):
-        return  # `algo` says which
-    translation.set("train.kind", choose(setting, KIND_NAMES, exact=True), setting.name)
-
-
-def _targets(translation: Translation, setting: Setting) -> None:
-    flags, name = translation.counts, setting.name
-    if name in ("layer_filter", "layer_filter_preset", "lora_layers", "train.network.network_kwargs"):
-        raise NoCounterpart("write the patterns into targets yourself")
-    if truth(setting):
-        flags[
-            {"network_train_unet_only": "no_text", "network_train_text_encoder_only": "no_network"}.get(
-                name, "text" if "text_encoder" in name else "network"
-            )
-        ] = 1.0
-    elif name in ("unet.train", "transformer.train", "train.train_unet"):
-        flags["no_network"] = 1.0
-    elif "text_encoder" in name and "2" not in name:
-        flags["no_text"] = 1.0
 
 
 def _resolution(translation: Translation, setting: Setting) -> None:
@@ -64,6 +44,14 @@ def _crop(translation: Translation, setting: Setting) -> None:
 def _no_upscale(translation: Translation, setting: Setting) -> None:
     if truth(setting):
         translation.set("preprocess.buckets.enlarge", 1.0, setting.name)
+
+
+def _step_of_sizes(translation: Translation, setting: Setting) -> None:
+    step = integer(setting)
+    rounded = max(8, -(-step // 8) * 8)
+    translation.set("preprocess.buckets.step", rounded, setting.name)
+    if rounded != step:
+        translation.drop(setting, f"sizes are multiples of 8; {rounded} was taken")
 
 
 def _text_rate(translation: Translation, setting: Setting) -> None:
@@ -154,7 +142,10 @@ def _dtype(translation: Translation, setting: Setting) -> None:
 
 
 def _attention(translation: Translation, setting: Setting) -> None:
-    if setting.name in ("xformers", "enable_xformers_memory_efficient_attention", "train.xformers") and truth(setting):
+    if plain(setting.value) in ("sdpa", "none"):  # of kohya's GUI
+        return
+    named = setting.name in ("xformers", "enable_xformers_memory_efficient_attention", "train.xformers")
+    if named and (plain(setting.value) == "xformers" or truth(setting)):
         translation.set("train.running.attention", "xformers", setting.name)
 
 
@@ -164,16 +155,28 @@ def _compile(translation: Translation, setting: Setting) -> None:
 
 
 def _quantise(translation: Translation, setting: Setting) -> None:
-    if not is_off(setting.value):
-        form = "fp8" if "fp8" in setting.name else "8bit"
+    if setting.name == "model.qtype":
+        translation.texts["quantized as"] = QUANTIZED.get(plain(setting.value), "fp8")
+        if translation.get("train.running.quantise") is not None:
+            translation.set("train.running.quantise", translation.texts["quantized as"], setting.name)
+    elif setting.name.endswith("weight_dtype"):
+        if (form := QUANTIZED.get(plain(setting.value))) is not None:
+            translation.set("train.running.quantise", form, setting.name)
+    elif not is_off(setting.value):
+        form = translation.texts.get("quantized as", "8bit" if "bnb" in setting.name else "fp8")
         translation.set("train.running.quantise", form, setting.name)
 
 
 def _offload(translation: Translation, setting: Setting) -> None:
-    if setting.name == "blocks_to_swap" and not is_off(setting.value):
-        raise NoCounterpart("a share of the layers; set running.offload, such as 0.5")
-    if number(setting):
-        translation.set("train.running.offload", number(setting), setting.name)
+    """Carries a share over; a number of blocks is completed when the base is known."""
+    if "blocks" not in setting.name:
+        if number(setting):
+            translation.set("train.running.offload", number(setting), setting.name)
+    elif not is_off(setting.value):
+        blocks = number(setting) / 2 if setting.name.startswith("single") else number(setting)
+        before = 0.0 if setting.name == "blocks_to_swap" else translation.counts.get("blocks to swap", 0.0)
+        translation.counts["blocks to swap"] = before + blocks
+        translation.origins["blocks to swap"] = setting.name
 
 
 def _checkpointing(translation: Translation, setting: Setting) -> None:
@@ -188,37 +191,16 @@ def carry_epochs(translation: Translation, setting: Setting) -> None:
         translation.origins["epochs"] = setting.name
 
 
-def _kind_factor(translation: Translation, setting: Setting) -> None:
-    if number(setting) > 0:
-        translation.set("train.kind.factor", integer(setting), setting.name)
-
-
-def _kind_switch(translation: Translation, setting: Setting) -> None:
-    if truth(setting):
-        option = "both" if "both" in setting.name else "tucker"
-        translation.set(f"train.kind.{option}", True, setting.name)
-
-
-def _dora(translation: Translation, setting: Setting) -> None:
-    if truth(setting):
-        translation.counts["dora"] = 1.0
-
-
 def _device(translation: Translation, setting: Setting) -> None:
     """Leaves the device out: `auto` takes the GPU."""
 
 
 SPECIAL: Mapping[str, Callable[[Translation, Setting], None]] = {
-    "train.kind": _kind,
     "train.running.device": _device,
-    "train.kind.factor": _kind_factor,
-    "train.kind.tucker": _kind_switch,
-    "train.kind.both": _kind_switch,
-    "train.kind.inner": _dora,
-    "train.targets": _targets,
     "preprocess.resolution": _resolution,
     "preprocess.crop": _crop,
     "preprocess.buckets.enlarge": _no_upscale,
+    "preprocess.buckets.step": _step_of_sizes,
     "train.rates.text": _text_rate,
     "train.learning_rate": _network_rate,
     "train.rates.optimiser": _optimizer,
@@ -234,6 +216,8 @@ SPECIAL: Mapping[str, Callable[[Translation, Setting], None]] = {
     "train.running.quantise": _quantise,
     "train.running.offload": _offload,
     "train.running.gradient_checkpointing": _checkpointing,
+    **OF_LAYERS,
     **OF_OBJECTIVE,
+    **OF_SAMPLES,
 }
 """`step.setting` -> the function that carries an option over to it."""

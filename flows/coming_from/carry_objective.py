@@ -1,15 +1,15 @@
-"""Carries over the options of other trainers for the objective, the method and the samples."""
+"""Carries over the options of other trainers for the objective, the method and the captions' length."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 
 from flows.coming_from.read import Setting
 from flows.coming_from.translation import Translation
 from flows.coming_from.values import (
     DISTRIBUTIONS,
     LOSSES,
+    ONE_TRAINER_DISTRIBUTIONS,
     WEIGHTINGS,
     NoCounterpart,
     choose,
@@ -19,8 +19,6 @@ from flows.coming_from.values import (
     plain,
     truth,
 )
-from lora_engine.bases.samplers import find_sampler
-from lora_engine.errors import SettingsError
 
 
 def _timesteps(translation: Translation, setting: Setting) -> None:
@@ -32,14 +30,32 @@ def _timesteps(translation: Translation, setting: Setting) -> None:
 
 
 def _distribution(translation: Translation, setting: Setting) -> None:
-    if setting.name in ("logit_mean", "logit_std", "mode_scale"):
-        key = setting.name.replace("logit_", "").replace("mode_", "")
-        translation.set(f"train.objective.timesteps.distribution.{key}", number(setting), setting.name)
-        return
-    if not is_off(setting.value):
-        name = choose(setting, DISTRIBUTIONS)
-        if name != "uniform":
-            translation.set("train.objective.timesteps.distribution", name, setting.name)
+    """Carries the distribution over; names that also say the shift are completed when the base is known."""
+    name = setting.name
+    if name in ("logit_mean", "logit_std", "mode_scale"):
+        key = name.replace("logit_", "").replace("mode_", "")
+        translation.set(f"train.objective.timesteps.distribution.{key}", number(setting), name)
+    elif name in ("sigmoid_scale", "noising_weight", "noising_bias"):
+        translation.counts[name] = number(setting)
+    elif name in ("timestep_sampling", "train.timestep_type"):
+        if not is_off(setting.value):
+            translation.texts["timestep sampling"] = plain(setting.value)
+            translation.origins["timestep sampling"] = name
+    elif name == "train.content_or_style":
+        if plain(setting.value) != "balanced":
+            raise NoCounterpart("see objective.timesteps: low, high and distribution")
+    elif not is_off(setting.value):
+        names = ONE_TRAINER_DISTRIBUTIONS if name == "timestep_distribution" else DISTRIBUTIONS
+        chosen = choose(setting, names)
+        if chosen != "uniform":
+            translation.set("train.objective.timesteps.distribution", chosen, name)
+
+
+def _shift(translation: Translation, setting: Setting) -> None:
+    if setting.name == "dynamic_timestep_shifting":
+        translation.counts["own shift"] = float(truth(setting))
+    elif not is_off(setting.value):
+        translation.set("train.objective.timesteps.shift", number(setting), setting.name)
 
 
 def _weighting(translation: Translation, setting: Setting) -> None:
@@ -99,59 +115,6 @@ def _preserve(translation: Translation, setting: Setting) -> None:
         translation.set("train.method.preservation", {}, setting.name)
 
 
-def _every(path: str, translation: Translation, setting: Setting) -> None:
-    """Carries an interval over: steps, or epochs; OneTrainer has its unit in another option."""
-    if is_off(setting.value):
-        return
-    if setting.name in ("sample_after", "save_every"):
-        raise NoCounterpart(f"set {path.partition('.')[2]} in steps, or epochs such as '2 epochs'")
-    if number(setting):
-        count = integer(setting)
-        translation.set(
-            path, f"{count} epoch{'s' if count > 1 else ''}" if "epochs" in setting.name else count, setting.name
-        )
-
-
-def _prompts(translation: Translation, setting: Setting) -> None:
-    value = setting.value
-    if setting.name in ("sample_sampler", "sample.sampler"):
-        if not is_off(value) and str(value) != "flowmatch":  # ai-toolkit's name of the only sampler of a flow
-            _sampler(translation, setting)
-        return
-    if setting.name in ("sample.width", "sample.height", "sample.neg"):
-        _sample_size(translation, setting)
-        return
-    prompts = [value] if setting.name.startswith("validation_prompt") and isinstance(value, str) else value
-    if isinstance(prompts, list):
-        written = [entry.get("prompt", "") if isinstance(entry, dict) else str(entry) for entry in prompts]
-        translation.set("train.samples.prompts", [text for text in written if text], setting.name)
-    elif not is_off(value):
-        raise NoCounterpart("copy the prompts of the file into samples.prompts")
-
-
-def _sampler(translation: Translation, setting: Setting) -> None:
-    """Notes the sampler of all samples, which becomes an option of each prompt."""
-    try:
-        find_sampler(str(setting.value))
-    except SettingsError as error:
-        raise NoCounterpart(f"samplers are {error.allowed}") from None
-    translation.origins["sample sampler"] = str(setting.value)
-
-
-def _sample_size(translation: Translation, setting: Setting) -> None:
-    """Notes the size and the negative prompt of all samples, which become options of each prompt."""
-    key = setting.name.rpartition(".")[2]
-    if key in ("width", "height"):
-        translation.counts[f"sample {key}"] = integer(setting)
-    elif key == "neg" and setting.value:
-        translation.origins["sample negative"] = str(setting.value)
-
-
-def _seeds(translation: Translation, setting: Setting) -> None:
-    if setting.name == "sample.seed":
-        translation.set("train.samples.seeds", [integer(setting)], setting.name)
-
-
 def _chunks(translation: Translation, setting: Setting) -> None:
     if setting.name == "max_token_length" and setting.value not in (None, "") and integer(setting) > 75:
         translation.set("train.captions.chunks", -(-integer(setting) // 75), setting.name)
@@ -191,6 +154,7 @@ OF_OBJECTIVE: Mapping[str, Callable[[Translation, Setting], None]] = {
     "train.objective.timesteps.low": _timesteps,
     "train.objective.timesteps.high": _timesteps,
     "train.objective.timesteps.distribution": _distribution,
+    "train.objective.timesteps.shift": _shift,
     "train.objective.weighting": _weighting,
     "train.objective.loss": _loss,
     "train.objective.loss.delta": _delta,
@@ -199,10 +163,6 @@ OF_OBJECTIVE: Mapping[str, Callable[[Translation, Setting], None]] = {
     "ingest.alpha": _alpha,
     "train.method": _method,
     "train.method.preservation": _preserve,
-    "train.samples.every": partial(_every, "train.samples.every"),
-    "train.save_every": partial(_every, "train.save_every"),
-    "train.samples.prompts": _prompts,
-    "train.samples.seeds": _seeds,
     "train.captions.chunks": _chunks,
     "train.checkpoint_every": _checkpoint_every,
     "train.clip_skip": _clip_skip,

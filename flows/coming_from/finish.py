@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from flows.coming_from.carry_layers import drop_unsuited, set_layers
+from flows.coming_from.carry_samples import set_intervals
 from flows.coming_from.read import Setting
 from flows.coming_from.translation import Translation
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.objective import Objective
 from lora_engine.training.specs.rates import AdamW, Optimizer, Rates
+from lora_engine.training.specs.sample_prompts import PROMPT_OPTIONS
 
-_TARGETS = {"sd": "attention+ff", "diffusers": "attention", "aitk": "attention+ff", "ot": "all"}
-_TRAIN_TEXT = {"sd", "ot"}
-"""Trainers that adapt the text encoders unless an option says otherwise."""
+_PROMPT_OPTION = re.compile(r"(?:^|\s)--(\w+)(?=\s)")
 _DECAYED = {"adamw", "adamw-8bit"}
 _TORCH_DECAY = 0.01
 _LOWEST, _HIGHEST = 0.01, 100.0
@@ -31,11 +33,11 @@ def finish(translation: Translation, trainer: str, count: Callable[[], int | Non
         count: Returns the images of an epoch, each counted by its repeats, or None; called if a length in steps has to
             fit epochs.
     """
-    _set_targets(translation, trainer)
-    _set_kind(translation)
+    set_layers(translation, trainer)
     if trainer == "diffusers" and translation.origins.get("train.steps") == "max_train_steps":
         translation.counts.pop("epochs", None)  # the steps win there, and the epochs in sd-scripts
     _set_steps(translation, count)
+    set_intervals(translation)
     _set_decay(translation)
     train = translation.steps["train"]
     for switch, group, key in (("ema", "rates", "ema"), ("mask", "method", "mask")):
@@ -48,48 +50,47 @@ def finish(translation: Translation, trainer: str, count: Callable[[], int | Non
         ("train.kind", TrainSettings, "kind"),
     ):
         _keep_options(translation, path, model, field)
+    drop_unsuited(translation)
     _fit_optimizer(translation)
+    if (processes := translation.get("train.running.processes") or 1) > 1:
+        translation.set("train.batch", train["batch"] * processes, "train_batch_size, for all processes")
     _set_objective(translation, trainer)
     for group in [key for key, value in train.items() if value == {} and key != "prior"]:
         train.pop(group)
     samples = train.get("samples", {})
-    if not samples.get("prompts"):
+    is_drawn = trainer != "sd" or "every" in samples  # sd-scripts draws none without an interval
+    if not samples.get("prompts") or not is_drawn:
         train.pop("samples", None)
     else:
         samples.setdefault("every", 250)
-        samples["prompts"] = [prompt + _prompt_options(translation) for prompt in samples["prompts"]]
+        prompts = [_known_options(translation, prompt) for prompt in samples["prompts"]]
+        samples["prompts"] = [prompt + _prompt_options(translation, prompt) for prompt in prompts]
 
 
-def _prompt_options(translation: Translation) -> str:
-    """Returns the options of every sample prompt, in the syntax of sd-scripts."""
-    counts, negative = translation.counts, translation.origins.get("sample negative", "")
-    sides = [(option, counts.get(f"sample {name}")) for option, name in (("w", "width"), ("h", "height"))]
-    text = "".join(f" --{option} {side:g}" for option, side in sides if side)
-    sampler = translation.origins.get("sample sampler", "")
-    text += f" --ss {sampler}" if sampler else ""
-    return f"{text} --n {negative}" if negative else text
+def _known_options(translation: Translation, prompt: str) -> str:
+    """Returns a prompt without the options that have no counterpart, such as a control image."""
+    parts = re.split(r"(?:^|\s)(?=--[a-zA-Z]\w*(?:\s|$))", prompt)
+    unknown = [part for part in parts if part.startswith("--") and part[2:].split()[0] not in PROMPT_OPTIONS]
+    for part in unknown:
+        translation.drop(Setting("an option of a sample prompt", part, ""), "there is no counterpart")
+    return " ".join(part for part in parts if part not in unknown)
 
 
-def _set_targets(translation: Translation, trainer: str) -> None:
-    flags = translation.counts
-    targets = [] if "no_network" in flags else [_TARGETS[trainer]]
-    if "no_text" not in flags and (trainer in _TRAIN_TEXT or "text" in flags):
-        targets.append("text")
-    if "text" not in targets and translation.get("train.rates.text") is not None:
-        translation.steps["train"]["rates"].pop("text")
-    targets = targets or [_TARGETS[trainer]]
-    translation.set("train.targets", targets[0] if len(targets) == 1 else targets, "the layers that are adapted")
-    if trainer == "sd" and "no_network" not in flags:
-        setting = Setting("network_module", "proj_in, proj_out", "")
-        translation.drop(setting, 'add "unet.*.proj_in" and "unet.*.proj_out" to targets for the same U-Net layers')
-
-
-def _set_kind(translation: Translation) -> None:
-    if "dora" not in translation.counts:
-        return
-    kind = translation.get("train.kind")
-    inner = kind.get("name", "lora") if isinstance(kind, dict) else kind or "lora"
-    translation.set("train.kind", {"name": "dora", "inner": inner}, "decomposed weights")
+def _prompt_options(translation: Translation, prompt: str) -> str:
+    """Returns the options of every sample prompt that a prompt does not set, in the syntax of sd-scripts."""
+    counts, texts = translation.counts, translation.texts
+    options = {
+        "w": counts.get("sample width"),
+        "h": counts.get("sample height"),
+        "ss": texts.get("sample sampler"),
+        "n": texts.get("sample negative"),
+    }
+    own = set(_PROMPT_OPTION.findall(prompt))
+    set_here = {key: value for key, value in options.items() if value and key not in own}
+    return "".join(
+        f" --{key} {value:g}" if isinstance(value, float | int) else f" --{key} {value}"
+        for key, value in set_here.items()
+    )
 
 
 def _set_steps(translation: Translation, count: Callable[[], int | None]) -> None:
@@ -206,7 +207,8 @@ def _set_objective(translation: Translation, trainer: str) -> None:
     name = loss.get("name") if isinstance(loss, dict) else loss
     if name in ("huber", "smooth_l1") and trainer in ("sd", "diffusers"):
         options = loss if isinstance(loss, dict) else {"name": name}
-        objective["loss"] = {**options, "schedule": options.get("schedule", "snr")}
+        usual = "constant" if "flow" in translation.counts else "snr"
+        objective["loss"] = {**options, "schedule": options.get("schedule", usual)}
     if "levels" not in objective.get("pyramid", {"levels": 0}):
         objective.pop("pyramid")
     for switch, strength in (("random_offset", "noise_offset"), ("random_perturbation", "input_perturbation")):

@@ -79,7 +79,7 @@ def read_source(path: Path, dataset: Path | None = None) -> SettingsSource:
     else:
         source = _from_script(path)
     named = next((setting for setting in source.settings if setting.name == "dataset_config"), None)
-    if dataset is None and named is not None and isinstance(named.value, str):
+    if dataset is None and named is not None and named.value and isinstance(named.value, str):
         dataset = _find_beside(path, named)
     if dataset is None:
         return source
@@ -135,7 +135,7 @@ def _from_document(document: Document) -> SettingsSource:
             settings.append(Setting("name", data["config"]["name"], document.where(("config", "name"))))
         subsets = _ai_toolkit_datasets(processes[0].get("datasets"), document, (*base, "datasets"))
         return SettingsSource(document.path, "aitk", "", tuple(settings), subsets)
-    if "pretrained_model_name_or_path" in data:
+    if "pretrained_model_name_or_path" in data or "LoRA_type" in data:
         return SettingsSource(document.path, "sd", "", tuple(_flat(document)), _subsets(document))
     if "base_model_name" in data or "training_method" in data:
         nested = {key: value for key, value in data.items() if key != "concepts"}

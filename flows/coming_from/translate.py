@@ -27,6 +27,7 @@ _OTHER_PARTS = (
     "text_encoder_3", "text_encoder_4", "unconditional_transformer.", "concepts.image.", "concepts.text.",
 )  # fmt: skip
 """Parts of a OneTrainer file that a LoRA does not need, or that are full of defaults."""
+_EXTENSIONS = ("caption_extension", "caption_extention", "datasets.caption_ext")
 _DONE = ("automatic", "not needed")
 """First words of notes on options that need no setting."""
 EPOCHS = ("max_train_epochs", "epoch", "num_train_epochs", "epochs")
@@ -72,6 +73,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "resolution": "512",
         "aspect_ratio_bucketing": True,
         "epochs": 100,
+        "gradient_checkpointing": True,
         "optimizer.optimizer": "ADAMW",
     },
 }
@@ -79,16 +81,16 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 _INTEGERS = {
     "file.seed", "train.rank", "train.steps", "train.batch", "train.accumulate", "train.captions.keep_tokens",
     "train.captions.tag_warmup", "train.captions.first_tags", "train.captions.dropout_every", "train.checkpoint_every",
-    "train.validate_every", "train.samples.steps", "train.prior.count", "train.schedule.cycles",
+    "train.samples.steps", "train.prior.count", "train.schedule.cycles",
     "train.schedule.timescale", "train.objective.pyramid.levels", "train.running.processes",
-    "preprocess.buckets.min_side", "preprocess.buckets.max_side", "preprocess.buckets.step",
+    "preprocess.buckets.min_side", "preprocess.buckets.max_side",
 }  # fmt: skip
 _NUMBERS = {
     "train.alpha", "train.learning_rate", "train.caption_dropout", "train.captions.tag_dropout", "train.dropout",
     "train.rank_dropout", "train.module_dropout", "train.norm_limit", "train.rates.up_ratio", "train.weight_decay",
     "train.clip", "train.schedule.power", "train.schedule.floor", "train.rates.ema.decay", "train.prior.weight",
     "train.objective.weighting.gamma", "train.objective.loss.delta", "train.objective.noise_offset",
-    "train.objective.pyramid.discount", "train.objective.input_perturbation", "train.objective.timesteps.shift",
+    "train.objective.pyramid.discount", "train.objective.input_perturbation",
     "train.method.mask.floor", "train.samples.guidance", "train.rates.optimiser.eps", "ingest.heldout",
     "combine.parts.weight",
 }  # fmt: skip
@@ -132,7 +134,9 @@ def _of_script(source: SettingsSource) -> dict[str, Any]:
     if source.trainer != "diffusers":
         return {}
     is_text_to_image = "text_to_image" in source.script
-    return {"num_train_epochs": 100, "train_batch_size": 16} if is_text_to_image else {"num_train_epochs": 1}
+    if is_text_to_image:
+        return {"num_train_epochs": 100, "train_batch_size": 16, "validation_epochs": 1}
+    return {"num_train_epochs": 1, "validation_epochs": 50}
 
 
 def apply(translation: Translation, trainer: str, settings: Iterable[Setting]) -> None:
@@ -154,8 +158,8 @@ def apply(translation: Translation, trainer: str, settings: Iterable[Setting]) -
 
 
 def _carry(translation: Translation, setting: Setting, ours: str, note: str) -> None:
-    is_txt = setting.name in ("caption_extension", "datasets.caption_ext") and str(setting.value).strip(".") == "txt"
-    if is_txt or ours in _OF_IMAGES or (not ours and note.startswith(_DONE)):
+    is_read = setting.name in _EXTENSIONS and str(setting.value).strip(".") in ("txt", "caption")
+    if is_read or ours in _OF_IMAGES or (not ours and note.startswith(_DONE)):
         return
     special = carry_epochs if setting.name in EPOCHS else SPECIAL.get(ours)
     if special is not None:

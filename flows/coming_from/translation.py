@@ -19,13 +19,15 @@ class Translation:
         steps: Kind of step -> its settings; `file` has base, name and seed.
         origins: `step.setting` -> the option that it is from.
         dropped: (option, value, reason) of what could not be carried over.
-        counts: Numbers that are turned into steps later: `epochs`, and `warmup` as a share.
+        counts: Numbers and flags that are turned into settings later, such as `epochs`, and `warmup` as a share.
+        texts: Texts that are turned into settings later, such as the sampler of all sample prompts.
     """
 
     steps: dict[str, dict[str, Any]] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     dropped: list[tuple[str, Any, str]] = field(default_factory=list)
     counts: dict[str, float] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
 
     def set(self, path: str, value: Any, origin: str) -> None:
         """Sets a value at `step.setting`; `setting` may have several parts. An earlier one is replaced."""

@@ -67,6 +67,7 @@ KIND_NAMES: Mapping[str, str] = {
     "networks.loha": "loha",
     "networks.lokr": "lokr",
     "networks.oft": "oft",
+    "networks.oft_flux": "oft",
     "lora": "lora",
     "locon": "lora",
     "loha": "loha",
@@ -90,14 +91,34 @@ PRECISIONS: Mapping[str, str] = {
     "bfloat16": "bf16",
 }
 DTYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+QUANTIZED: Mapping[str, str] = {
+    "float8": "fp8",
+    "int8": "8bit",
+    "nfloat4": "4bit",
+    "qfloat8": "fp8",
+    "qint8": "8bit",
+    "uint4": "4bit",
+    "uint8": "8bit",
+}
+"""Types of OneTrainer and ai-toolkit in which weights are stored only."""
 DISTRIBUTIONS: Mapping[str, str] = {
     "uniform": "uniform",
     "none": "uniform",
-    "linear": "uniform",
-    "sigmoid": "logit_normal",
     "logitnormal": "logit_normal",
     "mode": "mode",
 }
+ONE_TRAINER_DISTRIBUTIONS: Mapping[str, str] = {"uniform": "uniform", "logitnormal": "logit_normal"}
+ONE_TRAINER_DISTRIBUTIONS: Mapping[str, str] = {"uniform": "uniform", "logitnormal": "logit_normal"}
+QUANTIZED: Mapping[str, str] = {
+    "float8": "fp8",
+    "int8": "8bit",
+    "nfloat4": "4bit",
+    "qfloat8": "fp8",
+    "qint8": "8bit",
+    "uint4": "4bit",
+    "uint8": "8bit",
+}
+"""Types of OneTrainer and ai-toolkit in which weights are stored only."""
 
 
 class NoCounterpart(Exception):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from flows.coming_from.finish import finish
+from flows.coming_from.fit_base import fit_base
+from flows.coming_from.gui import to_options
 from flows.coming_from.images import find_images
+from flows.coming_from.local_files import set_local_files
 from flows.coming_from.options import TRAINERS
 from flows.coming_from.parts import ImageFolder
 from flows.coming_from.pipeline_text import write_text
@@ -21,7 +23,7 @@ from lora_engine.bases.defaults import family_of, training_defaults
 from lora_engine.bases.source import TINY, split_hub_id
 from lora_engine.documents import read_document
 from lora_engine.errors import BaseModelError
-from lora_engine.files import atomic_write, expand_home, is_present_file, is_present_folder
+from lora_engine.files import atomic_write, expand_home
 from tasks.errors import SpecError
 
 
@@ -59,12 +61,14 @@ def convert_settings(
         SpecError: The file cannot be read, a setting is not valid, or another pipeline file exists. Nothing is written.
     """
     read = read_source(source, dataset)
+    if read.trainer == "sd" and source.suffix.lower() == ".json":
+        read = replace(read, settings=tuple(to_options(read.settings)))
     if images is not None and not images.is_dir():
         raise SpecError(f"{str(images)!r} is not a folder", where="--images", remedy="give the folder with the images")
     translation = translate(read)
     folders = find_images(read, translation, images)
     _set_base(translation, read, base, folders.images)
-    _set_files(translation, read)
+    set_local_files(translation, read.path.parent)
     finish(translation, read.trainer, folders.count)
     path = folder / "pipeline.yaml"
     text = write_text(translation, read, folders, path)
@@ -103,7 +107,7 @@ def _set_base(
             error.problem, where=named.where, allowed=error.allowed, remedy="give it with --base"
         ) from error
     translation.set("file.base", base, named.name)
-    _fit_clip_skip(translation, family.name)
+    fit_base(translation, source.trainer, base, family)
     for mine in [folder.translation for folder in images]:
         if mine.get("preprocess.resolution") is None:
             mine.set("preprocess.resolution", defaults.resolution, defaults.reasons.get("resolution", "of the base"))
@@ -111,43 +115,6 @@ def _set_base(
             mine.set("preprocess.crop", "center", "part of an image that is kept")
         if mine.get("preprocess.crop") != "bucket":
             mine.steps["preprocess"].pop("buckets", None)
-
-
-def _fit_clip_skip(translation: Translation, family: str) -> None:
-    """Makes the layer one of the base's text encoders."""
-    origin, layer = translation.origins.get("train.clip_skip"), translation.get("train.clip_skip")
-    if layer is None or origin is None:
-        return
-    if family == "sdxl" and origin != "clip_skip":
-        translation.set("train.clip_skip", layer + 1, origin)  # its own layer is the last but one
-    elif family not in ("sd", "sdxl") or family == "sdxl":
-        reason = "sd-scripts ignores it for SDXL" if family == "sdxl" else "the base has no such layers"
-        translation.drop(Setting(origin, translation.steps["train"].pop("clip_skip"), ""), reason)
-
-
-def _set_files(translation: Translation, source: SettingsSource) -> None:
-    """Replaces the paths of an autoencoder and of an adapter by absolute ones; drops what is not on this machine."""
-    for path, kind, remedy in (
-        ("file.vae", "folder", "save the autoencoder as a folder, and name it as vae"),
-        ("train.init", "file", "no such file on this machine; name one as init"),
-    ):
-        written = translation.get(path)
-        if written is None:
-            continue
-        step, key = path.split(".")
-        found = _find_path(source.path.parent, str(written), kind)
-        if found is not None:
-            translation.steps[step][key] = str(found)
-        elif kind == "file" or split_hub_id(written) is None:
-            translation.drop(Setting(translation.origins.pop(path), translation.steps[step].pop(key), ""), remedy)
-
-
-def _find_path(folder: Path, written: str, kind: str) -> Path | None:
-    with suppress(OSError, RuntimeError):  # a name that is too long, or of an unknown user
-        path = (folder / expand_home(written)).resolve()
-        if is_present_folder(path) if kind == "folder" else is_present_file(path):
-            return path
-    return None
 
 
 def _check(text: str, path: Path, source: SettingsSource, needs_images: bool) -> None:

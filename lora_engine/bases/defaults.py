@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lora_engine.bases.source import TINY, resolve_base, split_hub_id
 from lora_engine.bases.tiny import DEFAULTS
@@ -41,6 +43,25 @@ def family_of(name: FilePath) -> Family:
         BaseModelError: No such base, or an unknown family.
     """
     return _find_family(name)[0]
+
+
+def transformer_config(name: FilePath) -> Mapping[str, Any]:
+    """Returns the configuration of a base's transformer; of a base that only its name identifies, that of its family.
+
+    Returns:
+        The content of `transformer/config.json`; empty for a base with a U-Net.
+
+    Raises:
+        BaseModelError: No such base, or an unknown family.
+    """
+    if name == TINY:
+        return {}
+    family, folder = _find_family(name)
+    if folder is not None:
+        file = folder / "transformer" / "config.json"
+        return read_json_object(file, BaseModelError) if file.is_file() else {}
+    part = next((base.components["transformer"] for base in family.published if "transformer" in base.components), None)
+    return {} if part is None else part.config
 
 
 def _find_family(name: FilePath) -> tuple[Family, Path | None]:

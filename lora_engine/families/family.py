@@ -280,5 +280,11 @@ class Family:
         """True if adapters of the family are read, and its bases loaded."""
         return bool(self.pipelines)
 
+    @property
+    def is_flow(self) -> bool:
+        """True if its bases are trained by flow matching: the schedulers of the published ones say so."""
+        parts = [part for base in self.published for part in base.components.values()]
+        return any(part.class_name.startswith("FlowMatch") for part in parts)
+
 
 families: Registry[Family] = Registry("base model family", entry=Family, group="loraline.families")

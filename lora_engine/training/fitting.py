@@ -20,6 +20,7 @@ from lora_engine.formats.embeddings import Embedding
 from lora_engine.progress import Progress, no_progress
 from lora_engine.training.automatic import choose_rank, prefixes_up_to, with_first_values
 from lora_engine.training.checkpoint import Checkpoint
+from lora_engine.training.distributed import ProcessGroup
 from lora_engine.training.examples import Example
 from lora_engine.training.fit_options import History, rates_of
 from lora_engine.training.images import read_images
@@ -156,8 +157,11 @@ def _card(job: TrainingJob, prepared: Prepared) -> Card:
 
 
 def _samples(job: TrainingJob, base: BaseModel, run: str) -> SampleWriter | None:
-    samples = job.settings.samples if job.group.is_main_process else None
-    return SampleWriter(base, samples, job.state.folder / "samples", run, job.on_samples) if samples else None
+    samples, is_split = job.settings.samples, job.settings.running.shard
+    if samples is None or not (job.group.is_main_process or is_split):
+        return None
+    group = job.group if is_split else ProcessGroup()
+    return SampleWriter(base, samples, job.state.folder / "samples", run, job.on_samples, group)
 
 
 def _saved(

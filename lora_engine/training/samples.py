@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from lora_engine.bases.base import BaseModel
 from lora_engine.data.pixels import write_png
 from lora_engine.files import atomic_write, canonical_json, sha256_bytes
 from lora_engine.inference.generate import generate
+from lora_engine.training.distributed import ProcessGroup
 from lora_engine.training.saved import copy_steps
 from lora_engine.training.specs.sample_prompts import SampleRequest
 from lora_engine.training.specs.samples import Samples
@@ -35,6 +36,7 @@ class SampleWriter:
         folder: Folder of the images until the run is finished.
         run: Digest of everything that the steps of the run depend on; samples of other runs are not reused.
         on_drawn: Called with the steps done and the files that were drawn.
+        group: The processes that draw together, as a split network needs; the main process writes.
     """
 
     base: BaseModel
@@ -42,6 +44,7 @@ class SampleWriter:
     folder: Path
     run: str
     on_drawn: Callable[[int, Sequence[Path]], None] = lambda step, files: None
+    group: ProcessGroup = field(default_factory=ProcessGroup)
 
     def _folder(self, parent: Path, run: str) -> Path:
         # Samples at other intervals are the same images.
@@ -63,9 +66,12 @@ class SampleWriter:
         requests = self.samples.requests()
         folder = self._folder(self.folder, self.run) / f"step-{done:06d}"
         files = [folder / f"{request.number:02d}-{request.seed}.png" for request in requests]
-        if all(file.is_file() for file in files):
+        # One answer for all: each process of a split network waits for the others in every forward pass.
+        if not self.group.any(not all(file.is_file() for file in files)):
             return
         images = _draw(self.base, requests)
+        if not self.group.is_main_process:
+            return
         try:
             for file, image in zip(files, images, strict=True):
                 write_png(file, image)
@@ -76,10 +82,13 @@ class SampleWriter:
 
     def take_over(self, folder: Path, run: str, done: int) -> None:
         """Copies the samples of another run, up to a number of steps, which this one continues."""
-        copy_steps(self._folder(folder, run), self._folder(self.folder, self.run), done)
+        if self.group.is_main_process:
+            copy_steps(self._folder(folder, run), self._folder(self.folder, self.run), done)
 
     def copy(self, out: Path) -> None:
         """Copies the samples and their settings into the folder `samples` of an artifact."""
+        if not self.group.is_main_process:
+            return
         for file in sorted(self._folder(self.folder, self.run).glob("step-*/*.png")):
             if int(file.parent.name.removeprefix("step-")) % self.samples.every == 0:
                 atomic_write(out / _FOLDER / file.parent.name / file.name, file.read_bytes())

@@ -210,9 +210,6 @@ class TrainSettings(BaseModel):
 
     @model_validator(mode="after")
     def _all_processes_run_a_split_network(self) -> TrainSettings:
-        if self.running.shard and self.samples is not None:
-            raise ValueError("samples are drawn by one process, which has a share of the network only with shard; "
-                             "leave samples out, and use save_every and generate")  # fmt: skip
         if self.running.shard and self.automatic:
             raise ValueError(f"{self.automatic[0]} auto needs the whole network in every process; set it, or leave "
                              "shard out")  # fmt: skip

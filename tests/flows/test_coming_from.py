@@ -270,7 +270,9 @@ def test_a_configuration_of_sd_scripts_becomes_a_pipeline(settings: Write) -> No
     assert (train.steps, train.warmup, train.clip_skip) == ("2 epochs", "10%", 2)
     assert train.schedule.model_dump() == {"name": "cosine-restarts", "cycles": 3, "floor": 0.0}
     assert (train.rates.text, train.rates.optimiser.options()["betas"], train.weight_decay) == (5e-5, (0.9, 0.99), 0.1)
-    assert train.targets == ["attention+ff", "text"]
+    assert train.targets == ["all", "text"], "with conv_dim"
+    (override,) = train.overrides.values()
+    assert (override.rank, override.alpha) == (4, 1.0)
     assert (train.objective.weighting.name, train.objective.noise_offset) == ("min_snr", 0.05)
     assert (train.captions.shuffle, train.captions.keep_tokens, train.precision) == (True, 1, "fp32")
     assert (train.method.name, train.class_dataset) == ("dreambooth", "class_captions")
@@ -280,7 +282,7 @@ def test_a_configuration_of_sd_scripts_becomes_a_pipeline(settings: Write) -> No
     assert spec.steps["photos"].model_dump()["repeats"] == "folders"
     assert spec.steps["prepared"].model_dump()["crop"] == "center"
     assert spec.steps["exports"].model_dump()["dtype"] == "float16"
-    assert "conv_dim" in output
+    assert "huggingface_token" in output
     assert "cache_latents" not in output, "it is automatic"
     text = (Path(spec.folder) / "pipeline.yaml").read_text()
     assert "hf_secret" not in output + text
@@ -431,7 +433,7 @@ def test_a_file_of_ai_toolkit_becomes_a_pipeline(settings: Write) -> None:
     assert train.rates.ema is not None
     assert train.rates.ema.decay == 0.99
     assert train.running.gradient_checkpointing
-    assert train.running.quantise == "8bit"
+    assert train.running.quantise == "fp8", "quantize is qfloat8 there"
     assert train.samples is not None
     assert (train.samples.prompts, train.samples.seeds, train.samples.every) == (
         ("a man, 'x': y --w 64 --h 128 --ss ddim --n dull, grey",),

@@ -1,16 +1,12 @@
 """Tests what MLflow's own server and interface show of a home, in a real browser."""
 
-import os
 import re
 import shutil
-import socket
 import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 
 import pytest
+
+from tests.support.mlflow_server import mlflow_server
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
@@ -18,37 +14,8 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 @pytest.fixture
 def server(home):
     """Yields the address of MLflow's server over the home."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
-    # Without MLflow's eight job processes for language models, which these tests do not use.
-    environment = os.environ | {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "DO_NOT_TRACK": "true",
-    }
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment, "start_new_session": True}
-    process = subprocess.Popen([*command, "--backend-store-uri", home.mlflow_url], **quiet)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_for(f"{address}/health", process)
+    with mlflow_server(home.mlflow_url) as address:
         yield address
-    finally:
-        os.killpg(process.pid, 15)
-        process.wait(60)
-
-
-def wait_for(address, process):
-    for _ in range(600):
-        assert process.poll() is None
-        try:
-            with urllib.request.urlopen(address, timeout=10) as response:
-                assert response.status == 200
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.5)
-    pytest.fail(f"{address} does not respond")
 
 
 def read_page(address, folder) -> str:

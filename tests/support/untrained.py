@@ -176,11 +176,16 @@ def write_untrained_base(folder: Path, shape: str, *, seed: int = 0, tokens: int
 
 def save_tiny_vae(folder: Path, factor: float = 1.5) -> Path:
     """Writes the embedded base's autoencoder with other weights as a folder of its own, and returns the path."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
     from lora_engine.bases.tiny import folder as tiny_folder
 
-    vae: Any = AutoencoderKL.from_pretrained(str(tiny_folder()), subfolder="vae")
+    return save_other_vae(tiny_folder(), folder, factor)
+
+
+def save_other_vae(base: Path, folder: Path, factor: float = 1.5) -> Path:
+    """Writes the autoencoder of a base with other weights as a folder of its own, and returns the path."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    vae: Any = AutoencoderKL.from_pretrained(str(base), subfolder="vae")
     with torch.no_grad():
         for value in vae.parameters():
             value.mul_(factor)

@@ -86,7 +86,7 @@ def _sampler(text: str) -> str:
     return text
 
 
-_OPTIONS: Mapping[str, tuple[str, Callable[[str], Any], str]] = {
+PROMPT_OPTIONS: Mapping[str, tuple[str, Callable[[str], Any], str]] = {
     "w": ("width", _side, f"a multiple of 8 from 8 to {_MAX_SIDE}"),
     "h": ("height", _side, f"a multiple of 8 from 8 to {_MAX_SIDE}"),
     "n": ("negative", str, "text"),
@@ -95,6 +95,7 @@ _OPTIONS: Mapping[str, tuple[str, Callable[[str], Any], str]] = {
     "d": ("seed", _seed, "an integer from 0"),
     "ss": ("sampler", _sampler, f"{', '.join(SAMPLERS)}, or their names in A1111 or diffusers"),
 }
+"""Option -> its field of `SampleRequest`, its reader, and what is allowed."""
 
 
 def read_prompt(prompt: str, plain: SampleRequest) -> SampleRequest:
@@ -108,10 +109,10 @@ def read_prompt(prompt: str, plain: SampleRequest) -> SampleRequest:
     changes: dict[str, Any] = {}
     for match, following in zip(matches, [*matches[1:], None], strict=False):
         option, value = match[1], prompt[match.end() : following.start() if following else None].strip()
-        if option not in _OPTIONS:
-            known = ", ".join(f"--{name}" for name in _OPTIONS)
+        if option not in PROMPT_OPTIONS:
+            known = ", ".join(f"--{name}" for name in PROMPT_OPTIONS)
             raise ValueError(f"prompt {prompt!r} has the unknown option '--{option}'; known are {known}")
-        name, read, allowed = _OPTIONS[option]
+        name, read, allowed = PROMPT_OPTIONS[option]
         if name in changes:
             raise ValueError(f"prompt {prompt!r} sets '--{option}' twice; remove one of them")
         try:

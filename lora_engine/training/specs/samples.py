@@ -19,8 +19,6 @@ class Samples(BaseModel):
 
     Attributes:
         every: Training steps between samples, or epochs.
-        prompts: Prompts of the samples.
-        every: Training steps between samples.
         prompts: Prompts of the samples. Options of sd-scripts can follow a text: `--w` width and `--h` height in
             pixels, `--n` negative prompt, `--s` steps, `--l` guidance, `--d` seed (instead of `seeds`), `--ss` sampler.
         seeds: Noise seeds; the same at every interval.

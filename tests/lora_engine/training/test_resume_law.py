@@ -23,6 +23,7 @@ from lora_engine.training.optimizers import _PACKAGES, optimizers
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.rates import AnyOptimizer, Optimizer
 from tests.lora_engine.training.runs import OBJECTIVE, Ending, Runs, digests, factors_of
+from tests.support.untrained import save_other_vae
 
 STEPS, ACCUMULATE, CHECKPOINT_EVERY = 4, 2, 2
 USUAL: dict[str, Any] = {
@@ -258,6 +259,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "norm_limit": 0.01,
     },
     "frozen weights in float8, in the memory of the CPU": {"running": {"quantise": "fp8", "offload": 0.5}},
+    "a base in bfloat16 and gradient checkpointing": {
+        "precision": "bf16",
+        "running": {"gradient_checkpointing": True, "channels_last": True},
+        "objective": {"loss": {"name": "smooth_l1", "delta": 0.3, "schedule": "snr"}},
+    },
     "another layer of the text encoder and a rescaled schedule": {
         "clip_skip": 2,
         "prediction": "v_prediction",
@@ -282,6 +288,16 @@ def test_a_run_with_more_options_resumes_to_the_same_bytes(runs: Runs, masked: P
     out, steps = runs.resume("resumed", [Ending(batch=1), Ending(batch=3, crashes=True)], **settings)
     assert steps == [3, 4]
     assert digests(out) == digests(expected)
+
+
+def test_a_run_with_another_autoencoder_resumes_to_the_same_bytes(runs: Runs, tmp_path: Path) -> None:
+    plain = runs("plain", **USUAL)
+    change = {**USUAL, "arguments": {"vae": str(save_other_vae(runs.bases["small-sd"], tmp_path / "vae"))}}
+    expected = runs("straight", **change)
+    out, steps = runs.resume("resumed", [Ending(batch=5, crashes=True)], **change)
+    assert steps == [3, 4]
+    assert digests(out) == digests(expected)
+    assert any(not value.equal(factors_of(plain)[name]) for name, value in factors_of(out).items())
 
 
 CAPTIONS: dict[str, Any] = {

@@ -112,9 +112,10 @@ def test_every_optimizer_lowers_the_loss_from_a_zero_factor(name: str) -> None:
 
 
 def run_with_stops(
-    tmp_path: Path, name: str, stops: list[int], validate_every: int = 3, ema: Ema | None = None
+    tmp_path: Path, name: str, stops: list[int], validate_every: int = 3, ema: Ema | None = None, **change: Any
 ) -> tuple[Problem, History]:
-    fit_options = options(name, validate_every=validate_every, ema=ema, checkpoint_every=5, accumulate=2, warmup=2)
+    usual = {"checkpoint_every": 5, "accumulate": 2, "warmup": 2}
+    fit_options = options(name, validate_every=validate_every, ema=ema, **{**usual, **change})
     for stop in [*stops, 99]:
         problem = Problem()
         steps: list[int] = []
@@ -141,6 +142,18 @@ def test_every_optimizer_and_average_resumes_to_the_same_bytes(tmp_path: Path, n
         resumed, history = run_with_stops(tmp_path / "-".join(map(str, stops)), name, stops, ema=ema)
         assert same(resumed, straight)
         assert history == expected
+
+
+@pytest.mark.parametrize("name", schedules)
+def test_every_schedule_resumes_to_the_same_bytes(tmp_path: Path, name: str) -> None:
+    options_of = {"wsd": {"decay": 0.6}}  # else the last of the six steps of a phase alone
+    change: dict[str, Any] = {"schedule": name, "schedule_options": options_of.get(name, {}), "warmup": "20%"}
+    straight, expected = run_with_stops(tmp_path / "straight", "adamw", [], **change)
+    resumed, history = run_with_stops(tmp_path / "resumed", "adamw", [1, 4, 8], **change)
+    assert same(resumed, straight)
+    assert history == expected
+    constant, _ = run_with_stops(tmp_path / "constant", "adamw", [], warmup="20%")
+    assert same(resumed, constant) == (name == "constant")
 
 
 @pytest.mark.parametrize("ema", [None, Ema(decay=0.9)])

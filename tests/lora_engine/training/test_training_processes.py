@@ -18,6 +18,7 @@ import torch
 from lora_engine.adapters import attach, create_adapter
 from lora_engine.bases.base import load_base
 from lora_engine.bases.conditioning import Conditioning
+from lora_engine.data.pixels import read_pixels
 from lora_engine.errors import BaseModelError, EngineError, InterruptedRun, SettingsError, TrainingError
 from lora_engine.files import sha256_file
 from lora_engine.formats import read_bundle
@@ -251,13 +252,25 @@ SHARDED = {"running": {"processes": 2, "device": "cpu", "shard": True}}
 @pytest.mark.parametrize(
     "change",
     [
-        {"kind": "lora"},
+        {"samples": {"prompts": ("a star",), "every": 3, "steps": 1}},
         pytest.param({"kind": {"name": "dora", "inner": "lora"}}, marks=pytest.mark.nightly),
         pytest.param({"running": {"gradient_checkpointing": True}}, marks=pytest.mark.nightly),
         pytest.param({"base": "small-flux"}, marks=pytest.mark.nightly),
         pytest.param({"targets": "all", "validate_every": 1, "save_every": 1}, marks=pytest.mark.nightly),
+        pytest.param(
+            {
+                "best_checkpoint": {"by": "dvar", "every": 1, "patience": 0, "anneal": 0},
+                "schedule": "constant",
+                "rates": {"optimiser": "sgd", "ema": {"decay": 0.8}},
+            },
+            marks=pytest.mark.nightly,
+        ),
+        pytest.param(
+            {"method": {"name": "pivotal", "token": "sks", "preservation": {"prompt": "a star"}}},
+            marks=pytest.mark.nightly,
+        ),
     ],
-    ids=["lora", "dora", "gradient checkpointing", "flux", "all and validation"],
+    ids=["lora and samples", "dora", "checkpointing", "flux", "all and validation", "best checkpoint", "pivotal"],
 )
 def test_two_processes_with_a_split_network_match_two_with_all_of_it(
     job: Callable[..., dict[str, Any]], tmp_path: Path, change: dict[str, Any]
@@ -274,6 +287,10 @@ def test_two_processes_with_a_split_network_match_two_with_all_of_it(
     train_forked(whole)
     train_forked(split)
     require_same_training(whole, split)
+    drawn = [sorted(Path(done["out"]).glob("samples/*/*.png")) for done in (whole, split)]
+    assert [len(files) for files in drawn] == [2 if "samples" in change else 0] * 2
+    for first, second in zip(*drawn, strict=True):
+        torch.testing.assert_close(read_pixels(second), read_pixels(first), rtol=0, atol=1.01 / 127.5)
 
 
 def test_each_process_keeps_a_share_of_a_split_network(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -313,7 +330,6 @@ def test_two_processes_with_a_split_network_resume_to_the_same_bytes(job: Callab
         ({"running": {**SHARDED["running"], "quantise": "fp8"}}, "shard does not go with quantise"),
         ({"running": {**SHARDED["running"], "offload": 0.5}}, "shard does not go with offload"),
         ({"running": {**SHARDED["running"], "compile": "regional"}}, "shard does not go with compile"),
-        ({**SHARDED, "samples": {"prompts": ("a star",), "every": 2}}, "samples are drawn by one process"),
         ({**SHARDED, "rank": "auto"}, "rank auto needs the whole network"),
     ],
 )
