@@ -47,9 +47,7 @@ def test_each_use_of_an_image_draws_one_of_its_captions(bases: dict[str, Path], 
 def test_a_run_with_several_captions_resumes_to_the_same_bytes(runs: Runs, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"dataset": write_several(tmp_path / "data"), "method": "finetune", "steps": 4}
     expected = runs("straight", **settings, checkpoint_every=2)
-    ending = [Ending(batch=1, crashes=True)]
-    out, steps = runs.resume("resumed", ending, **settings, checkpoint_every=2)
-    assert steps == [2, 4] or steps == [4]
+    endings = [Ending(batch=0), Ending(batch=1, crashes=True)]
+    out, steps = runs.resume("resumed", endings, **settings, checkpoint_every=2)
+    assert steps == [3, 4]
     assert digests(out) == digests(expected)
-    plain = write_part(tmp_path / "plain", "star", 3)
-    assert digests(runs("plain", **settings | {"dataset": plain})) != digests(expected)
