@@ -90,6 +90,7 @@ def dataset(
             ("prepared", facts["prepared"]),
             *(("not used", f"{item['source']}: {item['reason']}") for item in facts["quarantined"]),
             *(("skipped", f"{count} images: {reason}") for reason, count in facts["skipped"].items()),
+            *(("note", line) for line in facts["notes"]),
             *(("alike", ", ".join(group)) for group in facts["alike"]),
             *(("origin", f"{name}: {text}") for name, text in facts["generation"].items()),
             *(("flaw", f"{name}: {', '.join(flaws)}") for name, flaws in facts["flaws"].items()),

@@ -1,6 +1,6 @@
 """Remembers what decoding the images of a folder gave, so that an unchanged image is not decoded again.
 
-A file of the cache has no pixels: it names the clean PNGs by their digests, and a function reads them from where they are stored.
+A file of the cache has no pixels: it names the clean PNGs by their digests, and a function reads them from the store.
 """
 
 from __future__ import annotations

@@ -56,7 +56,12 @@ class Print:
     def from_json(cls, data: Mapping[str, Any]) -> Print:
         """Returns the print of `to_json`."""
         fine, coarse = (np.frombuffer(bytes.fromhex(data[name]), dtype=np.uint8) for name in ("fine", "coarse"))
-        return cls(fine.reshape(2, -1), coarse.reshape(-1, 8), np.array(data["color"], dtype=np.float64), bool(data["is_small"]))
+        return cls(
+            fine.reshape(2, -1),
+            coarse.reshape(-1, 8),
+            np.array(data["color"], dtype=np.float64),
+            bool(data["is_small"]),
+        )
 
 
 def take_print(image: Image.Image) -> Print:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,7 +62,7 @@ def examine_folder(
 
     Returns:
         `dataset` and `prepared` (a line each), `images` (as in the manifest), `quarantined`, `skipped` (reason ->
-        number of images), `alike` (groups of names), `generation` (what is known of it, by name), `duplicates` (which
+        number of images), `notes` (warnings of captions, masks and layout), `alike` (groups of names), `generation` (what is known of it, by name), `duplicates` (which
         image to keep of each group), `flaws` and `ratings` (by name), `advice` and `page`.
 
     Raises:
@@ -89,7 +91,7 @@ def examine_folder(
         raise SettingsError(f"{', '.join(preparation)} needs a resolution", remedy="set --resolution")
     wanted = check_settings(PreprocessSettings, {"resolution": resolution, **preparation}) if preparation else None
     models = find_preparation_models(wanted, Path()) if wanted is not None else {}
-    with tempfile.TemporaryDirectory(prefix="loraline-") as work:
+    with tempfile.TemporaryDirectory(prefix="loraline-") as work, _noting() as notes:
         examination = examine_images(
             images,
             settings,
@@ -115,6 +117,7 @@ def examine_folder(
         "images": [entry.model_dump(mode="json", exclude={"file"}) for entry in manifest.pictures],
         "quarantined": [item.model_dump() for item in (prepared or manifest).quarantined],
         "skipped": dict(Counter(item.reason for item in manifest.skipped or ())),
+        "notes": notes,
         "alike": [[names[index] for index in group] for group in examination.groups],
         "generation": {
             entry.source: text
@@ -127,6 +130,28 @@ def examine_folder(
         "advice": list(examination.advice),
         "page": str(page) if page is not None else None,
     }
+
+
+@contextmanager
+def _noting() -> Iterator[list[str]]:
+    """Yields the distinct warnings of the engine until the block ends, but for those that the manifest lists.
+
+    They are part of the result, so they are not shown on standard error too.
+    """
+    notes: list[str] = []
+
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            if not getattr(record, "in_artifact", False) and text not in notes:
+                notes.append(text)
+
+    handler, logger = Notes(logging.WARNING), logging.getLogger("lora_engine")
+    logger.addHandler(handler)
+    try:
+        yield notes
+    finally:
+        logger.removeHandler(handler)
 
 
 def _compare(
