@@ -62,8 +62,9 @@ def examine_folder(
 
     Returns:
         `dataset` and `prepared` (a line each), `images` (as in the manifest), `quarantined`, `skipped` (reason ->
-        number of images), `notes` (warnings of captions, masks and layout), `alike` (groups of names), `generation` (what is known of it, by name), `duplicates` (which
-        image to keep of each group), `flaws` and `ratings` (by name), `advice` and `page`.
+        number of images), `notes` (warnings of captions, masks and layout), `alike` (groups of names), `generation`
+        (what is known of it, by name), `duplicates` (which image to keep of each group), `flaws` and `ratings` (by
+        name), `advice` and `page`.
 
     Raises:
         DataError: The folder cannot be read or has no usable image.
