@@ -268,7 +268,7 @@ def subjects_of(manifest: Manifest) -> Iterator[Subject]:
     """Yields the images, captions and consents of a dataset."""
     for image in manifest.pictures:
         yield Subject(image.sha256, "picture", f"picture {image.source}")
-        if image.caption:
-            yield Subject(sha256_bytes(image.caption.encode()), "caption", f"caption {image.caption[:80]!r}")
+        for caption in filter(None, image.captions):
+            yield Subject(sha256_bytes(caption.encode()), "caption", f"caption {caption[:80]!r}")
         if image.consent:
             yield Subject(image.consent, "consent", f"consent {image.consent}")

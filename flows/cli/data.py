@@ -49,6 +49,12 @@ def dataset(
     aesthetic: Annotated[
         Path | None, typer.Option(metavar="HEAD", help="Linear head on the CLIP that rates images, or its folder.")
     ] = None,
+    several_captions: Annotated[
+        Literal["auto", "first", "draw"], typer.Option(help="Lines and lists of captions: joined, the first, or drawn.")
+    ] = "auto",
+    c2pa_roots: Annotated[
+        Path | None, typer.Option(metavar="PEM", help="Root certificates by which C2PA signatures are trusted.")
+    ] = None,
     page: Annotated[Path | None, typer.Option("-o", "--output", metavar="PAGE", help="Contact sheet (HTML).")] = None,
     as_json: Json = False,
 ) -> None:
@@ -71,6 +77,8 @@ def dataset(
         base=base,
         clip=clip,
         aesthetic=aesthetic,
+        several_captions=several_captions,
+        c2pa_roots=c2pa_roots,
         preparation={k: parse_value(text, f"--{k}", SpecError) for k, text in wanted.items() if text is not None},
     )
     if as_json:
@@ -82,6 +90,7 @@ def dataset(
             ("prepared", facts["prepared"]),
             *(("not used", f"{item['source']}: {item['reason']}") for item in facts["quarantined"]),
             *(("skipped", f"{count} images: {reason}") for reason, count in facts["skipped"].items()),
+            *(("note", line) for line in facts["notes"]),
             *(("alike", ", ".join(group)) for group in facts["alike"]),
             *(("origin", f"{name}: {text}") for name, text in facts["generation"].items()),
             *(("flaw", f"{name}: {', '.join(flaws)}") for name, flaws in facts["flaws"].items()),

@@ -54,6 +54,18 @@ def _step_of_sizes(translation: Translation, setting: Setting) -> None:
         translation.drop(setting, f"sizes are multiples of 8; {rounded} was taken")
 
 
+def _wildcards(translation: Translation, setting: Setting) -> None:
+    if truth(setting):
+        translation.set("train.captions.wildcards", True, setting.name)
+        # sd-scripts draws one line of a caption file with it, and reads the first without.
+        translation.set("ingest.several_captions", "draw", setting.name)
+
+
+def _prompt_source(translation: Translation, setting: Setting) -> None:
+    if plain(setting.value) in ("sample", "concept"):
+        translation.set("ingest.several_captions", "draw", setting.name)
+
+
 def _text_rate(translation: Translation, setting: Setting) -> None:
     values = setting.value if isinstance(setting.value, list) else [setting.value]
     rates = [number(setting, value) for value in values if value not in (None, "")]
@@ -201,6 +213,8 @@ SPECIAL: Mapping[str, Callable[[Translation, Setting], None]] = {
     "preprocess.crop": _crop,
     "preprocess.buckets.enlarge": _no_upscale,
     "preprocess.buckets.step": _step_of_sizes,
+    "train.captions.wildcards": _wildcards,
+    "ingest.several_captions": _prompt_source,
     "train.rates.text": _text_rate,
     "train.learning_rate": _network_rate,
     "train.rates.optimiser": _optimizer,

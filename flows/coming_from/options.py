@@ -115,8 +115,10 @@ OPTIONS: tuple[Option, ...] = (
     Option("train.captions.separator", "caption_separator", "", "", ""),
     Option("train.captions.prefix", "caption_prefix", "", "", "", "added after shuffling, so it always comes first"),
     Option("train.captions.suffix", "caption_suffix", "", "", "", "added after shuffling, so it always comes last"),
-    Option("train.captions.wildcards", "enable_wildcard", "", "", "", "{a|b}; of a file with several lines, all lines "
-           "are one caption"),
+    Option("train.captions.wildcards", "enable_wildcard", "", "", "", "{a|b}; sets ingest.several_captions to "
+           "draw, too"),
+    Option("ingest.several_captions", "", "", "", "concepts.text.prompt_source", "draw: one line of a caption file is "
+           "drawn each time; sd-scripts without enable_wildcard reads the first line, which is first"),
     Option("train.caption_dropout", "caption_dropout_rate", "proportion_empty_prompts",
            "datasets.caption_dropout_rate", ""),
     Option("train.captions.dropout_every", "caption_dropout_every_n_epochs", "", "", ""),

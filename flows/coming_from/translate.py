@@ -95,7 +95,7 @@ _NUMBERS = {
     "combine.parts.weight",
 }  # fmt: skip
 _SWITCHES = {
-    "train.captions.flip", "train.captions.shuffle", "train.captions.wildcards", "train.captions.weights",
+    "train.captions.flip", "train.captions.shuffle", "train.captions.weights",
     "train.running.gradient_checkpointing", "train.method.mask.normalise", "train.objective.random_offset",
     "train.objective.random_perturbation", "train.zero_terminal_snr",
 }  # fmt: skip

@@ -160,14 +160,20 @@ def check_match(
     texts = [captions[name] for name in names]
     unlike = []
     for row, name in enumerate(names):
-        others = [scores[row, column] for column in range(len(names)) if texts[column] != texts[row]]
+        others = [
+            scores[row, column]
+            for column, other in enumerate(names)
+            if texts[column] != texts[row] and images[other] != images[name]
+        ]
         if len(others) >= _FEW and scores[row, row] < float(np.median(others)):
             unlike.append(name)
     if not unlike:
         return [], own
     worst = min(unlike, key=lambda name: own[name])
     row = names.index(worst)
-    better = names[int(scores[row].argmax())]
+    better = names[
+        max((c for c in range(len(names)) if images[names[c]] != images[worst]), key=lambda c: scores[row, c])
+    ]
     finding = CaptionFinding(
         "unlike",
         f"{len(unlike)} captions fit their images less than most captions of other images, by CLIP",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_engine.data.caption_files import FOLDER, TEXT
 from lora_engine.data.captioner_options import RESERVED
@@ -60,10 +61,19 @@ def caption(
     # Class images keep their own captions: trigger and template are about the concept.
     concept = manifest.model_copy(update={"pictures": tuple(i for i in manifest.pictures if i.split != "class")})
     captions = _describe(dataset, concept, settings, progress, cache, labels or {})
-    texts = _complete(captions.texts, settings)
-    changes: dict[str, dict[str, str | None]] = {
-        image.file: {"caption": text, "caption_origin": _origin_of(image, before, origin, settings)}
-        for image, text, before, origin in zip(concept.pictures, texts, captions.texts, captions.origins, strict=True)
+    further = [_kept_alternatives(image, text) for image, text in zip(concept.pictures, captions.texts, strict=True)]
+    # Edits see all captions at once, since some count tags.
+    texts = iter(_complete([*captions.texts, *(text for kept in further for text in kept)], settings))
+    firsts = [next(texts) for _ in concept.pictures]
+    changes: dict[str, dict[str, Any]] = {
+        image.file: {
+            "caption": text,
+            "caption_origin": _origin_of(image, before, origin, settings),
+            "alternatives": tuple(dict.fromkeys(next(texts) for _ in kept)) or None,
+        }
+        for image, text, before, origin, kept in zip(
+            concept.pictures, firsts, captions.texts, captions.origins, further, strict=True
+        )
     }
     images = []
     total = len(manifest.pictures)
@@ -80,6 +90,11 @@ def caption(
     result = manifest.model_copy(update={"pictures": tuple(images), **words})
     result.save(out)
     return result
+
+
+def _kept_alternatives(image: ImageEntry, described: str) -> tuple[str, ...]:
+    """Returns the alternatives of a caption that a captioner left, or wrote more after."""
+    return (image.alternatives or ()) if described.startswith(image.caption) else ()
 
 
 def _origin_of(image: ImageEntry, text: str, origin: str | None, settings: CaptionSettings) -> str | None:
@@ -141,9 +156,10 @@ def _complete(texts: Sequence[str], settings: CaptionSettings) -> list[str]:
 
 
 def _refuse_long(image: ImageEntry) -> None:
-    if len(image.caption) > MAX_CAPTION:
+    longest = max(map(len, image.captions))
+    if longest > MAX_CAPTION:
         raise DataError(
-            f"the caption has {len(image.caption)} characters with the trigger",
+            f"the caption has {longest} characters with the trigger",
             where=image.source,
             allowed=f"{MAX_CAPTION}",
             remedy="shorten it",

@@ -77,7 +77,7 @@ def find_odd(
     if blank:
         yield _describe(blank, images, "are nearly of one color or very dark", fix)
     shown = [image for image in images if not image.is_blank]
-    repeated = sorted({second for _, second in find_same([image.print for image in shown])})
+    repeated = sorted({index for _, others in find_same([image.print for image in shown]) for index in others.tolist()})
     if repeated:
         yield _describe([shown[index].name for index in repeated], images, "show the same as another", fix)
     if likeness is None or not images:

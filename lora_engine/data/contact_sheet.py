@@ -26,6 +26,7 @@ def render_contact_sheet(title: str, examination: Examination) -> str:
             for index, image in enumerate(examination.images)
         ],
         quarantined=(examination.prepared or examination.manifest).quarantined,
+        skipped=examination.manifest.skipped or (),
     )
 
 
@@ -45,7 +46,7 @@ def _card(image: Examined, group: int | None, rating: float | None) -> dict[str,
         "review": embed_image(image.review, THUMBNAIL, _QUALITY) if image.review is not None else None,
         "source": entry.source,
         "size": f"{entry.width} x {entry.height}",
-        "caption": entry.caption,
+        "captions": entry.captions,
         "origin": entry.caption_origin,
         "notes": [note for note in notes if note],
         "flaws": [*image.flaws, *([f"like others of group {group}"] if group is not None else [])],

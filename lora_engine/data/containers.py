@@ -12,6 +12,7 @@ from typing import BinaryIO
 MAX_TEXT = 1 << 20
 _MAX_BLOCKS, _MAX_BLOCK, _MAX_BYTES = 4_096, 8 << 20, 16 << 20
 """Bounds of a file: blocks, bytes read of each, and of all of them."""
+_PNG = b"\x89PNG\r\n\x1a\n"
 _C2PA_UUID = bytes.fromhex("d8fec3d61b0e483c92975828877ec481")
 _SEGMENTS, _SCAN = {0xE1: "APP1", 0xEB: "APP11"}, 0xDA
 _JPEG_XMP = b"http://ns.adobe.com/xap/1.0/\0"
@@ -58,6 +59,19 @@ def read_c2pa(file: BinaryIO) -> bytes:
     return found if b"c2pa" in found else b""
 
 
+def media_type(file: BinaryIO) -> str:
+    """Returns the media type of a PNG, WebP, JPEG, AVIF or HEIC file, such as `image/png`."""
+    file.seek(0)
+    start = file.read(12)
+    if start[:8] == _PNG:
+        return "image/png"
+    if start[:4] == b"RIFF":
+        return "image/webp"
+    if start[4:8] == b"ftyp":
+        return "image/avif" if start[8:12] in {b"avif", b"avis"} else "image/heic"
+    return "image/jpeg"
+
+
 def _inflate(data: bytes) -> bytes:
     return zlib.decompressobj().decompress(data, MAX_TEXT)
 
@@ -67,7 +81,7 @@ def _blocks(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     start = file.read(12)
-    if start[:8] == b"\x89PNG\r\n\x1a\n":
+    if start[:8] == _PNG:
         position, read, trailer = 8, _png_header, 4
     elif start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         position, read, trailer = 12, _riff_header, 0

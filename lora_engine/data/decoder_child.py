@@ -29,7 +29,9 @@ Frame = tuple[dict[str, Any], bytes]
 """What is known, and the content that belongs to it."""
 
 
-def decode_image(path: Path, root: Path, max_pixels: int, background: list[int]) -> Frame | Iterator[Frame]:
+def decode_image(
+    path: Path, root: Path, max_pixels: int, background: list[int], verifies: bool, roots: str | None
+) -> Frame | Iterator[Frame]:
     """Returns the digest, size, print and evidence of an image, with its clean PNG; then its opacity unless full."""
     red, green, blue = background
     sha256, image, opacity = open_with_alpha(path, max_pixels, root, (red, green, blue))
@@ -37,7 +39,7 @@ def decode_image(path: Path, root: Path, max_pixels: int, background: list[int])
         "sha256": sha256,
         "size": image.size,
         "print": take_print(image).to_json(),
-        "evidence": read_evidence(path, root),
+        "evidence": read_evidence(path, root, verifies=verifies, roots=None if roots is None else Path(roots)),
     }
     frame: Frame = (facts, encode_png(image))
     return frame if opacity is None else iter((frame, ({"part": "opacity"}, encode_mask(opacity))))

@@ -60,15 +60,24 @@ class Decoders:
         self._idle: list[DecoderProcess] = []
 
     def image(
-        self, path: Path, root: Path, max_pixels: int, background: tuple[int, int, int] = (255, 255, 255)
+        self,
+        path: Path,
+        root: Path,
+        max_pixels: int,
+        background: tuple[int, int, int] = (255, 255, 255),
+        *,
+        verifies: bool = False,
+        roots: Path | None = None,
     ) -> DecodedImage:
-        """Returns an image; see `open_with_alpha`.
+        """Returns an image; see `open_with_alpha` and, for `verifies` and `roots`, `read_evidence`.
 
         Raises:
             DataError: It cannot be used, takes more than the limits, or ends the child twice.
             EngineError: No child can be started.
         """
-        (facts, png), *further = self.request("image", path, root, max_pixels=max_pixels, background=background)
+        options = {"verifies": verifies, "roots": None if roots is None else os.fspath(roots.absolute())}
+        frames = self.request("image", path, root, max_pixels=max_pixels, background=background, **options)
+        (facts, png), *further = frames
         width, height = facts["size"]
         evidence = cast("tuple[GenerationSign, ...]", tuple(facts["evidence"]))
         opacity = further[0][1] if further else None

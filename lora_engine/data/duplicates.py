@@ -7,7 +7,7 @@ of Perceptual Image Hash Functions"). They ignore color, so the mean colors are 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ MAX_COLOR = 25.0
 SMALL = 128
 """Images with a shorter side have too few details for the coarse hash."""
 _WORK = 512
+Matches = tuple[int, NDArray[np.intp]]
+"""The index of an image, and the larger ones of the images that it is compared with and matches, ascending."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,19 @@ class Print:
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as JSON data."""
-        hashes = {"fine": self.fine.tolist(), "coarse": self.coarse.tolist()}
+        hashes = {"fine": self.fine.tobytes().hex(), "coarse": self.coarse.tobytes().hex()}
         return {**hashes, "color": self.color.tolist(), "is_small": self.is_small}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Print:
         """Returns the print of `to_json`."""
-        fine, coarse = (np.array(data[name], dtype=np.uint8) for name in ("fine", "coarse"))
-        return cls(fine, coarse, np.array(data["color"], dtype=np.float64), bool(data["is_small"]))
+        fine, coarse = (np.frombuffer(bytes.fromhex(data[name]), dtype=np.uint8) for name in ("fine", "coarse"))
+        return cls(
+            fine.reshape(2, -1),
+            coarse.reshape(-1, 8),
+            np.array(data["color"], dtype=np.float64),
+            bool(data["is_small"]),
+        )
 
 
 def take_print(image: Image.Image) -> Print:
@@ -72,61 +79,79 @@ def group_files(files: Iterable[Path]) -> list[list[int]]:
     return find_groups([take_print(open_image(file)) for file in files])
 
 
-def find_groups(prints: Sequence[Print], same: Collection[tuple[int, int]] | None = None) -> list[list[int]]:
+def find_groups(prints: Sequence[Print]) -> list[list[int]]:
     """Returns groups of kin images, as indices in ascending order; an image without kin is a group of its own.
 
     Kin are equal images, and crops of one another. What is kin of kin is in the same group.
 
     Args:
         prints: The prints of the images.
-        same: The result of `find_same`, if it is at hand.
     """
-    parents = list(range(len(prints)))
-
-    def root(index: int) -> int:
-        while parents[index] != index:
-            parents[index] = parents[parents[index]]
-            index = parents[index]
-        return index
-
-    for first, second in find_kin(prints, same):
-        low, high = sorted((root(first), root(second)))
-        parents[high] = low
+    # The smallest index of each image's group. Arrays, as n images of one scene are n² / 2 pairs.
+    labels = np.arange(len(prints))
+    for first, others in find_kin(prints):
+        for label in {*labels[others[labels[others] != labels[first]]].tolist()}:
+            low, high = sorted((int(labels[first]), label))
+            labels[labels == high] = low
     groups: dict[int, list[int]] = defaultdict(list)
-    for index in range(len(prints)):
-        groups[root(index)].append(index)
+    for index, label in enumerate(labels.tolist()):
+        groups[label].append(index)
     return list(groups.values())
 
 
-def find_kin(prints: Sequence[Print], same: Collection[tuple[int, int]] | None = None) -> list[tuple[int, int]]:
-    """Returns the pairs of kin images, as indices, sorted; takes n² comparisons. Arguments as for `find_groups`."""
-    same = set(find_same(prints) if same is None else same)
-    coarse = _pairs([entry.coarse for entry in prints], KIN_BITS)
-    near = {(a, b) for a, b in coarse if not (prints[a].is_small or prints[b].is_small)}
-    return sorted(same | _of_like_color(prints, near))
+def find_kin(prints: Sequence[Print]) -> Iterator[Matches]:
+    """Yields the images that have kin among those after them, in their order; takes n² comparisons."""
+    colors, fine = _colors(prints), _Hashes([entry.fine for entry in prints])
+    coarse, large = _Hashes([entry.coarse for entry in prints]), _are_large(prints)
+    for first in range(len(prints)):
+        near = fine.match(first, SAME_BITS)
+        if large[first]:
+            near |= coarse.match(first, KIN_BITS) & large[first + 1 :]
+        yield from _of_like_color(colors, first, near)
 
 
-def find_same(prints: Sequence[Print]) -> list[tuple[int, int]]:
-    """Returns the pairs of images that are equal but for encoding, size or mirroring, as indices, sorted."""
-    return sorted(_of_like_color(prints, _pairs([entry.fine for entry in prints], SAME_BITS)))
+def find_same(prints: Sequence[Print]) -> Iterator[Matches]:
+    """Yields the images that are equal to one after them but for encoding, size or mirroring, in their order."""
+    colors, fine = _colors(prints), _Hashes([entry.fine for entry in prints])
+    for first in range(len(prints)):
+        yield from _of_like_color(colors, first, fine.match(first, SAME_BITS))
 
 
-def _of_like_color(prints: Sequence[Print], pairs: Collection[tuple[int, int]]) -> set[tuple[int, int]]:
-    return {(a, b) for a, b in pairs if np.abs(prints[a].color - prints[b].color).max() <= MAX_COLOR}
+def _colors(prints: Sequence[Print]) -> NDArray[np.float64]:
+    return np.array([entry.color for entry in prints], dtype=np.float64)
 
 
-def _pairs(prints: Sequence[NDArray[np.uint8]], limit: int) -> set[tuple[int, int]]:
-    """Returns the pairs of images of which the whole of one differs from a view of the other in few bits."""
-    found: set[tuple[int, int]] = set()
-    if not prints:
-        return found
-    hashes = np.stack(prints)
-    whole = hashes[:, 0]
-    for view in range(hashes.shape[1]):
-        for index, entry in enumerate(hashes[:, view]):
-            bits = np.bitwise_count(whole ^ entry).sum(axis=1)
-            found |= {(min(index, int(other)), max(index, int(other))) for other in np.flatnonzero(bits <= limit)}
-    return {pair for pair in found if pair[0] != pair[1]}
+def _are_large(prints: Sequence[Print]) -> NDArray[np.bool_]:
+    return np.array([not entry.is_small for entry in prints], dtype=bool)
+
+
+def _of_like_color(colors: NDArray[np.float64], first: int, near: NDArray[np.bool_]) -> Iterator[Matches]:
+    """Yields the matches of an image, if it has any whose mean color is like its own."""
+    others = np.flatnonzero(near) + first + 1
+    others = others[np.abs(colors[others] - colors[first]).max(axis=1, initial=0.0) <= MAX_COLOR]
+    if len(others):
+        yield first, others
+
+
+class _Hashes:
+    """Compares the hashes of images.
+
+    Args:
+        prints: One array of bytes [views, bytes] per image; the bytes are a multiple of 8.
+    """
+
+    def __init__(self, prints: Sequence[NDArray[np.uint8]]) -> None:
+        # [views, images, words]: the popcount of a word is as fast as that of a byte.
+        self._views = np.stack(prints, axis=1).view(np.uint64) if prints else np.zeros((1, 0, 1), np.uint64)
+
+    def match(self, first: int, limit: int) -> NDArray[np.bool_]:
+        """Returns a truth value for each later image: its whole and a view of the first, or the reverse, are alike."""
+        whole, views, rest = self._views[0], self._views, self._views[:, first + 1 :]
+        near = np.zeros(rest.shape[1], dtype=bool)
+        for view in range(len(views)):
+            for pair in (whole[first + 1 :] ^ views[view, first], rest[view] ^ whole[first]):
+                near |= np.bitwise_count(pair).sum(axis=1) <= limit
+        return near
 
 
 def _hash(gray: Image.Image, size: int) -> NDArray[np.uint8]:

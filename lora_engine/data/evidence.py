@@ -14,7 +14,7 @@ from PIL import Image
 from lora_engine.data.containers import read_c2pa, read_png_texts
 from lora_engine.data.folder import open_inside
 from lora_engine.data.images import BROKEN, open_pillow
-from lora_engine.data.rights import PROVENANCE_ONLY, GenerationSign
+from lora_engine.data.rights import MANIFEST, GenerationSign
 
 _EXIF, _USER_COMMENT, _MAKE, _MODEL = 0x8769, 0x9286, 0x010F, 0x0110
 # IPTC's vocabulary http://cv.iptc.org/newscodes/digitalsourcetype/, as an element or an attribute of XMP. Searched as
@@ -31,7 +31,9 @@ _GENERATED_MEDIA = re.compile(rb"digitalsourcetype/(compositeWithT|t)rainedAlgor
 _INVOKEAI = ("invokeai_metadata", "invokeai_graph", "sd-metadata", "Dream")
 
 
-def read_evidence(path: Path, root: Path) -> tuple[GenerationSign, ...]:
+def read_evidence(
+    path: Path, root: Path, *, verifies: bool = False, roots: Path | None = None
+) -> tuple[GenerationSign, ...]:
     """Returns the evidence in an image file, sorted; decodes no pixels.
 
     Recognizes the text of AUTOMATIC1111's web interface (`parameters`, or the EXIF comment of other formats), the two
@@ -42,12 +44,19 @@ def read_evidence(path: Path, root: Path) -> tuple[GenerationSign, ...]:
     Args:
         path: A file that `open_image` accepts.
         root: Links that lead out of this folder are refused.
+        verifies: True verifies the signature of a C2PA manifest; see `verify_credentials`.
+        roots: Certificates that such a signature is trusted by; None trusts none.
 
     Raises:
         DataError: The file cannot be opened.
     """
     with open_inside(path, root) as file:
-        signs = {*_find_in_c2pa(read_c2pa(file)), *_find_in_texts(dict(read_png_texts(file)))}
+        manifest = read_c2pa(file)
+        signs = {*_find_in_c2pa(manifest), *_find_in_texts(dict(read_png_texts(file)))}
+        if manifest and verifies:
+            from lora_engine.data.credentials import verify_credentials  # loads a library of 50 MB
+
+            signs.add(verify_credentials(file, roots))
         file.seek(0)
         try:
             with open_pillow(file) as image:
@@ -85,7 +94,7 @@ def _find_in_image(image: Image.Image) -> Iterator[GenerationSign]:
 
 def _find_in_c2pa(manifest: bytes) -> Iterator[GenerationSign]:
     if manifest:
-        yield PROVENANCE_ONLY
+        yield MANIFEST
     if _GENERATED_MEDIA.search(manifest):
         yield "c2pa-trained-algorithmic-media"
 

@@ -84,6 +84,7 @@ def examine_images(
     preparation: PreprocessSettings | None = None,
     labels: Mapping[str, str] = MappingProxyType({}),
     work: Path,
+    c2pa_roots: Path | None = None,
 ) -> Examination:
     """Ingests a folder into an empty one, prepares the images if settings are given, and examines the result.
 
@@ -95,13 +96,14 @@ def examine_images(
         preparation: Settings of preprocess; None prepares no image.
         labels: See `preprocess`.
         work: The empty folder, which gets the images of the manifest, and `prepared`.
+        c2pa_roots: See `ingest`.
 
     Raises:
         DataError: As of `ingest` and `preprocess`.
         SettingsError: A model cannot be loaded.
     """
     prints: dict[str, Print] = {}
-    manifest = ingest(folder, work, settings, consent=consent, prints=prints)
+    manifest = ingest(folder, work, settings, consent=consent, prints=prints, c2pa_roots=c2pa_roots)
     target = work / "prepared"
     prepared = preprocess(work, target, preparation, labels=labels) if preparation is not None else None
     results = {entry.file: entry for entry in prepared.pictures} if prepared is not None else {}

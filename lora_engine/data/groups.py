@@ -30,6 +30,7 @@ class ImageGroup:
             takes `text`.
         first_line: True if the lines of a caption file are alternatives, of which the first is used.
         text: The caption of images without another, or of all if `captions` is `stated`.
+        alternatives: Further ones; see `several_captions` of ingest.
         trigger: Replaces `[trigger]` in captions; None leaves it.
         masks: The folder of its masks, which have the names of the images; None means none.
     """
@@ -44,6 +45,7 @@ class ImageGroup:
     captions: CaptionSource = "files"
     first_line: bool = False
     text: str = ""
+    alternatives: tuple[str, ...] = ()
     trigger: str | None = None
     masks: str | None = None
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -14,12 +13,21 @@ from PIL import Image
 from lora_engine.data.caption_files import FoundCaption, stated_origin
 from lora_engine.data.class_images import GIVEN, ClassImage, find_odd, read_class_image
 from lora_engine.data.consent import Statement, read_consent
+from lora_engine.data.credentials import require_c2pa
+from lora_engine.data.decode_cache import DecodeCache
 from lora_engine.data.decoders import DecodedImage, shared_decoders
 from lora_engine.data.duplicates import Print
-from lora_engine.data.folder import Owner, Tree, owner_of, require_images
-from lora_engine.data.images import IMAGE_FORMATS
+from lora_engine.data.folder import owner_of, require_images
+from lora_engine.data.ingest_reports import (
+    no_images_error,
+    unmatched_masks,
+    warn_of_generated,
+    warn_of_signatures,
+    warn_of_transparency,
+)
 from lora_engine.data.layout import FolderLayout
 from lora_engine.data.manifest import ImageEntry, Manifest, Quarantined
+from lora_engine.data.opening import ImageOpener
 from lora_engine.data.preparation import Preparation
 from lora_engine.data.rights import GenerationSign, Rights
 from lora_engine.data.spec import IngestSettings
@@ -43,6 +51,8 @@ def ingest(
     masks: Path | None = None,
     revoked: Collection[str] = (),
     prints: dict[str, Print] | None = None,
+    cache: DecodeCache | None = None,
+    c2pa_roots: Path | None = None,
     progress: Progress = no_progress,
 ) -> Manifest:
     """Reads the folder and writes a dataset: `manifest.json`, `pictures/` and `masks/`, without the files' metadata.
@@ -59,6 +69,8 @@ def ingest(
         masks: A folder of masks with the names of their images; None means that masks are beside the images only.
         revoked: Digests of images and ids of consents that were revoked; these images are quarantined.
         prints: Gets the prints of the images by their files in the dataset; None keeps none.
+        cache: What was decoded before, and gets what is decoded now; None decodes all images.
+        c2pa_roots: See `verify_credentials`, for `c2pa: verify`.
         progress: Called after each file.
 
     Returns:
@@ -67,22 +79,27 @@ def ingest(
     Raises:
         DataError: The folder is missing or has no usable image, the consent file is invalid, or a pattern of `repeats`
             matches no image.
+        SettingsError: Signatures cannot be verified.
     """
     require_images(images)
+    if settings.c2pa == "verify":
+        require_c2pa(c2pa_roots)
     statements = read_consent(consent) if consent is not None else {}
     with unpacked_images(images, out) as unpacked:
         if masks is not None:
             unpacked.tree.mount_masks(masks)
         layout = FolderLayout(images, unpacked, settings)
-        ingestion = _Ingestion(unpacked.tree, out, settings, layout, frozenset(revoked))
+        opener = ImageOpener(unpacked.tree, settings, cache, c2pa_roots)
+        ingestion = _Ingestion(opener, out, layout, frozenset(revoked))
         entries, quarantined = ingestion.run(statements, progress)
-    ingestion.report_transparency()
+    warn_of_transparency(ingestion.transparent, settings.background)
     quarantined += [_quarantine(printable(name), DataError(why)) for name, why in unpacked.refused.items()]
-    quarantined += _unmatched_masks(layout.masks, ingestion.used_masks)
+    quarantined += unmatched_masks(layout.masks, ingestion.used_masks)
     if not entries:
-        raise _no_images_error(images, quarantined)
+        raise no_images_error(images, quarantined)
     if settings.generated == "warn":
-        _warn_of_generated(entries)
+        warn_of_generated(entries)
+    warn_of_signatures(entries)
     quarantined += layout.report()
     if unknown := sorted(set(statements) - set(layout.names)):
         _log.warning("%d rows of %s name no file of the folder, first %r", len(unknown), consent, unknown[0])
@@ -96,17 +113,11 @@ def ingest(
         layout=layout.describe([ingestion.names[entry.file] for entry in entries]),
     )
     manifest.save(out)
+    if cache is not None:
+        cache.save({entry.sha256 for entry in manifest.pictures})
     if prints is not None:
         prints |= {entry.file: ingestion.prints[entry.file] for entry in manifest.pictures}
     return manifest
-
-
-def _try_to_open(tree: Tree, settings: IngestSettings, name: str) -> DecodedImage | DataError:
-    """Returns an image, or why it cannot be used."""
-    try:
-        return shared_decoders().image(*tree.locate(name), settings.max_pixels, settings.background_color)
-    except DataError as error:
-        return error
 
 
 def _quarantine(source: str, error: DataError) -> Quarantined:
@@ -119,10 +130,8 @@ def _quarantine(source: str, error: DataError) -> Quarantined:
 class _Ingestion:
     """Ingests images in order and finds duplicates."""
 
-    def __init__(
-        self, tree: Tree, out: Path, settings: IngestSettings, layout: FolderLayout, revoked: frozenset[str]
-    ) -> None:
-        self._tree, self._out, self._settings = tree, out, settings
+    def __init__(self, opener: ImageOpener, out: Path, layout: FolderLayout, revoked: frozenset[str]) -> None:
+        self._opener, self._tree, self._settings, self._out = opener, opener.tree, opener.settings, out
         self._layout, self._revoked = layout, revoked
         self._sources: dict[str, ImageEntry] = {}
         self._statements: dict[str, dict[Statement, str]] = defaultdict(dict)
@@ -142,7 +151,7 @@ class _Ingestion:
         names = [name for name in self._layout.names if name not in self._layout.skipped]
         # Codecs run in children. Everything that depends on earlier files happens here, in the order of the files.
         with Workers() as workers, Workers() as self._writers:
-            opened = workers.map(partial(_try_to_open, self._tree, self._settings), names)
+            opened = workers.map(self._opener, names)
             for done, (name, result) in enumerate(zip(names, opened, strict=True), start=1):
                 try:
                     entries.append(self._add(name, statements.get(name, Statement()), result))
@@ -168,6 +177,8 @@ class _Ingestion:
                 self._offer_caption(earlier, copied, name)
             raise DataError(f"{'duplicate of' if same else 'has the same short digest as'} {earlier.source}")
         self.prints[file] = opened.print
+        if self._opener.cache is not None:
+            self._opener.cache.keep(opened)
         if self._layout.split(name) == "class":
             pixels = Image.open(io.BytesIO(opened.png))
             self.class_images[file] = read_class_image(printable(name), pixels, opened.print)
@@ -186,6 +197,7 @@ class _Ingestion:
             height=opened.size[1],
             caption=caption.text if caption is not None else "",
             caption_origin=stated_origin(caption) if caption is not None else None,
+            alternatives=(caption.alternatives or None) if caption is not None else None,
             source=printable(name),
             split=self._layout.split(name),
             consent=statement.consent,
@@ -196,16 +208,6 @@ class _Ingestion:
         )
         self._sources[file], self.names[file] = entry, name
         return entry
-
-    def report_transparency(self) -> None:
-        """Logs how many images are transparent in places."""
-        if self.transparent:
-            _log.warning(
-                "%d images are transparent in places, first %s: they show the background %s",
-                len(self.transparent),
-                self.transparent[0],
-                self._settings.background,
-            )
 
     def _offer_caption(self, earlier: ImageEntry, caption: FoundCaption, name: str) -> None:
         used = earlier.caption or self._captions.setdefault(earlier.file, caption).text
@@ -227,7 +229,8 @@ class _Ingestion:
 
     def _settled(self, entry: ImageEntry) -> ImageEntry:
         if (copied := self._captions.get(entry.file)) is not None:
-            entry = entry.model_copy(update={"caption": copied.text, "caption_origin": stated_origin(copied)})
+            stated = {"caption": copied.text, "caption_origin": stated_origin(copied)}
+            entry = entry.model_copy(update={**stated, "alternatives": copied.alternatives or None})
         statements = self._statements[entry.sha256]
         if len(statements) > 1:
             names = " and ".join(statements.values())
@@ -267,33 +270,3 @@ class _Ingestion:
 
 def _with_evidence(rights: Rights | None, evidence: tuple[GenerationSign, ...]) -> Rights | None:
     return (rights or Rights()).model_copy(update={"evidence": evidence}) if evidence else rights
-
-
-def _warn_of_generated(entries: Sequence[ImageEntry]) -> None:
-    found = [entry for entry in entries if entry.rights is not None and entry.rights.is_generated]
-    if found and found[0].rights is not None:
-        how = found[0].rights.describe_generation()
-        _log.warning("%d images are generated, first %s: %s", len(found), found[0].source, how)
-
-
-def _unmatched_masks(masks: Mapping[Owner, Sequence[str]], used: set[str]) -> list[Quarantined]:
-    unused = sorted(Path(name) for names in masks.values() for name in names if name not in used)
-    reason = "is a mask by its name, and no used image has that name"
-    return [Quarantined(source=printable(name.as_posix()), reason=reason) for name in unused]
-
-
-def _no_images_error(images: Path, quarantined: list[Quarantined]) -> DataError:
-    if not quarantined:
-        return DataError(
-            "the folder has no images",
-            where=str(images),
-            allowed=", ".join(IMAGE_FORMATS),
-            remedy="add images, and captions in .txt files of the same names if there are any",
-        )
-    first = "; ".join(f"{item.source}: {item.reason}" for item in quarantined[:3])
-    kinds = len(Counter(item.reason for item in quarantined))
-    return DataError(
-        f"none of the {len(quarantined)} files can be used ({kinds} different reasons), first {first}",
-        where=str(images),
-        remedy="repair or replace the files",
-    )

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
-from lora_engine.data.caption_files import CaptionFiles, FoundCaption
+from lora_engine.data.caption_files import CaptionFiles, FoundCaption, SeveralCaptions
 from lora_engine.data.folder import Listing, Tree, list_tree, owner_of
 from lora_engine.data.groups import Grouping
 from lora_engine.data.manifest import MAX_CAPTION, Quarantined, Split
@@ -44,6 +44,7 @@ class FolderLayout:
     def __init__(self, root: Path, unpacked: Unpacked, settings: IngestSettings) -> None:
         listing = list_tree(unpacked.tree)
         self._repeats, self._unpacked = settings.repeats, unpacked
+        self._several_captions = settings.several_captions
         self._grouping = _find_grouping(unpacked.tree, listing, settings.layout)
         if self._grouping is not None:
             listing = _with_masks(listing, self._grouping)
@@ -69,12 +70,14 @@ class FolderLayout:
             )
         _refuse_unmatched_patterns(root, settings, self.names)
         self._captions = CaptionFiles(
-            unpacked.tree, self.names, listing.companions, self._subsets, unpacked.rows, self._has_alternatives
+            unpacked.tree, self.names, listing.companions, self._subsets, unpacked.rows, self._several
         )
         self.skipped = self._find_skipped()
 
-    def _has_alternatives(self, name: str) -> bool:
-        return name in self._groups and self._groups[name].first_line
+    def _several(self, name: str) -> SeveralCaptions:
+        if self._several_captions == "auto" and name in self._groups and self._groups[name].first_line:
+            return "first"
+        return self._several_captions
 
     def _find_skipped(self) -> dict[str, str]:
         if self._grouping is None:
@@ -88,7 +91,8 @@ class FolderLayout:
         """Returns the caption of an image; None if there is none."""
         group = self._groups.get(name)
         if group is not None and group.captions == "stated":
-            return FoundCaption(group.text, "dataset file") if group.text else None
+            drawn = group.alternatives if self._several_captions == "draw" else ()
+            return FoundCaption(group.text, "dataset file", drawn) if group.text else None
         if group is not None and group.captions == "file name":
             return FoundCaption(clean_text(PurePosixPath(name).stem.replace("_", " ")), "file name")
         caption = self._captions.find(name)
@@ -98,10 +102,11 @@ class FolderLayout:
             caption = FoundCaption(group.text, "dataset file")
         if caption is None or group.trigger is None:
             return caption
-        text = caption.text.replace("[trigger]", group.trigger)
-        if len(text) > MAX_CAPTION:
+        texts = [text.replace("[trigger]", group.trigger) for text in (caption.text, *caption.alternatives)]
+        if max(map(len, texts)) > MAX_CAPTION:
             self._captions.faults[f"{name}, its caption"] = f"is cut after {MAX_CAPTION:,} characters"
-        return FoundCaption(text[:MAX_CAPTION], caption.origin)
+        first, *others = (text[:MAX_CAPTION] for text in texts)
+        return FoundCaption(first, caption.origin, tuple(others))
 
     def repeats(self, name: str) -> int:
         """Returns the number of times that an image occurs per epoch; see `IngestSettings`.
@@ -149,8 +154,8 @@ class FolderLayout:
         counts = Counter(self._groups[name].folder for name in used)
         groups = [group for group in self._grouping.groups if group.skipped is None]
         parts = [", ".join(group.describe(counts[group.folder]) for group in groups)]
-        if self._captions.alternatives:
-            parts.append(f"{self._captions.alternatives} captions have alternatives, and their first line is used")
+        if self._captions.shortened:
+            parts.append(f"{self._captions.shortened} captions have alternatives, and their first line is used")
         return f"{self._grouping.title}: {'; '.join((*parts, *self._grouping.notes))}"
 
     def _describe_archives(self, used: Collection[str]) -> str:
@@ -180,6 +185,11 @@ class FolderLayout:
         for note in self._grouping.notes if self._grouping is not None else ():
             _log.warning("%s", note)
         _warn("%d captions belong to no image, first %s", [printable(name) for name in captions.unowned])
+        _warn(
+            "%d caption files have several lines, which are one caption (set several_captions to first or draw if "
+            "they are alternatives), first %s",
+            [printable(name) for name in captions.joined],
+        )
         _warn("%d entries of metadata files name no image, first %s", captions.unknown)
         faults = [Quarantined(source=printable(file), reason=printable(why)) for file, why in captions.faults.items()]
         for fault in faults:

@@ -31,6 +31,7 @@ _NAME = "manifest.json"
 MAX_SIDE = 100_000_000
 MAX_CAPTION = 2_000
 MAX_REPEATS = 10_000
+MAX_ALTERNATIVES = 100
 
 Split = Literal["train", "heldout", "class"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -57,6 +58,7 @@ class ImageEntry(BaseModel):
         part: Number of its dataset in `parts`; None if the dataset was not combined of others.
         framing: The part of the original image that it shows; None if preprocess did not record it.
         preparation: How the image was made, as far as that is not the same for all images with these settings.
+        alternatives: Further captions; a training draws one of all each time that it uses the image. None means none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,10 +79,18 @@ class ImageEntry(BaseModel):
     framing: Framing | None = None
     part: int | None = Field(default=None, ge=0, le=10_000)
     preparation: Preparation | None = None
+    alternatives: tuple[Annotated[str, Field(max_length=MAX_CAPTION)], ...] | None = Field(
+        default=None, max_length=MAX_ALTERNATIVES
+    )
 
     @model_serializer(mode="wrap")
     def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(serialize(self), "rights", "caption_origin", "framing", "part", "preparation")
+        return _without(serialize(self), "rights", "caption_origin", "framing", "part", "preparation", "alternatives")
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The caption and its alternatives."""
+        return (self.caption, *(self.alternatives or ()))
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -158,6 +168,9 @@ class Manifest(BaseModel):
         concept = [image for image in self.pictures if image.split != "class"]
         origins = Counter(image.caption_origin or (".txt" if image.caption else "none") for image in concept)
         parts = [f"{len(concept)} images, captions: {', '.join(f'{n} {origin}' for origin, n in origins.items())}"]
+        drawn = [image for image in concept if image.alternatives]
+        if drawn:
+            parts.append(f"{len(drawn)} with several captions ({sum(len(image.captions) for image in drawn)})")
         counts = {
             "held out": len(self.of_split("heldout")),
             "class images": len(self.of_split("class")),

@@ -15,12 +15,14 @@ from lora_engine.errors import DataError
 _MAX_BYTES = 256 << 20
 FILE_COLUMNS = ("file_name", "image_path", "image_file", "file_path", "filename", "image", "file", "path")
 CAPTION_COLUMNS = ("caption", "text", "prompt", "description")
+_FURTHER = ("captions", "caption_short")
+"""Keys of JSON objects with further captions; the second is ai-toolkit's."""
 _SPELLINGS = {
     **dict.fromkeys(FILE_COLUMNS, "file_name"),
     **dict.fromkeys((*CAPTION_COLUMNS, "captions"), "caption"),
 }
-Row = tuple[str, str]
-"""The name of an image as the file states it, and its caption."""
+Row = tuple[str, tuple[str, ...]]
+"""The name of an image as the file states it, and its captions: the first, and further ones of a list."""
 
 
 def is_metadata(name: str) -> bool:
@@ -29,10 +31,15 @@ def is_metadata(name: str) -> bool:
     return _reader(name) is not None or name.lower() == "metadata.parquet"
 
 
-def read_metadata(path: Path, root: Path) -> list[Row]:
+def read_metadata(path: Path, root: Path, *, several: bool = False) -> list[Row]:
     """Returns the images that a file names, in its order, with their captions; entries without a caption are left out.
 
     Tags of kohya's files follow the caption, separated by a comma, as kohya's trainer joins them.
+
+    Args:
+        path: The file.
+        root: Links that lead out of this folder are refused.
+        several: See `captions_of`.
 
     Raises:
         DataError: It cannot be read, or does not have the structure of its kind; names line and column.
@@ -40,7 +47,8 @@ def read_metadata(path: Path, root: Path) -> list[Row]:
     reader = _reader(path.name)
     if reader is None:
         raise DataError("is no file of captions", where=printable(path.name), allowed=", ".join(_READERS))
-    return [(name, caption) for name, caption in reader(read_text(path, root, _MAX_BYTES), path.name) if caption]
+    rows = reader(read_text(path, root, _MAX_BYTES), path.name, several)
+    return [(name, captions) for name, captions in rows if captions]
 
 
 class ImageNames:
@@ -82,20 +90,20 @@ def _without_ending(name: str) -> str:
     return PurePosixPath(name).with_suffix("").as_posix()
 
 
-def _read_table(text: str, name: str) -> Iterator[Row]:
+def _read_table(text: str, name: str, _: bool) -> Iterator[Row]:
     rows = read_table(text.encode(), name, ("file_name", "caption"), DataError, spellings=_SPELLINGS)
     for column in ("file_name", "caption"):
         if rows and column not in rows[0].cells:
             columns = FILE_COLUMNS if column == "file_name" else CAPTION_COLUMNS
             raise DataError(f"has no column of the {_NOUNS[column]}", where=printable(name), allowed=", ".join(columns))
     for row in rows:
-        yield row.cells["file_name"], row.cells["caption"]
+        yield row.cells["file_name"], tuple(filter(None, [row.cells["caption"]]))
 
 
 _NOUNS = {"file_name": "images' names", "caption": "captions"}
 
 
-def _read_lines(text: str, name: str) -> Iterator[Row]:
+def _read_lines(text: str, name: str, several: bool) -> Iterator[Row]:
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
@@ -104,30 +112,43 @@ def _read_lines(text: str, name: str) -> Iterator[Row]:
         stated = next((entry[column] for column in FILE_COLUMNS if column in entry), None)
         if not isinstance(stated, str):
             raise DataError("names no image", where=where, allowed=", ".join(FILE_COLUMNS))
-        yield stated, caption_of(entry, where)
+        yield stated, captions_of(entry, where, several=several)
 
 
-def _read_object(text: str, name: str) -> Iterator[Row]:
+def _read_object(text: str, name: str, several: bool) -> Iterator[Row]:
     entries = _object(parse_json(text, printable(name), DataError), printable(name))
     for stated, entry in entries.items():
         where = f"{printable(name)}, entry {printable(stated)!r}"
-        yield stated, entry if isinstance(entry, str) else caption_of(_object(entry, where), where)
+        if isinstance(entry, str):
+            yield stated, tuple(filter(None, [entry]))
+        else:
+            yield stated, captions_of(_object(entry, where), where, several=several)
 
 
-def caption_of(entry: Mapping[str, Any], where: str) -> str:
-    """Returns the caption of a JSON object, followed by its tags; empty if it has neither.
+def captions_of(entry: Mapping[str, Any], where: str, *, several: bool) -> tuple[str, ...]:
+    """Returns the captions of a JSON object, each followed by its tags; nothing if it has neither.
+
+    Args:
+        entry: The object.
+        where: Its place, for errors.
+        several: True takes all captions of a list and of all keys; False takes the first key, which must have text.
 
     Raises:
         DataError: Caption or tags are not text.
     """
-    caption = next((entry[column] for column in CAPTION_COLUMNS if entry.get(column)), "")
+    stated = [entry[column] for column in (*CAPTION_COLUMNS, *_FURTHER) if entry.get(column)]
+    if several:
+        captions = [text for value in stated for text in (value if isinstance(value, list) else [value]) if text]
+    else:
+        captions = [entry[column] for column in CAPTION_COLUMNS if entry.get(column)][:1]
     tags = entry.get("tags") or entry.get("tag_string") or ""
     if isinstance(tags, list) and all(isinstance(tag, str) for tag in tags):
         tags = ", ".join(tags)
-    for value in (caption, tags):
+    for value in (*captions, tags):
         if not isinstance(value, str):
-            raise DataError(f"the caption is {type(value).__name__}", where=where, allowed="text")
-    return ", ".join(filter(None, (caption, tags)))
+            allowed = "text" if several else "text, or a list with several_captions: first or draw"
+            raise DataError(f"the caption is {type(value).__name__}", where=where, allowed=allowed)
+    return tuple(", ".join(filter(None, (caption, tags))) for caption in captions or [""] if caption or tags)
 
 
 def _object(entry: Any, where: str) -> dict[str, Any]:
@@ -136,7 +157,7 @@ def _object(entry: Any, where: str) -> dict[str, Any]:
     return entry
 
 
-_READERS: dict[str, Callable[[str, str], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[str, str, bool], Iterator[Row]]] = {
     "metadata.jsonl": _read_lines,
     "captions.jsonl": _read_lines,
     "meta_*.jsonl": _read_lines,
@@ -148,5 +169,5 @@ _READERS: dict[str, Callable[[str, str], Iterator[Row]]] = {
 """Pattern of lower-case file names -> reader; from Hugging Face's imagefolder, Replicate and kohya's scripts."""
 
 
-def _reader(name: str) -> Callable[[str, str], Iterator[Row]] | None:
+def _reader(name: str) -> Callable[[str, str, bool], Iterator[Row]] | None:
     return next((reader for pattern, reader in _READERS.items() if fnmatchcase(name.lower(), pattern)), None)

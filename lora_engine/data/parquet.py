@@ -18,7 +18,7 @@ from lora_engine.errors import DataError
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "picture")
 _ROWS = 16
 TableFrame = tuple[dict[str, Any], bytes]
-"""`row`, `path` (None if the row states none) and `caption`, with the bytes of the image if the row has them."""
+"""`row`, `path` (None if the row states none) and `captions`, with the bytes of the image if the row has them."""
 
 
 def read_image_table(file: IO[bytes], name: str) -> Iterator[TableFrame]:
@@ -67,9 +67,8 @@ def _row(
     content = nested.get("bytes") or b""
     stated = (values[path] if path is not None else None) or nested.get("path")
     text = values[caption] if caption is not None else ""
-    if isinstance(text, list):
-        text = next(filter(None, text), "")
-    facts: dict[str, Any] = {"row": number, "path": stated or None, "caption": text or ""}
+    texts = [*filter(None, text if isinstance(text, list) else [text])]
+    facts: dict[str, Any] = {"row": number, "path": stated or None, "captions": texts}
     if len(content) > MAX_MEMBER_BYTES:
         return facts | {"problem": f"has {len(content):,} bytes; allowed: at most {MAX_MEMBER_BYTES:,}"}, b""
     if not content and not facts["path"]:

@@ -5,6 +5,7 @@ Data only: nothing here evaluates them or reads a file.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import date
 from typing import Annotated, Literal
 
@@ -19,12 +20,22 @@ GenerationSign = Literal[
     "invokeai-metadata",
     "novelai-metadata",
     "c2pa-manifest",
+    "c2pa-valid",
+    "c2pa-untrusted",
+    "c2pa-invalid",
     "c2pa-trained-algorithmic-media",
     "digital-source-type-trained-algorithmic-media",
     "digital-source-type-composite-with-trained-algorithmic-media",
 ]
-PROVENANCE_ONLY: GenerationSign = "c2pa-manifest"
-"""Says where an image comes from, also of photographs."""
+MANIFEST: GenerationSign = "c2pa-manifest"
+SIGNATURES: Mapping[GenerationSign, str] = {
+    "c2pa-valid": "signature valid",
+    "c2pa-untrusted": "signature untrusted: intact, by a signer who is not among the trusted ones",
+    "c2pa-invalid": "signature invalid: the file was changed, or the manifest is of another one",
+}
+"""State of a C2PA manifest -> its description."""
+PROVENANCE: frozenset[GenerationSign] = frozenset({MANIFEST, *SIGNATURES})
+"""Say where an image comes from, also of photographs."""
 Line = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -59,8 +70,8 @@ class Rights(BaseModel):
         source: Origin of the image.
         opt_out: The check for opt-outs.
         ai_generated: True if the owner states that the image was generated.
-        evidence: Evidence of generation in the file's metadata, and whether it has a C2PA manifest; empty proves
-            nothing.
+        evidence: Evidence of generation in the file's metadata, and whether it has a C2PA manifest, with the state of
+            its signature if that was verified; empty proves nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,11 +91,15 @@ class Rights(BaseModel):
     @property
     def is_generated(self) -> bool:
         """True if the owner or the file says that the image was generated; False proves nothing."""
-        return bool(self.ai_generated or {*self.evidence} - {PROVENANCE_ONLY})
+        return bool(self.ai_generated or {*self.evidence} - PROVENANCE)
 
     def describe_generation(self) -> str:
         """Returns what is known of the image's generation, as `generated (a1111-parameters)`; empty for nothing."""
-        signs = [*(["as its owner states"] if self.ai_generated else []), *self.evidence]
+        signs = ["as its owner states"] if self.ai_generated else []
+        signs += [sign for sign in self.evidence if sign not in PROVENANCE]
+        states = [SIGNATURES[sign] for sign in self.evidence if sign in SIGNATURES]
+        if MANIFEST in self.evidence and not states:
+            states = ["signature not verified"]
         if self.is_generated:
-            return f"generated ({', '.join(sign for sign in signs if sign != PROVENANCE_ONLY)})"
-        return "content credentials (C2PA)" if PROVENANCE_ONLY in signs else ""
+            return f"generated ({', '.join([*signs, *states])})"
+        return ", ".join(["content credentials (C2PA)", *states]) if MANIFEST in self.evidence else ""

@@ -40,8 +40,14 @@ class IngestSettings(BaseModel):
         alpha: `composite` shows the background where an image is transparent; `mask` also makes its opacity the mask of
             an image without another.
         background: Color behind transparent images, as `#rrggbb`.
+        several_captions: What several captions of an image are: the lines of a text file, members of a list, keys of a
+            JSON object, rows of a table. `auto` joins the lines of a file to one caption, or takes the first line where
+            a dataset file says that lines are alternatives, and the first of a list in a table; `first` takes the first
+            always; `draw` keeps all, and a training draws one each time that it uses the image.
         generated: What happens to images that their metadata or their owner call generated: `allow`, `warn`, or
             `refuse`, which quarantines them.
+        c2pa: `recognize` records that an image has a C2PA manifest; `verify` also whether its signature is valid, which
+            needs the extra `c2pa`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +63,8 @@ class IngestSettings(BaseModel):
     alpha: Annotated[Literal["composite", "mask"], AddedLater()] = "composite"
     background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$"), AddedLater()] = "#ffffff"
     generated: Annotated[Literal["allow", "warn", "refuse"], AddedLater()] = "allow"
+    c2pa: Annotated[Literal["recognize", "verify"], AddedLater()] = "recognize"
+    several_captions: Annotated[Literal["auto", "first", "draw"], AddedLater()] = "auto"
 
     @property
     def background_color(self) -> tuple[int, int, int]:

@@ -46,17 +46,12 @@ def hold_out(entries: Sequence[ImageEntry], fraction: float, prints: Mapping[str
     """
     trained = [entry for entry in entries if entry.split == "train"]
     compared = [prints[entry.file] for entry in trained]
-    same = find_same(compared)
-    if same:
-        first, second = (trained[index].source for index in same[0])
-        _log.warning(
-            "%d pairs of images are the same but for encoding or size, first %s and %s", len(same), first, second
-        )
+    _warn_of_same(trained, compared)
     _warn_of_kin([entry for entry in entries if entry.split == "heldout"], trained, prints)
     if fraction == 0.0 or len(trained) < 2:
         return tuple(entries)
     target = min(max(1, round(len(trained) * fraction)), len(trained) - 1)
-    groups = [{trained[index].sha256 for index in group} for group in find_groups(compared, same)]
+    groups = [{trained[index].sha256 for index in group} for group in find_groups(compared)]
     heldout: set[str] = set()
     for group in sorted(groups, key=min):
         if len(heldout) < target and len(heldout) + len(group) < len(trained):
@@ -69,17 +64,26 @@ def hold_out(entries: Sequence[ImageEntry], fraction: float, prints: Mapping[str
     return tuple(e.model_copy(update={"split": "heldout"}) if e.sha256 in heldout else e for e in entries)
 
 
+def _warn_of_same(trained: Sequence[ImageEntry], compared: Sequence[Print]) -> None:
+    """Logs the number of pairs of images that are the same, and the first."""
+    count, pair = 0, ""
+    for first, others in find_same(compared):
+        pair = pair or f"{trained[first].source} and {trained[int(others[0])].source}"
+        count += len(others)
+    if count:
+        _log.warning("%d pairs of images are the same but for encoding or size, first %s", count, pair)
+
+
 def _warn_of_kin(stated: Sequence[ImageEntry], trained: Sequence[ImageEntry], prints: Mapping[str, Print]) -> None:
     """Logs images that the folder holds out although they show nearly the same as others."""
     if not stated:
         return
     entries = [*stated, *trained]
-    pairs = find_kin([prints[entry.file] for entry in entries])
-    if split := [(a, b) for a, b in pairs if a < len(stated) <= b]:
-        first, second = (entries[index].source for index in split[0])
-        _log.warning(
-            "%d held-out images of the folder show nearly the same as others, first %s and %s",
-            len({a for a, _ in split}),
-            first,
-            second,
-        )
+    count, pair = 0, ""
+    for first, kin in find_kin([prints[entry.file] for entry in entries]):
+        others = kin[kin >= len(stated)]
+        if first < len(stated) and len(others):
+            pair = pair or f"{entries[first].source} and {entries[int(others[0])].source}"
+            count += 1
+    if count:
+        _log.warning("%d held-out images of the folder show nearly the same as others, first %s", count, pair)

@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_engine.data.folder import Tree, open_inside
 from lora_engine.data.groups import FolderNames, Grouping, ImageGroup, SettingsObject, bounded_caption, objects_of
-from lora_engine.data.manifest import MAX_REPEATS, Split
+from lora_engine.data.manifest import MAX_ALTERNATIVES, MAX_CAPTION, MAX_REPEATS, Split
 from lora_engine.data.text_files import clean_text, printable, read_text
 from lora_engine.documents.json_source import parse_json
 from lora_engine.documents.yaml_source import read_document
@@ -129,7 +129,8 @@ def _read_concepts(data: Any, folders: FolderNames, tree: Tree) -> Iterator[Imag
             first_line=True,
         )
         if source == "concept":
-            group = replace(group, captions="stated", text=_first_line(tree, text.text("prompt_path"), folders, text))
+            first, further = _read_prompts(tree, text.text("prompt_path"), folders, text)
+            group = replace(group, captions="stated", text=first, alternatives=further)
         elif source == "filename":
             group = replace(group, captions="file name")
         elif source != "sample":
@@ -148,14 +149,17 @@ def _read_concepts(data: Any, folders: FolderNames, tree: Tree) -> Iterator[Imag
         yield group
 
 
-def _first_line(tree: Tree, stated: str, folders: FolderNames, text: SettingsObject) -> str:
+def _read_prompts(tree: Tree, stated: str, folders: FolderNames, text: SettingsObject) -> tuple[str, tuple[str, ...]]:
+    """Returns the first line of a file of prompts, and further ones that are no longer than a caption may be."""
     path = PurePosixPath(stated.replace("\\", "/"))
     if not path.name:
         raise DataError("prompt_path is missing", where=text.where)
     folder = folders.find(path.parent.as_posix(), text.where)
     file, root = tree.locate((PurePosixPath(folder) / path.name).as_posix())
-    lines = (line for line in read_text(file, root, _MAX_BYTES).splitlines() if line.strip())
-    return bounded_caption(next(lines, ""), printable(path.name))
+    lines = [line for line in map(clean_text, read_text(file, root, _MAX_BYTES).splitlines()) if line]
+    first = bounded_caption(lines[0], printable(path.name)) if lines else ""
+    further = dict.fromkeys(line for line in lines[1:] if len(line) <= MAX_CAPTION and line != first)
+    return first, tuple(further)[: MAX_ALTERNATIVES - 1]
 
 
 def _read_toolkit(data: Any, folders: FolderNames, _: Tree) -> Iterator[ImageGroup | str]:

@@ -105,7 +105,7 @@ def _write_rows(path: Path, root: Path, folder: Path, name: str, result: Unpacke
         elif "problem" in facts:
             yield f"row {facts['row']}", facts["problem"]
             continue
-        rows.append((stated, facts["caption"]))
+        rows.append((stated, tuple(facts["captions"])))
 
 
 def _write_new(path: Path, content: bytes) -> None:

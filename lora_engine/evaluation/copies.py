@@ -20,7 +20,8 @@ def find_copies(drawings: Sequence[Print], training: Sequence[Print]) -> dict[in
     """
     count = len(drawings)
     copies: dict[int, int] = {}
-    for first, second in find_same([*drawings, *training]):
-        if first < count <= second:
-            copies.setdefault(first, second - count)
+    for first, others in find_same([*drawings, *training]):
+        trained = others[others >= count]
+        if first < count and len(trained):
+            copies[first] = int(trained[0]) - count
     return copies

@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_engine.bases.base import BaseModel
 from lora_engine.bases.conditioning import Conditioning
 from lora_engine.seeds import generator
+from lora_engine.training.captions import draw_caption
 from lora_engine.training.examples import Conditioner, Example, ImageSize, encode_captions
 from lora_engine.training.objective import draw_perturbation, draw_timesteps, draw_training_noise
 from lora_engine.training.specs.captions import Captions
@@ -196,7 +197,7 @@ class BatchBuilder:
             replace(
                 example,
                 caption=self._variation.rewriter(example.part).rewrite(
-                    example.caption, caption_draws, number // self._accumulate
+                    draw_caption(example.captions, caption_draws), caption_draws, number // self._accumulate
                 ),
                 augmentation=augmentations[pick * len(augmentations) // most],
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lora_engine.training.specs.captions import Captions
@@ -116,6 +118,11 @@ class Rewriter:
             begin = min(settings.first_tags, len(movable))
             indices = indices[: begin + step * (len(movable) - begin) // settings.tag_warmup]
         return self._join.join([*first, *(movable[index] for index in indices if is_kept[index]), *last])
+
+
+def draw_caption(captions: Sequence[str], draw: torch.Generator) -> str:
+    """Returns one of the captions of an image, all equally likely; draws nothing if there is one only."""
+    return captions[_pick(len(captions), draw)]
 
 
 def expand_wildcards(text: str, draw: torch.Generator | None = None) -> str:

@@ -43,6 +43,7 @@ class Example:
         repeats: Number of occurrences per epoch.
         augmentation: Transform of the pixels before they are encoded.
         part: Settings of its dataset among several; None takes those of the training.
+        alternatives: Further captions, of which one may be drawn instead.
         framing: The part of the original image that the file shows; None if it is not recorded.
     """
 
@@ -55,11 +56,18 @@ class Example:
     augmentation: Augmentation = UNCHANGED
     framing: Framing | None = None
     part: DatasetPart | None = None
+    alternatives: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The caption and its alternatives."""
+        return (self.caption, *self.alternatives)
 
     def identity(self) -> list[str | int]:
         """Returns everything of the example that a run depends on, as JSON values."""
         values: list[str | int] = [self.digest, self.caption, self.repeats]
         values += [] if self.mask is None else [sha256_file(self.mask)]
+        values += self.alternatives
         recorded = [record for record in (self.framing, self.part) if record is not None]
         return [*values, *(sha256_bytes(canonical_json(record.model_dump())) for record in recorded)]
 
@@ -102,6 +110,7 @@ def read_examples(folder: Path, manifest: Manifest, split: Split) -> tuple[Examp
             image.repeats,
             framing=image.framing,
             part=manifest.part_of(image),
+            alternatives=image.alternatives or (),
         )
         for image in images
     )
@@ -211,7 +220,7 @@ class Encoder:
         images += unaugmented
         for example in examples:
             rewriter = variation.rewriter(example.part)
-            rewritten = () if rewriter.varies(example.caption) else (rewriter.rewrite(example.caption),)
+            rewritten = [rewriter.rewrite(text) for text in example.captions if not rewriter.varies(text)]
             pending |= {(text, example.size) for text in (*extra_texts, *rewritten)}
         for example in unaugmented:
             pending |= {(text, example.size) for text in (*extra_texts, example.caption)}

@@ -79,7 +79,7 @@ def init_embeddings(
             start_token(initial, None)
         return ()
     rewriter = Rewriter(settings.captions)
-    captions = [rewriter.rewrite(example.caption) for example in examples]
+    captions = [rewriter.rewrite(text) for example in examples for text in example.captions]
     token = init_token(base, method, manifest.trigger, manifest.class_word, captions, seed=settings.seed)
     return (token if initial is None else start_token(initial, token) or token,)
 

@@ -13,8 +13,8 @@ Entry = Mapping[str, Any]
 """An image as a manifest lists it."""
 ConsentPolicy = Literal["off", "warn", "strict"]
 """What broken and missing statements do: nothing, a warning that is recorded, or a refusal."""
-_PROVENANCE = {"c2pa-manifest"}
-"""What photographs can have, too; `PROVENANCE_ONLY` of the engine."""
+_PROVENANCE = {"c2pa-manifest", "c2pa-valid", "c2pa-untrusted", "c2pa-invalid"}
+"""What photographs can have, too; `PROVENANCE` of the engine."""
 CONSENT_POLICIES: tuple[ConsentPolicy, ...] = ("off", "warn", "strict")
 
 

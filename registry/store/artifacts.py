@@ -98,6 +98,13 @@ class Store:
         """
         return self._read_blob(self._entry(ref, relative).sha256, f"{relative} of {ref.kind} {ref.sha256[:12]}")
 
+    def read_digest(self, digest: str) -> bytes | None:
+        """Returns the bytes of a file of any artifact by their SHA-256; None if they are not stored, or damaged."""
+        try:
+            return self._read_blob(digest, digest[:12])
+        except StoreError:
+            return None
+
     def checkout(self, ref: ArtifactRef, folder: FilePath) -> None:
         """Copies an artifact to a folder, verified; the folder appears complete or not at all.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from lora_engine.bases.source import digest_files, resolve_base
 from lora_engine.data.caption_checks import CaptionFinding, check_captions
 from lora_engine.data.captioners import CAPTIONERS
-from lora_engine.data.manifest import Manifest
+from lora_engine.data.manifest import ImageEntry, Manifest
 from lora_engine.data.spec import PLACEHOLDERS, CaptionSettings
 from lora_engine.errors import SettingsError
 from lora_engine.files import atomic_write, canonical_json, expand_home, is_present_folder
@@ -162,6 +162,17 @@ def find_caption_problems(
     return findings, scores
 
 
+def captions_to_check(images: Iterable[ImageEntry], folder: Path) -> tuple[dict[str, str], dict[str, Path]]:
+    """Returns name -> caption, and name -> file; the alternatives have names such as `a.png, caption 2`."""
+    captions: dict[str, str] = {}
+    files: dict[str, Path] = {}
+    for image in images:
+        for number, text in enumerate(image.captions, start=1):
+            name = image.source if number == 1 else f"{image.source}, caption {number}"
+            captions[name], files[name] = text, folder / image.file
+    return captions, files
+
+
 def report_captions(
     folder: Path, manifest: Manifest, settings: CaptionSettings, models: Mapping[str, Mapping[str, str]]
 ) -> list[CaptionFinding]:
@@ -170,8 +181,7 @@ def report_captions(
     Class images are left out. Returns the findings.
     """
     concept = [image for image in manifest.pictures if image.split != "class"]
-    captions = {image.source: image.caption for image in concept}
-    files = {image.source: folder / image.file for image in concept}
+    captions, files = captions_to_check(concept, folder)
     words = {name: getattr(manifest, name) for name in PLACEHOLDERS}
     findings, scores = find_caption_problems(captions, files, settings.model_copy(update=words))
     report = {
@@ -180,6 +190,7 @@ def report_captions(
         "findings": [asdict(finding) for finding in findings],
         "images": [
             {"source": image.source, "caption": image.caption, "origin": image.caption_origin or ".txt"}
+            | ({"alternatives": [*image.alternatives]} if image.alternatives else {})
             | ({"clip_score": scores[image.source]} if image.source in scores else {})
             for image in concept
         ],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -13,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lora_engine.data.spec import CaptionSettings, IngestSettings, PreprocessSettings
 from lora_engine.errors import SettingsError
 from lora_engine.files import atomic_write
-from tasks.operations.captions import check_settings, find_caption_problems
+from tasks.operations.captions import captions_to_check, check_settings, find_caption_problems
 from tasks.operations.preparation import find_preparation_models, with_folders
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ def examine_folder(
     clip: str | None = None,
     aesthetic: Path | None = None,
     preparation: Mapping[str, Any] = MappingProxyType({}),
+    several_captions: str = "auto",
+    c2pa_roots: Path | None = None,
 ) -> dict[str, Any]:
     """Returns what ingest makes of a folder, and what is odd about it.
 
@@ -51,11 +56,15 @@ def examine_folder(
         clip: Folder of a CLIP that compares captions and class images with their texts; None does not.
         aesthetic: File or folder of a head on that CLIP that rates the images; None rates none.
         preparation: Settings of preprocess besides the resolution, such as `crop` and `mask`; empty prepares no image.
+        several_captions: See `IngestSettings`.
+        c2pa_roots: Root certificates that signatures are trusted by; None trusts none. Signatures are verified if the
+            extra `c2pa` is installed.
 
     Returns:
         `dataset` and `prepared` (a line each), `images` (as in the manifest), `quarantined`, `skipped` (reason ->
-        number of images), `alike` (groups of names), `generation` (what is known of it, by name), `duplicates` (which
-        image to keep of each group), `flaws` and `ratings` (by name), `advice` and `page`.
+        number of images), `notes` (warnings of captions, masks and layout), `alike` (groups of names), `generation`
+        (what is known of it, by name), `duplicates` (which image to keep of each group), `flaws` and `ratings` (by
+        name), `advice` and `page`.
 
     Raises:
         DataError: The folder cannot be read or has no usable image.
@@ -66,7 +75,16 @@ def examine_folder(
     from lora_engine.data.contact_sheet import render_contact_sheet
     from lora_engine.data.examination import class_images_of, examine_images
 
-    settings = check_settings(IngestSettings, {"layout": layout, "heldout": heldout})
+    verifies = c2pa_roots is not None or find_spec("c2pa") is not None
+    settings = check_settings(
+        IngestSettings,
+        {
+            "layout": layout,
+            "heldout": heldout,
+            "several_captions": several_captions,
+            "c2pa": "verify" if verifies else "recognize",
+        },
+    )
     captioned = check_settings(
         CaptionSettings, {"trigger": trigger, "class_word": class_word, "check": {"base": base, "clip": clip}}
     )
@@ -74,7 +92,7 @@ def examine_folder(
         raise SettingsError(f"{', '.join(preparation)} needs a resolution", remedy="set --resolution")
     wanted = check_settings(PreprocessSettings, {"resolution": resolution, **preparation}) if preparation else None
     models = find_preparation_models(wanted, Path()) if wanted is not None else {}
-    with tempfile.TemporaryDirectory(prefix="loraline-") as work:
+    with tempfile.TemporaryDirectory(prefix="loraline-") as work, _noting() as notes:
         examination = examine_images(
             images,
             settings,
@@ -83,9 +101,9 @@ def examine_folder(
             preparation=wanted and with_folders(wanted, models),
             labels={role: model.label for role, model in models.items()},
             work=Path(work),
+            c2pa_roots=c2pa_roots,
         )
-        captions = {entry.source: entry.caption for entry in examination.concept if entry.caption}
-        files = {entry.source: Path(work) / entry.file for entry in examination.concept}
+        captions, files = captions_to_check((entry for entry in examination.concept if entry.caption), Path(work))
         findings, _ = find_caption_problems(captions, files, captioned)
         likeness, ratings = _compare(examination, Path(work), clip, aesthetic)
     odd = find_odd(class_images_of(examination), GIVEN, likeness)
@@ -105,6 +123,7 @@ def _describe(examination: Examination) -> dict[str, Any]:
         "images": [entry.model_dump(mode="json", exclude={"file"}) for entry in manifest.pictures],
         "quarantined": [item.model_dump() for item in (prepared or manifest).quarantined],
         "skipped": dict(Counter(item.reason for item in manifest.skipped or ())),
+        "notes": notes,
         "alike": [[names[index] for index in group] for group in examination.groups],
         "generation": {
             entry.source: text
@@ -116,6 +135,28 @@ def _describe(examination: Examination) -> dict[str, Any]:
         "ratings": dict(examination.ratings),
         "advice": list(examination.advice),
     }
+
+
+@contextmanager
+def _noting() -> Iterator[list[str]]:
+    """Yields the distinct warnings of the engine until the block ends, but for those that the manifest lists.
+
+    They are part of the result, so they are not shown on standard error too.
+    """
+    notes: list[str] = []
+
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            if not getattr(record, "in_artifact", False) and text not in notes:
+                notes.append(text)
+
+    handler, logger = Notes(logging.WARNING), logging.getLogger("lora_engine")
+    logger.addHandler(handler)
+    try:
+        yield notes
+    finally:
+        logger.removeHandler(handler)
 
 
 def _compare(

@@ -157,6 +157,8 @@ def read_thumbnail(home: Home, artifact: ArtifactRef, entry: ImageEntry) -> dict
 
 
 def _show(entry: ImageEntry, caption: str | DataError | None) -> SheetImage:
+    if entry.alternatives:
+        return SheetImage(entry, "", f"it has {len(entry.captions)} captions; change their file yourself")
     if isinstance(caption, DataError):
         return SheetImage(entry, "", caption.problem)
     return SheetImage(entry, caption or "", "it is not in the folder" if caption is None else "")

@@ -157,7 +157,7 @@ def training_images(home: Home, upstream: UpstreamSteps) -> tuple[dict[str, dict
         for image in manifest.pictures:
             images[image.sha256] = {
                 "source": image.source,
-                "caption": image.caption,
+                "caption": " | ".join(image.captions),
                 "split": image.split,
                 "repeats": image.repeats,
             }

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import model_validator
 
 from lora_engine.data.spec import IngestSettings
 from lora_engine.errors import DataError
 from lora_engine.settings import AddedLater
 from registry.policy.consent import ConsentPolicy
+from registry.store.artifacts import open_store
 from tasks.digests import PathDigest
 from tasks.spec import External, StepSpec
 from tasks.step import Context, always, step
+
+if TYPE_CHECKING:
+    from lora_engine.data.decode_cache import DecodeCache
 
 
 class Ingest(StepSpec, IngestSettings):
@@ -27,6 +33,8 @@ class Ingest(StepSpec, IngestSettings):
         consent_policy: What broken and missing statements do, here and at every promotion of what is made from the
             dataset: `off`, `warn` (shown and recorded) or `strict` (refused). The home's `policy.yaml`
             counts if it is stricter; None of both is `warn`.
+        c2pa_roots: PEM file of the root certificates that `c2pa: verify` trusts; None trusts none, so intact signatures
+            are `untrusted`.
     """
 
     uses: Literal["ingest"] = "ingest"
@@ -34,6 +42,13 @@ class Ingest(StepSpec, IngestSettings):
     consent: Annotated[str | None, External("file")] = None
     masks: Annotated[str | None, External("folder")] = None
     consent_policy: Annotated[ConsentPolicy | None, AddedLater()] = None
+    c2pa_roots: Annotated[str | None, External("file"), AddedLater()] = None
+
+    @model_validator(mode="after")
+    def _roots_are_of_a_verification(self) -> Ingest:
+        if self.c2pa_roots is not None and self.c2pa != "verify":
+            raise ValueError("c2pa_roots is for signatures that are verified; set c2pa to verify, or leave it out")
+        return self
 
 
 def find_revoked_images(
@@ -97,6 +112,23 @@ def ingest(spec: Ingest, context: Context) -> None:
         consent=context.files.get("consent"),
         masks=context.files.get("masks"),
         revoked=context.excluded,
+        cache=_decode_cache(spec, context),
+        c2pa_roots=context.files.get("c2pa_roots"),
         progress=context.progress,
     )
     check_new_dataset(context.home, manifest, spec.consent_policy, f"step {context.name!r}")
+
+
+def _decode_cache(spec: Ingest, context: Context) -> DecodeCache | None:
+    """Returns what earlier runs decoded of the folder; a forced step decodes all of it again."""
+    from lora_engine.data.decode_cache import DecodeCache
+
+    if context.force:
+        return None
+    return DecodeCache(
+        context.home.cache / "decoded",
+        context.files["images"],
+        spec.narrow(IngestSettings),
+        open_store(context.home).read_digest,
+        context.files.get("c2pa_roots"),
+    )

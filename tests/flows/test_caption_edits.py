@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from lora_engine.errors import DataError
-from lora_engine.files import sha256_file
+from lora_engine.files import canonical_json, sha256_file
 from registry.errors import Refused
 from registry.home import Home
+from registry.store.artifacts import open_store
 from tasks.operations.caption_edits import edit_caption, undo_caption
 from tasks.operations.dataset_sheet import dataset_roots, find_folders, list_datasets, read_sheet, require_folder
 from tasks.operations.report import read_manifest
@@ -141,3 +142,19 @@ def test_the_sheet_shows_the_captions_that_the_next_run_uses(trained: Trained):
     (images / "3.txt").write_bytes(b"\x00\x01\x02\x00\x81")
     locked = {image.entry.source: image.locked for image in read_sheet(trained.home, entry.artifact, images)}
     assert "not text" in locked["3.png"]
+
+
+def test_several_captions_of_an_image_are_shown_and_not_edited(trained: Trained):
+    (entry,) = list_datasets(trained.home)
+    store = open_store(trained.home)
+    manifest = read_manifest(trained.home, entry.artifact)
+    first, *others = manifest.pictures
+    several = manifest.model_copy(
+        update={"pictures": (first.model_copy(update={"caption": "one", "alternatives": ("two",)}), *others)}
+    )
+    changed = store.put_files("manifest", {"manifest.json": canonical_json(several.model_dump(mode="json"))})
+    images = trained.spec.parent / "images"
+    (images / first.source).with_suffix(".txt").write_text("one\ntwo\n")
+    (shown, *_) = read_sheet(trained.home, changed, images)
+    assert (shown.caption, shown.is_changed) == ("one", False)
+    assert shown.locked == "it has 2 captions; change their file yourself"

@@ -469,6 +469,12 @@ def test_transparency_as_a_mask_is_carried_over(settings: Write) -> None:
     assert train_of(spec).method.model_dump()["mask"] is not None
 
 
+def test_captions_of_which_one_is_drawn_stay_several(settings: Write) -> None:
+    spec, _ = converted(settings("config.toml", KOHYA.replace("keep_tokens = 1", "enable_wildcard = true")))
+    assert spec.steps["photos"].model_dump()["several_captions"] == "draw"
+    assert train_of(spec).captions.wildcards
+
+
 def test_a_command_line_of_diffusers_becomes_a_pipeline(settings: Write) -> None:
     spec, output = converted(settings("run.sh"))
     train = train_of(spec)

@@ -18,12 +18,16 @@ from lora_engine.data.images import encode_png, open_image
 from lora_engine.data.manifest import Manifest
 from lora_engine.data.pixels import to_pixels
 from lora_engine.embedding.embedder import load_embedder
+from lora_engine.inference.content_credentials import Credentials
+from lora_engine.inference.image_files import ImageOptions, encode_image
 from registry.entities import ArtifactRef
 from registry.home import Home
 from registry.store.artifacts import open_store
 from tests.flows.commands import loraline_here, say
 from tests.flows.shared import draw_noise
 from tests.lora_engine.data.corpus.build import build, png, tar, zipped
+from tests.lora_engine.inference.drawings import make_drawing, make_image
+from tests.support.certificates import write_signer
 
 KOHYA = """\
 name: dog
@@ -262,3 +266,26 @@ def test_a_run_keeps_trigger_and_template_from_class_images(kohya: Path, tmp_pat
     assert "photos: 2 images, captions: 1 .caption, 1 folder name; 2 class images" in say(
         "run", spec, home=tmp_path / "home"
     )
+
+
+def test_notes_and_signatures_are_shown_once(tmp_path: Path) -> None:
+    images, signer = tmp_path / "images", write_signer(tmp_path)
+    build(images, {"a.txt": "one\ntwo", "lost.txt": "x", "broken.png": b"no"})
+    options = ImageOptions(credentials=Credentials.read(signer.chain, signer.key))
+    (images / "a.png").write_bytes(encode_image(make_image(), make_drawing("a", []), 7, options))
+    run = loraline_here("dataset", images, "--c2pa-roots", signer.root, home=tmp_path / "home")
+    assert run.stdout.count("broken.png") == 1
+    assert "note      1 captions belong to no image, first lost.txt" in run.stdout
+    assert "note      1 caption files have several lines" in run.stdout
+    assert re.search(r"origin +a\.png: generated \(.*signature valid\)", run.stdout)
+    assert "broken.png" not in run.stderr
+    page = tmp_path / "sheet.html"
+    facts = json.loads(
+        say("dataset", images, "--several-captions", "draw", "-o", page, "--json", home=tmp_path / "home")
+    )
+    assert facts["images"][0]["alternatives"] == ["two"]
+    assert facts["notes"] == ["1 captions belong to no image, first lost.txt"]
+    assert "signature untrusted" in facts["generation"]["a.png"]
+    assert "one | two" in page.read_text()
+    refused = loraline_here("dataset", images, "--c2pa-roots", signer.key, home=tmp_path / "home")
+    assert "has no certificates" in refused.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,10 @@ from benchmarks.ingest import only_ingest, peak_memory
 from lora_engine.data.decoders import Decoders
 from lora_engine.data.images import encode_png
 from lora_engine.errors import DataError
+from lora_engine.files import sha256_bytes
+from registry.entities import ArtifactRef
+from registry.home import Home
+from registry.store.artifacts import open_store
 from tests.flows.commands import loraline_here, say
 from tests.lora_engine.data.conftest import make_image
 
@@ -52,4 +57,76 @@ def test_a_second_run_decodes_no_image(tmp_path: Path, monkeypatch: pytest.Monke
     assert (first["cached"], again["cached"]) == (False, True)
     assert first["ref"] == again["ref"]
     (folder / "another.png").write_bytes(encode_png(make_image(48, 40, count)))
-    assert "an image is decoded" in loraline_here("run", spec, home=home).stderr
+    changed = loraline_here("run", spec, home=home)
+    assert f"{count} images, captions: {count} none; 1 quarantined" in changed.stdout
+    assert "an image is decoded" in changed.stdout + changed.stderr
+
+
+def manifest_of(run: str, home: Path) -> str:
+    ref = ArtifactRef(**json.loads(run)["outcomes"]["photos"]["ref"])
+    return open_store(Home.open(home)).read(ref, "manifest.json").decode()
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that children decode."""
+    names: list[str] = []
+    request = Decoders.request
+
+    def record(self: Decoders, operation: str, path: Path, root: Path, **options: Any) -> Iterator[Any]:
+        names.append(path.name)
+        return request(self, operation, path, root, **options)
+
+    monkeypatch.setattr(Decoders, "request", record)
+    return names
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_after_a_change_only_new_images_are_decoded(tmp_path: Path, decoded: list[str]) -> None:
+    folder, spec, home = draw(tmp_path / "images", 4), tmp_path / "many.yaml", tmp_path / "home"
+    transparent = make_image(48, 40, 9).convert("RGBA")
+    transparent.putalpha(make_image(48, 40, 8).convert("L"))
+    transparent.save(folder / "clear.webp", lossless=True)
+    (folder / "broken.png").write_bytes(b"no image")
+    spec.write_text(SPEC)
+
+    def run(*arguments: str, into: Path = home) -> str:
+        decoded.clear()
+        return say("run", spec, "--json", *arguments, home=into)
+
+    run()
+    assert sorted(decoded) == ["0.png", "1.png", "2.png", "3.png", "broken.png", "clear.webp"]
+    (folder / "0.png").unlink()
+    (folder / "1.txt").write_text("a caption")
+    (folder / "3.png").rename(folder / "renamed.png")
+    (folder / "new.png").write_bytes(encode_png(make_image(48, 40, 7)))
+    changed = manifest_of(run(), home)
+    assert sorted(decoded) == ["broken.png", "new.png"], "what could not be used is tried again"
+    assert changed == manifest_of(run(into=tmp_path / "other"), tmp_path / "other")
+    assert len(decoded) == 6
+    run("--set", "photos.alpha=mask")
+    assert len(decoded) == 6
+    (folder / "1.txt").unlink()
+    again = manifest_of(run("--set", "photos.alpha=mask"), home)
+    assert decoded == ["broken.png"]
+    assert json.loads(again)["pictures"][2]["mask"].startswith("masks/")
+    (home / "cache" / "decoded").joinpath(*[p.name for p in (home / "cache" / "decoded").iterdir()]).write_text("{")
+    (folder / "2.txt").write_text("another caption")
+    run("--set", "photos.alpha=mask")
+    assert len(decoded) == 6, "a damaged file of the cache is written again"
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_damaged_image_of_the_store_is_decoded_again(tmp_path: Path, decoded: list[str]) -> None:
+    folder, spec, home = draw(tmp_path / "images", 2), tmp_path / "many.yaml", tmp_path / "home"
+    spec.write_text(SPEC)
+    first = manifest_of(say("run", spec, "--json", home=home), home)
+    png = sha256_bytes((folder / "0.png").read_bytes())
+    (path,) = (path for path in (home / "store").rglob("*") if path.name == png or path.name == png[2:])
+    path.chmod(0o600)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    (folder / "1.txt").write_text("a caption")
+    decoded.clear()
+    again = manifest_of(say("run", spec, "--json", home=home), home)
+    assert decoded == ["0.png"]
+    assert json.loads(again)["pictures"][0] == json.loads(first)["pictures"][0]

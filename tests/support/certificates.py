@@ -9,7 +9,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID, NameOID
 
 _USAGES = (
     *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
@@ -32,14 +32,23 @@ class Signer:
     root: Path
 
 
-def write_signer(folder: Path) -> Signer:
-    """Writes the files (ECDSA P-256) and returns their paths."""
+def write_signer(folder: Path, *, days: int = 30, ocsp: str | None = None) -> Signer:
+    """Writes the files (ECDSA P-256) and returns their paths.
+
+    Args:
+        folder: The folder for the files.
+        days: Days until the signer's certificate expires; it has been valid for 2 days.
+        ocsp: Address that says whether the signer's certificate is revoked; None states none.
+    """
     root_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     root_name, name = _name("Test root"), _name("Test signer")
     root = _builder(root_name, root_name, root_key, is_root=True).sign(root_key, hashes.SHA256())
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(root_key.public_key())
     usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION])
-    leaf = _builder(name, root_name, key, is_root=False).add_extension(usage, critical=False)
+    leaf = _builder(name, root_name, key, is_root=False, days=days).add_extension(usage, critical=False)
+    if ocsp is not None:
+        place = x509.AccessDescription(AuthorityInformationAccessOID.OCSP, x509.UniformResourceIdentifier(ocsp))
+        leaf = leaf.add_extension(x509.AuthorityInformationAccess([place]), critical=False)
     signed = leaf.add_extension(issuer, critical=False).sign(root_key, hashes.SHA256())
     signer = Signer(folder / "chain.pem", folder / "key.pem", folder / "root.pem")
     signer.chain.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
@@ -61,7 +70,7 @@ def _name(common: str) -> x509.Name:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, *, is_root: bool
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, *, is_root: bool, days: int = 30
 ) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     used = {"key_cert_sign", "crl_sign"} if is_root else {"digital_signature"}
@@ -71,8 +80,8 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=30))
+        .not_valid_before(now - timedelta(days=2))
+        .not_valid_after(now + timedelta(days=days))
         .add_extension(x509.BasicConstraints(ca=is_root, path_length=None), critical=True)
         .add_extension(x509.KeyUsage(**{usage: usage in used for usage in _USAGES}), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)

@@ -98,3 +98,23 @@ def test_invalid_settings_are_refused(settings: dict[str, str]) -> None:
 def test_the_captioner_of_earlier_releases_is_refused_with_the_allowed_ones() -> None:
     with pytest.raises(ValidationError, match="'files' or 'template'"):
         CaptionSettings(captioner="interrogator")
+
+
+def test_edits_and_trigger_reach_every_caption_that_may_be_drawn(images: Path, tmp_path: Path, add_image: Any) -> None:
+    add_image("a.png", caption="a star, blurry\nthe sky\nblurry")
+    add_image("b.png", caption="a moon")
+    ingest(images, tmp_path / "in", IngestSettings(several_captions="draw"))
+    edits = [{"edit": "blacklist", "tags": ["blurry"]}]
+    settings = CaptionSettings.model_validate({"trigger": "sks", "class_word": "dog", "edits": edits})
+    manifest = caption(tmp_path / "in", tmp_path / "out", settings)
+    assert [image.captions for image in manifest.pictures] == [
+        ("a sks dog, a star", "a sks dog, the sky", "a sks dog"),
+        ("a sks dog, a moon",),
+    ]
+    assert Manifest.load(tmp_path / "out") == manifest
+    assert "1 with several captions (3)" in manifest.describe()
+    replaced = caption(tmp_path / "in", tmp_path / "new", CaptionSettings(captioner="template", class_word="dog"))
+    assert [image.captions for image in replaced.pictures] == [("a dog",)] * 2
+    long = CaptionSettings.model_validate({"edits": [{"edit": "suffix", "text": "x" * 498}] * 4})
+    with pytest.raises(DataError, match=r"a\.png: the caption has 20\d\d characters"):
+        caption(tmp_path / "in", tmp_path / "long", long)

@@ -57,7 +57,14 @@ def test_a_case_has_its_outcome(surroundings: Path, name: str, caplog: pytest.Lo
 def _check(case: Case, manifest: Manifest) -> None:
     assert manifest.layout == case.layout
     found = {
-        image.source: Used(image.caption, image.caption_origin, image.split, image.repeats, image.mask is not None)
+        image.source: Used(
+            image.caption,
+            image.caption_origin,
+            image.split,
+            image.repeats,
+            image.mask is not None,
+            image.alternatives or (),
+        )
         for image in manifest.pictures
     }
     assert found == {name: outcome for name, outcome in case.images.items() if isinstance(outcome, Used)}

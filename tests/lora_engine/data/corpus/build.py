@@ -25,13 +25,14 @@ Files = Mapping[str, Content]
 
 @dataclass(frozen=True)
 class Used:
-    """An image that is used, with its caption and what the layout says about it."""
+    """An image that is used, with its captions and what the layout says about it."""
 
     caption: str = ""
     origin: str | None = None
     split: str = "train"
     repeats: int = 1
     has_mask: bool = False
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

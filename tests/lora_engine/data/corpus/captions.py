@@ -41,7 +41,11 @@ CAPTIONS: dict[str, Case] = {
     "UTF-32": Case({"a.png": None, "a.txt": "grün".encode("utf-32")}, {"a.png": Used("grün")}),
     "Latin-1": Case({"a.png": None, "a.txt": "grün".encode("latin-1")}, {"a.png": Used("grün")}),
     "Windows-1252": Case({"a.png": None, "a.txt": "a “star”".encode("cp1252")}, {"a.png": Used("a “star”")}),
-    "two lines": Case({"a.png": None, "a.txt": "one\r\ntwo"}, {"a.png": Used("one two")}),
+    "two lines": Case(
+        {"a.png": None, "a.txt": "one\r\ntwo"},
+        {"a.png": Used("one two")},
+        logged="1 caption files have several lines, which are one caption (set several_captions to first or draw",
+    ),
     "markup and instructions stay text": Case(
         {"a.png": None, "a.txt": "Ignore all rules {trigger} <script> $(id)"},
         {"a.png": Used("Ignore all rules {trigger} <script> $(id)")},
@@ -213,5 +217,74 @@ CAPTIONS: dict[str, Case] = {
     ),
     "a caption for a broken image": Case(
         {"a.png": b"no", "a.txt": "red", "b.png": None}, {"a.png": Unused("is not a readable image"), "b.png": Used()}
+    ),
+    # Several captions of one image
+    "lines of which the first is used": Case(
+        {"a.png": None, "a.txt": "\n one\ntwo"}, used("one"), settings={"several_captions": "first"}
+    ),
+    "lines of which one is drawn": Case(
+        {"a.png": None, "a.txt": "one\r\n\n  \ntwo\none\nthree"},
+        used("one", others=("two", "three")),
+        settings={"several_captions": "draw"},
+    ),
+    "one line where lines are drawn": Case(
+        {"a.png": None, "a.txt": "one, {red|blue}\n"},
+        used("one, {red|blue}"),
+        settings={"several_captions": "draw"},
+    ),
+    "a line of a megabyte among others": Case(
+        {"a.png": None, "a.txt": "one\n" + "x" * 60_000},
+        used(""),
+        {"a.txt": "has 60,000 characters"},
+        settings={"several_captions": "draw"},
+    ),
+    "too many lines": Case(
+        {"a.png": None, "a.txt": "\n".join(map(str, range(101)))},
+        used(""),
+        {"a.txt": "has 101 captions; allowed: 100"},
+        settings={"several_captions": "draw"},
+    ),
+    "json with a list of captions": Case(
+        {"a.png": None, "a.json": '{"caption": ["one", "two"]}'},
+        used(""),
+        {"a.json": "the caption is list.*several_captions"},
+    ),
+    "json with several captions": Case(
+        {"a.png": None, "a.json": '{"caption": ["one", "two"], "caption_short": "1", "text": "three", "tags": "x"}'},
+        used("one, x", ".json", others=("two, x", "three, x", "1, x")),
+        settings={"several_captions": "draw"},
+    ),
+    "json with several captions of which the first is used": Case(
+        {"a.png": None, "a.json": '{"caption": ["one", "two"]}'},
+        used("one", ".json"),
+        settings={"several_captions": "first"},
+    ),
+    "a list with something else": Case(
+        {"a.png": None, "a.json": '{"caption": ["one", 2]}'},
+        used(""),
+        {"a.json": "the caption is int"},
+        settings={"several_captions": "draw"},
+    ),
+    "rows of one image, as in COCO's tables": Case(
+        {
+            "a.png": None,
+            "b.png": None,
+            "captions.csv": "image,caption\na.png,one\nb.png,red\na.png,two\na.png,one\n",
+        },
+        {
+            "a.png": Used("one", "captions.csv", others=("two",)),
+            "b.png": Used("red", "captions.csv"),
+        },
+        settings={"several_captions": "draw"},
+    ),
+    "lists in metadata.parquet": Case(
+        {"a.png": None, "metadata.parquet": parquet({"file_name": ["a.png"], "captions": [["red", "", "blue"]]})},
+        used("red", "metadata.parquet", others=("blue",)),
+        settings={"several_captions": "draw"},
+    ),
+    "kohya's metadata with several captions": Case(
+        {"a.png": None, "meta_cap.json": '{"a": {"caption": ["one", "two"], "tags": "x, y"}}'},
+        used("one, x, y", "meta_cap.json", others=("two, x, y",)),
+        settings={"several_captions": "draw"},
     ),
 }

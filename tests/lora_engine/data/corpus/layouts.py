@@ -136,6 +136,24 @@ LAYOUTS: dict[str, Case] = {
         layout="OneTrainer concepts: 3 x 'sks dog' (1 image), 1 x 'val' held out (1 image), 1 x 'reg' as class images "
         "(1 image); 1 captions have alternatives, and their first line is used",
     ),
+    "concepts whose lines are drawn": Case(
+        {
+            "dog/a.png": None,
+            "dog/a.txt": "one\ntwo",
+            "cat/b.png": None,
+            "cat.txt": "red\nblue\n",
+            **concepts(
+                {"name": "d", "path": "dog"},
+                {"name": "c", "path": "cat", "text": {"prompt_source": "concept", "prompt_path": "cat.txt"}},
+            ),
+        },
+        {
+            "dog/a.png": Used("one", others=("two",)),
+            "cat/b.png": Used("red", "dataset file", others=("blue",)),
+        },
+        layout="OneTrainer concepts: 1 x 'd' (1 image), 1 x 'c' (1 image)",
+        settings={"several_captions": "draw"},
+    ),
     "concepts with subfolders": Case(
         {"x/a.png": None, "x/y/b.png": None, **concepts({"path": "x", "include_subdirectories": True})},
         {"x/a.png": Used(), "x/y/b.png": Used()},
