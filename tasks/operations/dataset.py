@@ -110,7 +110,7 @@ def examine_folder(
     examination = replace(examination, advice=(*examination.advice, *map(str, findings), *odd), ratings=ratings)
     if page is not None:
         atomic_write(page, render_contact_sheet(images.resolve().name, examination).encode())
-    return {**_describe(examination), "page": str(page) if page is not None else None}
+    return {**_describe(examination), "notes": notes, "page": str(page) if page is not None else None}
 
 
 def _describe(examination: Examination) -> dict[str, Any]:
@@ -123,7 +123,6 @@ def _describe(examination: Examination) -> dict[str, Any]:
         "images": [entry.model_dump(mode="json", exclude={"file"}) for entry in manifest.pictures],
         "quarantined": [item.model_dump() for item in (prepared or manifest).quarantined],
         "skipped": dict(Counter(item.reason for item in manifest.skipped or ())),
-        "notes": notes,
         "alike": [[names[index] for index in group] for group in examination.groups],
         "generation": {
             entry.source: text
