@@ -108,17 +108,6 @@ DISTRIBUTIONS: Mapping[str, str] = {
     "mode": "mode",
 }
 ONE_TRAINER_DISTRIBUTIONS: Mapping[str, str] = {"uniform": "uniform", "logitnormal": "logit_normal"}
-ONE_TRAINER_DISTRIBUTIONS: Mapping[str, str] = {"uniform": "uniform", "logitnormal": "logit_normal"}
-QUANTIZED: Mapping[str, str] = {
-    "float8": "fp8",
-    "int8": "8bit",
-    "nfloat4": "4bit",
-    "qfloat8": "fp8",
-    "qint8": "8bit",
-    "uint4": "4bit",
-    "uint8": "8bit",
-}
-"""Types of OneTrainer and ai-toolkit in which weights are stored only."""
 
 
 class NoCounterpart(Exception):

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from lora_engine.errors import InterruptedRun, SettingsError, TrainingError
 from lora_engine.formats import read_bundle
-from lora_engine.training import candidates, loop
+from lora_engine.training import candidates, fit_state, loop
 from lora_engine.training.continuing import find_loss, find_state, planned_rates
 from lora_engine.training.methods import methods
 from lora_engine.training.phases import ParameterGroup, Phase
@@ -187,14 +187,14 @@ def test_plans_say_what_a_run_continues_or_begins_again(
 
 def test_plans_know_the_rates_of_every_method(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     actual: list[tuple[PhaseRates, ...]] = []
-    original = loop.rates_of
+    original = fit_state.rates_of
 
     def note(phases: Any, options: Any) -> Any:
         rates = tuple(original(phases, options))
         actual.append(rates)
         return iter(rates)
 
-    monkeypatch.setattr(loop, "rates_of", note)
+    monkeypatch.setattr(fit_state, "rates_of", note)
     for method in methods:
         settings = {"method": method, "steps": 3, "then": [{"steps": 1, "learning_rate": 1e-4}], "warmup": "34%"}
         runs(f"with {method}", **settings, shape="small-sd")

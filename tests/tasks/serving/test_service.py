@@ -85,7 +85,8 @@ def test_a_stored_job_has_the_request_that_was_accepted(tmp_path: Path, changes:
         records.add(Job("0" * 32, "ann", request, JobState.QUEUED, ("zorb@1",), now()), "digest", None)
         (job,) = records.unfinished()
     assert job.request == request
-    assert [type(value) for value in vars(job.request).values()] == [type(value) for value in vars(request).values()]
+    types = [{name: type(value) for name, value in vars(each).items()} for each in (job.request, request)]
+    assert types[0] == types[1]
 
 
 def test_a_full_queue_refuses_and_one_tenant_cannot_fill_it(served: Home, engine: HeldEngine) -> None:
