@@ -19,7 +19,7 @@ from lora_engine.checkpoints.leftovers import reason_unused
 from lora_engine.checkpoints.names import component_names, stored_name, tensor_shapes
 from lora_engine.checkpoints.original import OriginalFile
 from lora_engine.checkpoints.plan import refuse
-from lora_engine.checkpoints.tensor_files import PLAIN, PlannedTensor
+from lora_engine.checkpoints.stored_tensor import PLAIN, PlannedTensor
 from lora_engine.checkpoints.text_names import TRANSPOSED as PROJECTION
 from lora_engine.checkpoints.text_names import text_tensor_name
 from lora_engine.checkpoints.tokenizers import find_tokenizers

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lora_engine.checkpoints.folder import write_settings
-from lora_engine.checkpoints.tensor_files import PlannedTensor, write_tensors
+from lora_engine.checkpoints.stored_tensor import PlannedTensor
+from lora_engine.checkpoints.tensor_files import write_tensors
 from lora_engine.checkpoints.tokenizers import write_tokenizer
 from lora_engine.errors import BaseModelError
 from lora_engine.families import Architecture, ComponentConfig
