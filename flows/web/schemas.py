@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from flows.web.errors import ErrorBody, describe_failure
 from lora_engine.errors import SettingsError
 from lora_engine.files import sha256_bytes
+from lora_engine.inference.variation import NoiseVariation
 from tasks.operations.adapter_cards import AdapterCard
-from tasks.operations.draw_request import DrawRequest
+from tasks.operations.draw_request import DrawRequest, parse_size
 from tasks.serving.job import Job, JobState
 from tasks.serving.service import ImageService
 from tasks.serving.settings import MAX_PROMPT, MAX_SEED
@@ -48,6 +49,23 @@ class ImageRequest(BaseModel):
     strength: float = Field(0.75, ge=0.01, le=1.0, description="Share of the steps that run on `image`.")
     enlarge: float = Field(1.0, ge=1.0, le=4.0, description="Factor by which each image is enlarged and drawn again.")
     enlarged_strength: float = Field(0.5, ge=0.01, le=1.0, description="Share of the steps on the enlarged image.")
+    regions: list[_Prompt] = Field(
+        [], max_length=20, description="`LEFT,TOP,RIGHT,BOTTOM=PROMPT`: parts, in shares, with own prompt and adapters."
+    )
+    feather: float = Field(0.0, ge=0.0, le=256.0, description="Blur of the regions' borders in pixels.")
+    only_regions: bool = Field(False, description="Draw only the regions of `image`.")
+    adapter_guidance: float = Field(
+        1.0, ge=-100.0, le=100.0, description="Scale between the predictions without and with the adapters."
+    )
+    variation: Annotated[str, Field(max_length=100)] | None = Field(
+        None, description="`SEED:STRENGTH`: noise of another seed to mix in."
+    )
+    seed_size: Annotated[str, Field(max_length=100)] | None = Field(
+        None, description="`WIDTHxHEIGHT` whose noise is put into the middle."
+    )
+    clip_skip: int | None = Field(
+        None, ge=1, le=99, description="Layer of CLIP's text encoders from the last; null is that of the training."
+    )
 
     def fingerprint(self) -> str:
         """Returns the digest of what the client sent, for its idempotency key."""
@@ -57,7 +75,7 @@ class ImageRequest(BaseModel):
         """Returns the request for a service, which stores its images.
 
         Raises:
-            SettingsError: Width or height is missing.
+            SettingsError: Width or height is missing, or a text cannot be read.
             DataError: An image cannot be read.
         """
         if (self.width is None) != (self.height is None):
@@ -77,6 +95,13 @@ class ImageRequest(BaseModel):
             strength=self.strength,
             enlarge=self.enlarge,
             enlarged_strength=self.enlarged_strength,
+            regions=tuple(self.regions),
+            feather=self.feather,
+            only_regions=self.only_regions,
+            adapter_guidance=self.adapter_guidance,
+            variation=None if self.variation is None else NoiseVariation.parse(self.variation),
+            seed_size=None if self.seed_size is None else parse_size(self.seed_size),
+            clip_skip=self.clip_skip,
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.bases.base import BaseModel, default_device, load_base
-from lora_engine.bases.options import options_of_cards
+from lora_engine.bases.options import BaseOptions, options_of_cards
 from lora_engine.bases.samplers import find_sampler
 from lora_engine.bases.vae import resolve_vae
 from lora_engine.data.images import open_image
@@ -55,7 +55,6 @@ class Drawer:
 
     Args:
         base: The base, or a name for `load_base`.
-        clip_skip: See `BaseOptions`; None is that of the adapters' training.
         vae: Another autoencoder, a name for `resolve_vae`; the one of the adapters' training.
         tile_vae: True decodes one image at a time, in tiles of the autoencoder's size that overlap by a quarter.
         offload: Share of the denoiser's linear layers whose weights stay in the CPU's memory; see `load_base`.
@@ -71,7 +70,6 @@ class Drawer:
         self,
         base: str | BaseModel,
         *,
-        clip_skip: int | None = None,
         vae: str | None = None,
         tile_vae: bool = False,
         offload: float = 0.0,
@@ -85,7 +83,7 @@ class Drawer:
             )
         self._model = load_base(base, offload=offload) if isinstance(base, str) else base
         self._measure_free = measure_free
-        self._clip_skip, self._vae, self._tiled = clip_skip, resolve_vae(vae) if vae else None, tile_vae
+        self._vae, self._tiled = resolve_vae(vae) if vae else None, tile_vae
         self._names = self._model.module_names()
         self._bundles: dict[Path, Bundle] = {}
         self._used: dict[tuple[Path, str], UsedAdapter] = {}
@@ -125,8 +123,7 @@ class Drawer:
             AdapterError: An adapter is incomplete or does not match the base, or two have the same learned token.
         """
         bundles = [self._bundle(file) for file, _ in files]
-        cards = [bundle.card for bundle in bundles]
-        self._model.configure(options_of_cards(cards, clip_skip=self._clip_skip, vae=self._vae))
+        self._model.configure(self._options(settings, files))
         if self._tiled:
             vae: Any = self._model.vae  # type: ignore[attr-defined]
             vae.enable_tiling()
@@ -190,6 +187,10 @@ class Drawer:
             noise=torch.stack(noise),
             on_step=watch.begin(len(seeds)),
         )
+
+    def _options(self, settings: DrawSettings, files: Sequence[tuple[Path, str]]) -> BaseOptions:
+        cards = [self._bundle(file).card for file, _ in files]
+        return options_of_cards(cards, clip_skip=settings.clip_skip, vae=self._vae)
 
     def _settle(self, prompt: ParsedPrompt, settings: DrawSettings, files: Sequence[tuple[Path, str]]) -> SettledTags:
         cards = [self._bundle(file).card for file, _ in files]
@@ -283,8 +284,11 @@ class Drawer:
             version=version("loraline"),
             source=None if settings.image is None else _used_image(settings),
             enlarged=(settings.enlarge, settings.enlarged_strength) if settings.enlarge > 1.0 else None,
-            regions=[region.facts() for region in settings.regions.items],
+            regions=settled.region_facts(),
+            feather=settings.regions.feather,
+            only_regions=settings.regions.is_mask,
             seed_size=settings.seed_size,
+            clip_skip=self._options(settings, files).clip_skip,
         )
 
 

@@ -29,6 +29,7 @@ class DrawOptions:
             prediction with them.
         variation: Noise that is mixed in; its seed is that of the first image and counts up. None mixes none.
         seed_size: (height, width) in pixels whose noise is put into the middle; None takes the size.
+        clip_skip: Layer of the CLIP text encoders from the last, which is 1; None is that of the adapters' training.
         batch: Images that are drawn at once.
     """
 
@@ -45,4 +46,5 @@ class DrawOptions:
     adapter_guidance: float = 1.0
     variation: NoiseVariation | None = None
     seed_size: tuple[int, int] | None = None
+    clip_skip: int | None = None
     batch: int = 8

@@ -86,9 +86,12 @@ class Drawing:
         version: Version of Loraline.
         source: The image that they started from; None for noise.
         enlarged: Factor, and share of the steps that ran on the enlarged images; None if they were not enlarged.
-        regions: What `Region.facts` says of each region.
+        regions: What `SettledTags.region_facts` says of each region.
+        feather: Blur of the regions' borders, in pixels.
+        only_regions: True if only the regions of the source are drawn.
         variation: Seed of the noise that is mixed in, and its share; None if there is none.
         seed_size: (height, width) in pixels whose noise is in the middle; None for that of the images.
+        clip_skip: Layer of the CLIP text encoders from the last; None for the base's own.
     """
 
     prompt: ParsedPrompt
@@ -104,13 +107,17 @@ class Drawing:
     source: UsedImage | None = None
     enlarged: tuple[float, float] | None = None
     regions: Sequence[Mapping[str, Any]] = ()
+    feather: float = 0.0
+    only_regions: bool = False
     variation: tuple[int, float] | None = None
     seed_size: tuple[int, int] | None = None
+    clip_skip: int | None = None
 
     @property
     def source_type(self) -> str:
-        """IPTC's digital source type: that of a composite for images that are drawn under a mask."""
-        return source_type_of(self.source is not None and self.source.mask_sha256 is not None)
+        """IPTC's digital source type: that of a composite for images of which a mask or regions are drawn."""
+        has_mask = self.source is not None and self.source.mask_sha256 is not None
+        return source_type_of(has_mask or self.only_regions)
 
     def facts(self, seed: int, size: tuple[int, int]) -> dict[str, Any]:
         """Returns what JSON of an image file says: exact references, whole digests, schedules and settings.
@@ -143,8 +150,11 @@ class Drawing:
             **({} if self.source is None else {"source": vars(self.source)}),
             **({} if self.enlarged is None else {"enlarged": list(self.enlarged)}),
             **({} if not self.regions else {"regions": list(self.regions)}),
+            **({} if not self.feather else {"feather": self.feather}),
+            **({} if not self.only_regions else {"only_regions": True}),
             **({} if self.variation is None else {"variation": list(self.variation)}),
             **({} if self.seed_size is None else {"seed_size": list(self.seed_size)}),
+            **({} if self.clip_skip is None else {"clip_skip": self.clip_skip}),
         }
 
     def infotext(self, seed: int, size: tuple[int, int]) -> str:
@@ -161,6 +171,8 @@ class Drawing:
             "Size": f"{size[1]}x{size[0]}",
             "Model": self.base,
         }
+        if self.clip_skip is not None:
+            settings["Clip skip"] = str(self.clip_skip)
         if self.variation is not None:
             settings |= {"Variation seed": str(self.variation[0])}
             settings |= {"Variation seed strength": f"{self.variation[1]:g}"}

@@ -69,10 +69,14 @@ class Region:
             raise SettingsError("the region is empty", where=where, allowed="a mask with light parts, or a larger box")
         return cover
 
-    def facts(self) -> dict[str, Any]:
-        """Returns the region as JSON values; of a mask, the SHA-256 of its file."""
+    def facts(self, adapters: Sequence[int] = ()) -> dict[str, Any]:
+        """Returns the region as JSON values; of a mask, the SHA-256 of its file.
+
+        Args:
+            adapters: Numbers of its own adapters among those of the image.
+        """
         where = {"box": list(self.box)} if self.box is not None else {"mask_sha256": sha256_file(self.mask or Path())}
-        return {"prompt": self.prompt.text, **where}
+        return {"prompt": self.prompt.text, **where, **({"adapters": list(adapters)} if adapters else {})}
 
 
 @dataclass(frozen=True)

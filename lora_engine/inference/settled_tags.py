@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lora_engine.errors import SettingsError
 from lora_engine.formats.card import Card
 from lora_engine.inference.prompts.prompt import ParsedPrompt
 from lora_engine.inference.prompts.tags import AdapterTag, parse_arguments
-from lora_engine.inference.regions import Regions
+from lora_engine.inference.regions import Region, Regions
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,16 @@ class SettledTags:
     regions: Regions
     tags: tuple[AdapterTag, ...]
     used: tuple[int, ...]
+
+    def region_facts(self) -> list[dict[str, Any]]:
+        """Returns the facts of each region, with the numbers in `tags` of the adapters that act in it alone."""
+        return [
+            region.facts([number for number, tag in enumerate(self.tags) if self._is_own(tag, region)])
+            for region in self.regions.items
+        ]
+
+    def _is_own(self, tag: AdapterTag, region: Region) -> bool:
+        return tag in region.prompt.adapters and tag not in self.prompt.adapters
 
 
 def all_tags(prompt: ParsedPrompt, regions: Regions) -> list[AdapterTag]:

@@ -33,6 +33,10 @@ class NoiseVariation:
                 allowed="a seed of 0 or more, and a strength from 0 to 1",
             )
 
+    def __str__(self) -> str:
+        """Returns `SEED:STRENGTH`, which `parse` reads."""
+        return f"{self.seed}:{self.strength:.9f}".rstrip("0").rstrip(".")
+
     @classmethod
     def parse(cls, text: str) -> NoiseVariation:
         """Reads `SEED:STRENGTH`.

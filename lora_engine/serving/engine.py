@@ -25,7 +25,7 @@ class ImageJob:
         prompt: The prompt.
         negative: The negative prompt.
         settings: The settings; one image per seed.
-        files: File and `name@version` (or file name) of the prompt's adapters, in their order. A file does not change.
+        files: File and `name@version` (or file name) of the adapters, in the order of `all_tags`. No file changes.
         on_step: Called after each step of this job; raises `JobStopped` to stop it, and no other job of the batch.
     """
 

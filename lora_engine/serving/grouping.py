@@ -43,6 +43,7 @@ def is_simple(job: ImageJob) -> bool:
         image=own.image,
         mask=own.mask,
         strength=own.strength,
+        clip_skip=own.clip_skip,
     )
     tags = [
         AdapterTag(tag.name, tag.denoiser, tag.text_encoder, tag.blocks, tag.start, tag.stop)
@@ -54,7 +55,7 @@ def is_simple(job: ImageJob) -> bool:
 def _shape_of(job: ImageJob) -> tuple[object, ...]:
     settings = job.settings
     size_of_image = settings.image if settings.size is None else None
-    return settings.size, size_of_image, settings.steps, settings.sampler
+    return settings.size, size_of_image, settings.steps, settings.sampler, settings.clip_skip
 
 
 def have_same_adapters(first: ImageJob, other: ImageJob) -> bool:

@@ -27,7 +27,6 @@ class DrawRequest(DrawOptions):
         negative: The negative prompt.
         count: Number of images; of a grid, one per cell.
         seed: Seed of the first image; the others count up.
-        clip_skip: Layer of the text encoders; None means that of the adapters' training.
         vae: Another autoencoder: a folder or a hub id.
         regions: Prompts of parts of the image, `WHERE=PROMPT`; see `lora_engine.inference.regions.parse_region`.
         feather: Standard deviation of the blur of the regions' borders, in pixels.
@@ -46,7 +45,6 @@ class DrawRequest(DrawOptions):
     count: int = 1
     seed: int = 0
     _: KW_ONLY
-    clip_skip: int | None = None
     vae: str | None = None
     regions: tuple[str, ...] = ()
     feather: float = 0.0

@@ -168,7 +168,6 @@ def open_drawing(
         files = {name: fetch_adapter(name, home, Path(work) / str(index)) for index, name in enumerate(names)}
         drawer = Drawer(
             first.base,
-            clip_skip=first.clip_skip,
             vae=first.vae,
             tile_vae=first.tile_vae,
             offload=first.offload,

@@ -151,6 +151,7 @@ class DrawingThread(threading.Thread):
         from lora_engine.serving.engine import ImageJob, JobStopped
 
         board, engine, is_shown = self._parts.board, self._parts.engine, self._parts.hook is None
+        is_composite = job.request.mask is not None or job.request.only_regions
 
         def on_step(done: int, total: int, latents: Tensor) -> None:
             if not board.advance(job.id, done, total):
@@ -159,7 +160,7 @@ class DrawingThread(threading.Thread):
                 from lora_engine.data.pixels import to_image
 
                 image = to_image(engine.preview(latents[:1])[0])
-                board.show_preview(job.id, encode_marked(image, source_type_of(job.request.mask is not None)))
+                board.show_preview(job.id, encode_marked(image, source_type_of(is_composite)))
 
         return ImageJob(
             parse_prompt(job.request.prompt + self._parts.suffix),

@@ -73,7 +73,8 @@ class Job:
         tenant: For whom the images are; tenants share the engine equally.
         request: The request, with the seed that was drawn for it.
         state: The state.
-        adapters: `name@version` (or file name) of the prompt's adapters, in their order, as they were resolved.
+        adapters: `name@version` (or file name) of the adapters of prompt and regions, in the order of `all_tags`, as
+            they were resolved.
         position: Number of jobs that are drawn before it, counted from 1; 0 if it is drawn now or has ended.
         step: Finished denoising steps.
         steps: All denoising steps.
@@ -100,8 +101,8 @@ class Job:
 
     @property
     def cost(self) -> int:
-        """Images times steps, by which tenants share the engine."""
-        return self.request.count * self.request.steps
+        """Images times steps times predictions of a step, by which tenants share the engine."""
+        return self.request.count * self.request.steps * (1 + len(self.request.regions))
 
 
 class QueueFull(EngineError):

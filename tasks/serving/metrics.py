@@ -62,7 +62,7 @@ class ServingMetrics:
         self._jobs.labels(tenant, job.state.value).inc()
         if job.state is JobState.COMPLETED:
             self._images.labels(tenant).inc(job.request.count)
-            self._steps.labels(tenant).inc(job.cost)
+            self._steps.labels(tenant).inc(job.request.count * job.request.steps)
 
     def label(self, tenant: str) -> str:
         """Returns the label of a tenant."""

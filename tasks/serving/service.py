@@ -27,7 +27,7 @@ from tasks.serving.metrics import ServingMetrics
 from tasks.serving.records import JobRecords
 from tasks.serving.results import JobImages
 from tasks.serving.safety import load_hook
-from tasks.serving.settings import MAX_ADAPTERS, ServiceSettings, check_request
+from tasks.serving.settings import MAX_ADAPTERS, ServiceSettings, check_request, require_boxes
 
 if TYPE_CHECKING:
     from lora_engine.serving.engine import ImageEngine
@@ -232,21 +232,25 @@ class ImageService:
 
     def _check(self, request: DrawRequest) -> tuple[str, ...]:
         """Returns the versions of the adapters of a request that can be drawn."""
+        from lora_engine.inference.settled_tags import all_tags
+
         check_request(request, self.settings)
         prompt = parse_prompt(request.prompt)
         parse_prompt(request.negative, is_negative=True)
-        settings_of(request)
+        regions = settings_of(request).regions
+        require_boxes(regions)
         if request.sampler is not None:
             from lora_engine.bases.samplers import find_sampler
 
             find_sampler(request.sampler)
-        if self._fixed and prompt.adapters:
+        tags = all_tags(prompt, regions)
+        if self._fixed and tags:
             raise SettingsError(
-                f"the prompt names the adapter {prompt.adapters[0].name[:80]!r}",
+                f"the prompt names the adapter {tags[0].name[:80]!r}",
                 allowed="prompts without adapters: this server has fixed ones",
                 remedy="leave the tag out",
             )
-        if len(prompt.adapters) > MAX_ADAPTERS:
-            raise SettingsError(f"the prompt names {len(prompt.adapters)} adapters", allowed=f"at most {MAX_ADAPTERS}")
-        names = [*(tag.name for tag in prompt.adapters), *(reference for reference, _ in self._fixed)]
+        if len(tags) > MAX_ADAPTERS:
+            raise SettingsError(f"the prompt names {len(tags)} adapters", allowed=f"at most {MAX_ADAPTERS}")
+        names = [*(tag.name for tag in tags), *(reference for reference, _ in self._fixed)]
         return tuple(self._adapters.resolve(name) for name in names)

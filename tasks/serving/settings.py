@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_engine.errors import SettingsError
 from tasks.operations.draw_request import DrawRequest
 from tasks.serving import EngineName
+
+if TYPE_CHECKING:
+    from lora_engine.inference.regions import Regions
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,8 @@ MAX_PROMPT = 10_000
 """Characters of a prompt."""
 MAX_ADAPTERS = 16
 """Adapters of a prompt."""
-_FIXED = frozenset(
-    {
-        *("vae", "clip_skip", "tile_vae", "offload", "batch", "previews"),
-        *("regions", "feather", "only_regions", "format", "quality", "credentials"),
-    }
-)
-"""Fields of a request that concern files, memory or keys of the server, or that it cannot draw in a batch."""
+_FIXED = ("vae", "tile_vae", "offload", "batch", "previews", "format", "quality", "credentials")
+"""Fields of a request that concern files, memory or keys of the server; another VAE would be loaded each time."""
 MAX_SEED = 2**63 - 1 - 1_000
 """Largest seed; those of further images of a request count up, and torch takes 63 bits."""
 
@@ -89,6 +87,10 @@ def check_request(request: DrawRequest, settings: ServiceSettings) -> None:
     _check("enlarge", request.enlarge, 1.0, 4.0)
     for name in ("prompt", "negative"):
         _check(f"length of the {name}", len(getattr(request, name)), 0, MAX_PROMPT)
+    _check("length of the regions", sum(map(len, request.regions)), 0, MAX_PROMPT)
+    _check("adapter_guidance", request.adapter_guidance, -100.0, 100.0)
+    if request.clip_skip is not None:
+        _check("clip_skip", request.clip_skip, 1, 99)
     for size, factor in ((request.size, request.enlarge), (request.seed_size, 1.0)):
         if size is None:
             continue
@@ -101,6 +103,21 @@ def check_request(request: DrawRequest, settings: ServiceSettings) -> None:
                 f"{entry.name} is {getattr(request, entry.name)!r}",
                 allowed=f"{entry.default!r}: a server does not change it by request",
                 remedy=f"leave out {entry.name}",
+            )
+
+
+def require_boxes(regions: Regions) -> None:
+    """Raises an error if a region has a mask: a client could name any file of the server.
+
+    Raises:
+        SettingsError: One has.
+    """
+    for region in regions.items:
+        if region.mask is not None:
+            raise SettingsError(
+                f"region {str(region.mask)[:80]!r} is no box",
+                allowed="LEFT,TOP,RIGHT,BOTTOM=PROMPT in shares of the image, such as 0,0,0.5,1=a cube",
+                remedy="a server reads no files of masks; use loraline generate",
             )
 
 

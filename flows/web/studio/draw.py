@@ -8,6 +8,7 @@ import gradio
 
 from flows.web.studio.cards import CardList
 from flows.web.studio.draw_adapters import add_rows, add_schedule
+from flows.web.studio.draw_advanced import add_advanced
 from flows.web.studio.draw_controls import connect_cancel
 from flows.web.studio.draw_events import DrawEvents, DrawResults, choose_image, recompose
 from flows.web.studio.draw_form import OWN_SAMPLER, SAMPLER_CHOICES, DrawForm
@@ -38,6 +39,7 @@ def add_draw(studio: Studio) -> None:
             with gradio.Accordion("Weight over the steps", open=False):
                 schedule = gradio.Column()
             settings |= _add_source()
+            settings |= add_advanced()
             with gradio.Accordion("Settings from an image", open=False):
                 dropped = gradio.File(label="PNG of Loraline or A1111", file_types=[".png"], height=120)
         with gradio.Column(scale=4, min_width=320):

@@ -17,6 +17,7 @@ from lora_engine.inference.image_settings import ImageSettings
 from lora_engine.inference.prompts.prompt import parse_prompt
 from lora_engine.inference.prompts.tags import AdapterTag
 from lora_engine.inference.prompts.writing import write_prompt
+from lora_engine.inference.variation import NoiseVariation
 from tasks.operations.draw_request import DrawRequest, parse_size
 from tasks.operations.source_images import prepare_source
 
@@ -59,6 +60,13 @@ class DrawForm:
         strength: Share of the steps on the image.
         enlarge: Factor of the second pass.
         enlarged_strength: Share of the steps of the second pass.
+        regions: `LEFT,TOP,RIGHT,BOTTOM=PROMPT`, one a line.
+        feather: Blur of the regions' borders.
+        only_regions: True draws only the regions of the image to start from.
+        adapter_guidance: Scale between the predictions without and with the adapters.
+        variation: `SEED:STRENGTH`; empty for none.
+        seed_size: `WIDTHxHEIGHT`; empty for none.
+        clip_skip: Layer of the text encoders; None for that of the training.
     """
 
     text: gradio.Textbox
@@ -78,6 +86,13 @@ class DrawForm:
     strength: gradio.Slider
     enlarge: gradio.Slider
     enlarged_strength: gradio.Slider
+    regions: gradio.Textbox
+    feather: gradio.Slider
+    only_regions: gradio.Checkbox
+    adapter_guidance: gradio.Number
+    variation: gradio.Textbox
+    seed_size: gradio.Textbox
+    clip_skip: gradio.Number
 
     @property
     def components(self) -> list[Any]:
@@ -126,7 +141,7 @@ def request_of(values: Mapping[str, Any], base: str, folder: Path) -> DrawReques
     """
     image, mask = _source(values["source"], folder)
     seed = secrets.randbelow(2**31) if values["is_random"] else _whole("seed", values["seed"])
-    size = str(values["size"] or "").strip()
+    size, seed_size, variation = (str(values[name] or "").strip() for name in ("size", "seed_size", "variation"))
     sampler = values["sampler"]
     return DrawRequest(
         whole_prompt(values),
@@ -143,6 +158,13 @@ def request_of(values: Mapping[str, Any], base: str, folder: Path) -> DrawReques
         strength=_number("strength", values["strength"]),
         enlarge=_number("factor", values["enlarge"]),
         enlarged_strength=_number("strength of the second pass", values["enlarged_strength"]),
+        regions=tuple(filter(None, map(str.strip, str(values["regions"] or "").splitlines()))),
+        feather=_number("feather", values["feather"]),
+        only_regions=bool(values["only_regions"]),
+        adapter_guidance=_number("adapter guidance", values["adapter_guidance"]),
+        variation=NoiseVariation.parse(variation) if variation else None,
+        seed_size=parse_size(seed_size) if seed_size else None,
+        clip_skip=None if values["clip_skip"] is None else _whole("clip skip", values["clip_skip"]),
     )
 
 
@@ -160,10 +182,20 @@ def fill(settings: ImageSettings, layout: int) -> dict[str, Any]:
         "sampler": settings.sampler,
         "seed": settings.seed,
         "strength": settings.strength,
-        "size": None if settings.size is None else f"{settings.size[1]}x{settings.size[0]}",
+        "size": None if settings.size is None else _written_size(settings.size),
         "enlarge": settings.enlarge or 1.0,
         "enlarged_strength": settings.enlarged_strength,
         "is_random": None if settings.seed is None else False,
+    }
+    # An image without regions or variation was drawn without them, whatever the form has.
+    advanced = {
+        "regions": "\n".join(settings.regions),
+        "feather": settings.feather,
+        "only_regions": settings.only_regions,
+        "adapter_guidance": 1.0,
+        "variation": "" if settings.variation is None else str(settings.variation),
+        "seed_size": "" if settings.seed_size is None else _written_size(settings.seed_size),
+        "clip_skip": settings.clip_skip,
     }
     return {
         "text": text,
@@ -172,6 +204,7 @@ def fill(settings: ImageSettings, layout: int) -> dict[str, Any]:
         "prompt": composed,
         "composed": composed,
         "negative": settings.negative,
+        **advanced,
         **{name: value for name, value in stated.items() if value is not None},
     }
 
@@ -179,6 +212,10 @@ def fill(settings: ImageSettings, layout: int) -> dict[str, Any]:
 def updates(values: Mapping[str, Any]) -> list[Any]:
     """Returns the outputs for `DrawForm.components`: the values by name, and no change for others."""
     return [values.get(field.name, gradio.skip()) for field in fields(DrawForm)]
+
+
+def _written_size(size: tuple[int, int]) -> str:
+    return f"{size[1]}x{size[0]}"
 
 
 def _source(value: Any, folder: Path) -> tuple[Path | None, Path | None]:
