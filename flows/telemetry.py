@@ -1,4 +1,4 @@
-"""Sends spans of flow runs and steps to an OpenTelemetry collector.
+"""Sends spans of flow runs, steps and the server's requests to an OpenTelemetry collector.
 
 Prefect creates a span for each flow run and each task run, once a tracer provider is set. The standard variables of
 OpenTelemetry set the collector: `OTEL_EXPORTER_OTLP_ENDPOINT`, or `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT` for spans alone.

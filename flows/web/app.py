@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
+from flows.telemetry import is_traced
 from flows.web.a1111 import draw_routes
 from flows.web.a1111_lists import list_routes, ping_routes
 from flows.web.adapters import adapter_routes
@@ -17,6 +18,7 @@ from flows.web.errors import add_error_handlers
 from flows.web.jobs import job_routes
 from flows.web.login import login_routes
 from flows.web.openai_images import openai_routes
+from flows.web.request_spans import RequestSpans
 from flows.web.security import Guard, GuardSettings
 from flows.web.tokens import Tokens
 from registry.identity import program_version
@@ -89,6 +91,8 @@ def create_app(service: ImageService, settings: WebSettings | None = None) -> Fa
         mount_studio(app, service)
     bounds = GuardSettings(settings.hosts, settings.max_body, settings.body_seconds, settings.requests_per_minute)
     app.add_middleware(Guard, settings=bounds, tokens=tokens, sessions=sessions)
+    if is_traced():
+        app.add_middleware(RequestSpans)  # the outermost: what the guard refuses is traced, too
     return app
 
 

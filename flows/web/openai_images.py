@@ -1,11 +1,11 @@
-"""The routes of OpenAI's API: `/v1/images/generations`, `/v1/images/edits`, `/v1/models`."""
+"""The routes of OpenAI's API: `/v1/images/generations`, `/v1/images/edits`, `/v1/images/variations`, `/v1/models`."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
@@ -31,7 +31,7 @@ from flows.web.openai_answers import (
     describe_event,
     describe_images,
 )
-from flows.web.openai_models import EditBody, GenerationBody, UnknownModel
+from flows.web.openai_models import EditBody, GenerationBody, UnknownModel, VariationBody
 from lora_engine.errors import DataError, SettingsError, WordedError
 from tasks.operations.draw_request import DrawRequest
 from tasks.serving.catalog import describe_base, list_named_adapters
@@ -43,24 +43,19 @@ if TYPE_CHECKING:
 
 openai_routes = APIRouter(prefix="/v1", route_class=OpenAIRoute, tags=["openai"])
 _STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
-_EDIT_FORM: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["image", "prompt"],
-                    "properties": {
-                        "image": {"type": "string", "format": "binary"},
-                        "mask": {"type": "string", "format": "binary"},
-                        **{name: {"type": "string"} for name in EditBody.model_fields if name != "loras"},
-                    },
-                }
-            }
+
+
+def _form(body: type[EditBody], files: Sequence[str], required: Sequence[str]) -> dict[str, Any]:
+    """Returns the part of the OpenAPI document for a form."""
+    schema = {
+        "type": "object",
+        "required": list(required),
+        "properties": {
+            **{name: {"type": "string", "format": "binary"} for name in files},
+            **{name: {"type": "string"} for name in body.model_fields if name != "loras"},
         },
     }
-}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 class ModelBody(BaseModel):
@@ -92,25 +87,51 @@ async def create_generation(body: GenerationBody, request: Request) -> ImagesRes
     "/images/edits",
     response_model=ImagesResponse,
     responses={200: _STREAM, **OPENAI_ERRORS},
-    openapi_extra=_EDIT_FORM,
+    openapi_extra=_form(EditBody, ("image", "mask"), ("image", "prompt")),
 )
 async def create_edit(request: Request) -> ImagesResponse | Response:
     """Draw an image again, or its transparent parts, or those of a mask."""
-    service = service_of(request)
+    body, files = await _read_form(request, EditBody)
+    image, mask = await to_thread.run_sync(_read_files, files)
+    return await _draw_from(request, body, image, mask, "image_edit")
+
+
+@openai_routes.post(
+    "/images/variations",
+    response_model=ImagesResponse,
+    responses={200: _STREAM, **OPENAI_ERRORS},
+    openapi_extra=_form(VariationBody, ("image",), ("image",)),
+)
+async def create_variation(request: Request) -> ImagesResponse | Response:
+    """Draw a whole image again, without a prompt."""
+    body, files = await _read_form(request, VariationBody)
+    image, _ = await to_thread.run_sync(lambda: _read_files(files, allows_mask=False))
+    return await _draw_from(request, body, replace(image, opacity=None), None, "image_variation")
+
+
+_Body = TypeVar("_Body", bound=EditBody)
+
+
+async def _read_form(request: Request, kind: type[_Body]) -> tuple[_Body, list[tuple[str, bytes]]]:
     async with request.form(max_files=4, max_fields=64) as form:
         fields = {name: value for name, value in form.multi_items() if isinstance(value, str)}
         files = [(name, value) for name, value in form.multi_items() if isinstance(value, UploadFile)]
         read = [(name, await file.read(MAX_UPLOAD_BYTES + 1)) for name, file in files]
     try:
-        body = EditBody.model_validate(fields)
+        return kind.model_validate(fields), read
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
-    image, mask = await to_thread.run_sync(_read_files, read)
+
+
+async def _draw_from(
+    request: Request, body: EditBody, image: UploadedImage, mask: UploadedImage | None, kind: str
+) -> ImagesResponse | Response:
+    service = service_of(request)
     base = await to_thread.run_sync(describe_base, service.settings.base)
     drawing = await to_thread.run_sync(body.to_request, base, service.home)
     sources = await to_thread.run_sync(_write_sources, image, mask, drawing.size)
     drawing = replace(drawing, image=sources.image, mask=sources.mask, strength=body.strength)
-    return await _respond(request, body, drawing, sources, "image_edit")
+    return await _respond(request, body, drawing, sources, kind)
 
 
 @openai_routes.get("/models", responses={401: OPENAI_ERRORS[401]})
@@ -181,14 +202,16 @@ def _models(request: Request) -> Mapping[str, ModelBody]:
     return models
 
 
-def _read_files(files: list[tuple[str, bytes]]) -> tuple[UploadedImage, UploadedImage | None]:
+def _read_files(
+    files: list[tuple[str, bytes]], *, allows_mask: bool = True
+) -> tuple[UploadedImage, UploadedImage | None]:
     images = [data for name, data in files if name in {"image", "image[]"}]
     masks = [data for name, data in files if name == "mask"]
-    if len(images) != 1 or len(masks) > 1 or len(images) + len(masks) != len(files):
+    if len(images) != 1 or len(masks) > allows_mask or len(images) + len(masks) != len(files):
         raise DataError(
             f"the form has the files {sorted(name[:40] for name, _ in files)}",
             where="image",
-            allowed="one image, and one mask",
+            allowed="one image, and one mask" if allows_mask else "one image",
         )
     return read_upload(images[0], "image"), read_upload(masks[0], "mask") if masks else None
 

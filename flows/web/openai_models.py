@@ -130,3 +130,9 @@ class EditBody(GenerationBody):
     strength: Annotated[float, Field(allow_inf_nan=False)] = Field(
         0.75, ge=0.01, le=1, description="Loraline's; share of the steps that run on the image."
     )
+
+
+class VariationBody(EditBody):
+    """Fields of `/v1/images/variations`, without the file."""
+
+    prompt: str = Field("", max_length=10_000, description="Loraline's; OpenAI's variations have none.")

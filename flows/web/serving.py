@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from flows.telemetry import start_tracing
 from flows.web.app import WebSettings, create_app
 from flows.web.server import Listening, open_socket, run_server
 from flows.web.tokens import read_tokens
@@ -29,12 +30,13 @@ def serve_images(
         announce: Called with the port when requests are answered.
 
     Raises:
-        SpecError: A setting or the address cannot be used.
+        SpecError: A setting or the address cannot be used, or spans are asked for without the extra `telemetry`.
         HomeError: Another server serves the home.
         BaseModelError: No such base.
     """
     if web.tokens is not None:
         read_tokens(web.tokens)  # before the base is loaded, which takes longer
+    start_tracing()
     with open_socket(listening) as sock:
         port = int(sock.getsockname()[1])
         service = open_service(home, settings)

@@ -16,6 +16,7 @@ from lora_engine.errors import AdapterError, EngineError, SettingsError
 from lora_engine.inference.composition import compose
 from lora_engine.inference.prompts.prompt import parse_prompt
 from lora_engine.inference.prompts.tags import AdapterTag
+from lora_engine.inference.settled_tags import all_tags
 from lora_engine.serving.adapter_cache import AdapterCache
 from lora_engine.serving.batch import CachedDrawer, SharedComposition, attempt, draw_together
 from lora_engine.serving.engine import DrawnImages, ImageJob
@@ -106,9 +107,16 @@ class StaticEngine:
                 f"the adapter {names[0]!r}, which this server has fused, may not be used any longer",
                 remedy="start the server with another version",
             )
+        if self._files and job.settings.adapter_guidance != 1.0:
+            return SettingsError(
+                f"adapter_guidance is {job.settings.adapter_guidance:g}, and this server has fused its adapters",
+                allowed="1: the prediction without them does not exist",
+                remedy="leave it out, or use a server with the engine dynamic",
+            )
         fused = [(file, replace(tag, name="")) for (file, _), tag in zip(self._files, self._tags, strict=True)]
-        asked = [(file, replace(tag, name="")) for (file, _), tag in zip(job.files, job.prompt.adapters, strict=True)]
-        if not asked or asked == fused:
+        tags = all_tags(job.prompt, job.settings.regions)
+        asked = [(file, replace(tag, name="")) for (file, _), tag in zip(job.files, tags, strict=True)]
+        if not asked or (asked == fused and len(job.prompt.adapters) == len(tags)):
             return None
         named = ", ".join(name for _, name in job.files)
         return SettingsError(

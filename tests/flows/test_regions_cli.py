@@ -37,13 +37,14 @@ def test_regions_reach_the_image_and_its_description(small: Trained, tmp_path: P
     regions = ("--region", "0,0,0.5,1=a zorb <lora:small@1:0.8>", "--region", f"{tmp_path / 'right.png'}=a cube")
     drawn, facts, _ = generate(small, tmp_path / "regions", "a wall", *regions)
     assert facts["regions"] == [
-        {"prompt": "a zorb", "box": [0.0, 0.0, 0.5, 1.0]},
+        {"prompt": "a zorb", "box": [0.0, 0.0, 0.5, 1.0], "adapters": [0]},
         {"prompt": "a cube", "mask_sha256": sha256_file(tmp_path / "right.png")},
     ]
     assert [adapter["reference"] for adapter in facts["adapters"]] == ["small@1"]  # type: ignore[attr-defined]
     lineage = say("lineage", tmp_path / "regions" / "0.png", "--json", home=small.home.path)
     assert small.version(1).artifact.sha256 in lineage, "of an adapter that only a region names"
-    soft, _, _ = generate(small, tmp_path / "soft", "a wall", *regions, "--feather", 3)
+    soft, facts, _ = generate(small, tmp_path / "soft", "a wall", *regions, "--feather", 3)
+    assert facts["feather"] == 3
     plain, _, _ = generate(small, tmp_path / "plain", "a zorb <lora:small@1:0.8>")
     whole, _, _ = generate(small, tmp_path / "whole", "x", "--region", "0,0,1,1=a zorb <lora:small@1:0.8>")
     assert np.array_equal(whole, plain)
@@ -60,6 +61,8 @@ def test_several_masks_of_an_image_have_prompts_of_their_own(small: Trained, tmp
     source = ("--image", tmp_path / "photo.png", "--only-regions")
     one, two = f"{tmp_path / 'a.png'}=a zorb <lora:small@1>", f"{tmp_path / 'b.png'}=a cube"
     drawn, _, _ = generate(small, tmp_path / "out", "a wall", *source, "--region", one, "--region", two)
+    xmp = Image.open(tmp_path / "out" / "0.png").getxmp()
+    assert "compositeWithTrainedAlgorithmicMedia" in str(xmp)
     original = np.asarray(Image.open(tmp_path / "photo.png"), dtype=int)
     for first, last, is_drawn in ((0, 8, True), (8, 20, False), (20, 28, True), (28, 32, False)):
         assert np.array_equal(drawn[:, first:last], original[:, first:last]) != is_drawn

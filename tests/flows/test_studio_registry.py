@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
+from flows.approval import RETRAIN, ApprovalAnswer, make_request, read_answer_of, suspend_for_approval
 from lora_engine.progress import Point
+from registry.entities import AdapterVersion
 from registry.lineage.record import Lineage
 from registry.versions.promotion import promote
 from registry.versions.versions import Versions
@@ -18,6 +21,7 @@ from tasks.run_entry import recording
 from tests.flows.compared import PROMPTS, compared_home
 from tests.flows.shared import draw_noise
 from tests.flows.studio_page import ROLES, WITHOUT_VOTES, studio
+from tests.flows.test_schedule import post
 from tests.flows.web.studio_server import UNLABELED
 
 __all__ = ["compared_home", "studio"]
@@ -177,6 +181,70 @@ def test_an_alias_that_moved_since_the_review_is_a_conflict(studio):
     studio.page.click("Confirm")
     studio.page.wait_for_text("the aliases changed since the review")
     assert studio.events("endorse") == []
+
+
+def suspend_run(api: str, version: AdapterVersion) -> UUID:
+    """Returns a flow run that waits for an approval; it has begun in this process, and no worker continues it."""
+    from prefect import flow
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import Pause
+    from prefect.flow_engine import run_flow
+
+    def ask() -> None:
+        raise suspend_for_approval(make_request(version, "staging", "production", 1.0))
+
+    name = f"nightly-{version.version}"
+    scheduled = post(api, "flows/", {"name": RETRAIN})["id"]
+    deployment = post(api, "deployments/", {"name": name, "flow_id": scheduled})["id"]
+    run = post(api, f"deployments/{deployment}/create_flow_run", {"name": name, "state": {"type": "PENDING"}})["id"]
+    with get_client(sync_client=True) as client:
+        begun = client.read_flow_run(run)
+    with pytest.raises(Pause):
+        run_flow(flow(name=RETRAIN)(ask), flow_run=begun)
+    return UUID(run)
+
+
+def test_runs_that_wait_are_rejected_and_approved_with_a_reason_by_a_user_who_may(studio, prefect_server, monkeypatch):
+    from prefect import context
+    from prefect.client.orchestration import get_client
+
+    # The thread of the server has no settings of its own, as a process that was started with PREFECT_API_URL.
+    monkeypatch.setattr(context, "GLOBAL_SETTINGS_CONTEXT", context.SettingsContext.get())
+    with closing(Versions(studio.home)) as versions:
+        older, newer = versions.show("small", "1"), versions.show("small", "2")
+    runs = {version.ref: suspend_run(prefect_server.rstrip("/"), version) for version in (older, newer)}
+    studio.open("eve", "Releases")
+    studio.expand("Waiting for approval")
+    studio.page.wait_for_text(f"{newer.ref} (sha256 {newer.sha256[:16]}) waits to become production")
+    studio.page.wait_for_text(f"{older.ref} (sha256 {older.sha256[:16]}) waits to become production")
+    studio.page.type("Reason of the decision", "mine")
+    studio.page.click("Approve")
+    studio.page.wait_for_text("eve has no role that may")
+    studio.open("carl", "Releases")
+    studio.expand("Waiting for approval")
+    studio.page.wait_for_text(newer.ref)
+    studio.page.click("Reject")
+    studio.page.wait_for_text("cannot be decided")
+    studio.page.resize(390, 844)
+    assert studio.page.evaluate("document.documentElement.scrollWidth") <= 390
+    studio.page.type("Reason of the decision", "blurred")
+    studio.page.click("Reject")
+    studio.page.wait_for_text(f"Rejected {newer.ref} for production.")
+    studio.page.wait_for(f"!document.body.innerText.includes('{newer.ref} (sha256')", "the list is not read again")
+    studio.page.type("Reason of the decision", "sharp")
+    field = "[...document.querySelectorAll('label')].filter(one => one.innerText.includes('Reason of the decision'))[0]"
+    studio.page.evaluate(f"{field}.querySelector('input, textarea').focus()")
+    studio.page.press("Tab")
+    assert studio.page.evaluate("document.activeElement.innerText.trim()") == "Approve"
+    studio.page.press("Enter")
+    studio.page.wait_for_text(f"Approved {older.ref} for production.")
+    studio.page.wait_for_text("No run waits for an approval.")
+    with get_client(sync_client=True) as client:
+        answers = {ref: read_answer_of(client, run) for ref, run in runs.items()}
+    assert {ref: answer and answer[1] for ref, answer in answers.items()} == {
+        newer.ref: ApprovalAnswer("reject", "blurred", "carl", newer.sha256),
+        older.ref: ApprovalAnswer("approve", "sharp", "carl", older.sha256),
+    }
 
 
 @pytest.mark.nightly

@@ -248,6 +248,19 @@ def test_the_infotext_of_an_image_draws_it_again(api: WebUIApi) -> None:
     assert difference(other.image, drawn.image).max() > 1
 
 
+def test_clip_skip_is_taken_from_override_settings_and_is_in_the_infotext(api: WebUIApi) -> None:
+    def draw(**fields: object) -> WebUIApiResult:
+        return api.txt2img(prompt="a ring", seed=11, **SMALL, **fields)
+
+    plain, first = draw(), draw(override_settings={"CLIP_stop_at_last_layers": 2})
+    assert (plain.info["clip_skip"], first.info["clip_skip"]) == (1, 2)
+    assert "Clip skip" not in plain.info["infotexts"][0]
+    assert "Clip skip: 2," in first.info["infotexts"][0]
+    assert difference(first.image, plain.image).max() > 1
+    again = api.custom_post("sdapi/v1/txt2img", {"infotext": first.info["infotexts"][0]})
+    assert difference(again.image, first.image).max() <= 1
+
+
 def test_a_variation_keeps_the_seed_and_counts_its_own_up(api: WebUIApi) -> None:
     def draw(**fields: object) -> WebUIApiResult:
         return api.txt2img(prompt="a ring", seed=11, **SMALL, **fields)

@@ -26,6 +26,7 @@ CHECKS = [not_a_server_error, content_type_conformance, response_schema_conforma
 WITH_INPUT = [
     *("POST /sdapi/v1/txt2img", "POST /sdapi/v1/img2img", "POST /sdapi/v1/options", "POST /sdapi/v1/png-info"),
     *("GET /sdapi/v1/progress", "POST /v1/images/generations", "POST /v1/images/edits"),
+    "POST /v1/images/variations",
 ]
 ANY_TEXT = "GET /v1/models/{model}"
 """Has no invalid input."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -12,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from flows.web.app import create_app
+from lora_engine.inference.image_settings import read_image_settings
 from tasks.serving.service import ImageService
 from tests.flows.web.own_endpoints import BODY, png_of
 from tests.flows.web.server import read_events
@@ -40,6 +43,54 @@ def test_one_request_returns_the_images_themselves(client: TestClient) -> None:
         drawn.load()
         assert "zorb@1" in drawn.text["loraline"]  # type: ignore[attr-defined]
     assert client.post("/v1/images", json=BODY).json()["images"] == [image]
+
+
+def test_regions_noise_and_clip_skip_count_and_the_image_says_how_to_draw_it_again(
+    client: TestClient, tmp_path: Path
+) -> None:
+    def draw(body: dict[str, Any]) -> tuple[str, list[str]]:
+        answer = client.post("/v1/images", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["images"][0], answer.json()["job"]["adapters"]
+
+    advanced = {
+        "regions": ["0,0,0.5,1=a ring <lora:ring:0.8>", "0.5,0,1,0.5=a cube"],
+        "feather": 2.0,
+        "adapter_guidance": 2.0,
+        "variation": "8:0.25",
+        "seed_size": "48x32",
+        "clip_skip": 2,
+    }
+    drawn, adapters = draw({**BODY, **advanced})
+    assert adapters == ["zorb@1", "ring@1"]
+    for name in advanced:
+        without = {key: value for key, value in advanced.items() if key not in {name, "feather"}}
+        assert draw({**BODY, **without})[0] != drawn, name
+    (tmp_path / "drawn.png").write_bytes(base64.b64decode(drawn))
+    settings = read_image_settings(tmp_path / "drawn.png")
+    assert settings.seed_size is not None
+    again = {
+        "prompt": settings.prompt,
+        "seed": settings.seed,
+        "steps": settings.steps,
+        "regions": list(settings.regions),
+        "feather": settings.feather,
+        "variation": str(settings.variation),
+        "seed_size": f"{settings.seed_size[1]}x{settings.seed_size[0]}",
+        "clip_skip": settings.clip_skip,
+    }
+    assert draw(again)[0] == drawn
+
+
+def test_a_region_with_a_mask_and_another_vae_are_refused(client: TestClient) -> None:
+    for field, value, message in (
+        ("regions", ["/etc/passwd=a ring"], "is no box"),
+        ("clip_skip", 0, "clip_skip"),
+        ("variation", "8", "SEED:STRENGTH"),
+        ("vae", "/etc", "vae"),
+    ):
+        answer = client.post("/v1/jobs", json={**BODY, field: value})
+        assert (answer.status_code, message in answer.json()["error"]["message"]) == (422, True), answer.text
 
 
 @pytest.mark.parametrize("kind", ["webp", "jpeg"])

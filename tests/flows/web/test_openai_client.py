@@ -103,6 +103,33 @@ def test_an_image_is_edited_as_a_whole_by_a_strength(client: OpenAI, photo: Imag
     assert edit("0.25") < edit("1")
 
 
+def test_a_variation_draws_the_whole_image_again_without_a_prompt(client: OpenAI, photo: Image.Image) -> None:
+    image = photo.convert("RGBA")
+    image.paste((0, 0, 0, 0), (0, 0, 16, 32))
+
+    def vary(strength: str) -> np.ndarray:
+        body = {"steps": "4", "seed": "3", "strength": strength}
+        answer = client.images.create_variation(
+            image=png(image),
+            model="zorb",
+            n=2,
+            size="32x32",
+            response_format="b64_json",
+            extra_body=body,  # type: ignore[arg-type]
+        )
+        assert answer.data is not None
+        assert [one.seed for one in answer.data] == [3, 4]  # type: ignore[attr-defined]
+        assert answer.data[0].b64_json != answer.data[1].b64_json
+        return pixels(answer.data[0].b64_json)
+
+    opaque = np.asarray(photo, int)[:, 16:]
+    little, much = (np.abs(vary(strength)[:, 16:] - opaque) for strength in ("0.25", "1"))
+    assert 0 < little.mean() < much.mean(), "parts that are not transparent are drawn, too"
+    files = {"image": ("a.png", png(photo)), "mask": ("b.png", png(photo))}
+    refused = httpx.post(f"{client.base_url}images/variations", files=files)
+    assert (refused.status_code, "one image" in refused.text) == (400, True)
+
+
 def test_a_stream_has_previews_and_then_the_image(client: OpenAI) -> None:
     options = {"seed": 7, "steps": 24}
     stream = client.images.generate(prompt="a ring", size="32x32", stream=True, partial_images=2, extra_body=options)

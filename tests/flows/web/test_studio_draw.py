@@ -154,6 +154,42 @@ def test_a_png_restores_prompt_adapters_and_settings(page: Page, studio: ServedS
     page.wait_for_text("Weight of small (scheduled)")
 
 
+def test_regions_and_noise_are_set_with_the_keyboard_and_come_back_from_the_image(
+    page: Page, studio: ServedStudio, tmp_path: Path
+) -> None:
+    page.resize(390, 844)
+    page.type("Prompt", "a wall")
+    page.type("Steps", "2")
+    page.evaluate("document.activeElement.blur()")
+    tab_to(page, "Advanced")
+    page.press("Enter")
+    page.wait_for_text("One a line: LEFT,TOP,RIGHT,BOTTOM=PROMPT")
+    texts = {"Regions": "0,0,0.5,1=a ring <lora:small@1:0.5>", "Variation": "8:0.2", "Seed size": "48x32"}
+    for label, text in texts.items():
+        tab_to(page, label)
+        page.write(text)
+    for label, number in (("Adapter guidance", "2"), ("Clip skip", "2")):
+        page.type(label, number)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate(UNLABELED) == []
+    page.click("Draw")
+    wait_for_status(page, "Drawn: seed")
+    job = studio.service.jobs()[-1]
+    assert job.adapters == ("small@1",)
+    request = job.request
+    assert (request.regions, str(request.variation), request.seed_size) == ((texts["Regions"],), "8:0.2", (32, 48))
+    assert (request.adapter_guidance, request.clip_skip) == (2.0, 2)
+    file = tmp_path / "drawn.png"
+    file.write_bytes(studio.service.images(job.id)[0])
+    page.open(studio.address)
+    page.wait_for("document.querySelector('.studio-cards li')")
+    open_section(page, "Advanced")
+    open_section(page, "Settings from an image")
+    page.upload("input[type=file][accept*='.png']", file)
+    wait_for_value(page, "Regions", "0,0,0.5,1=a ring <lora:small@1:0.5:ag=2>")
+    assert [value_of(page, name) for name in ("Variation", "Seed size", "Clip skip")] == ["8:0.2", "48x32", "2"]
+
+
 def test_versions_are_compared_with_their_metrics_at_the_same_seeds(page: Page, studio: ServedStudio) -> None:
     page.type("Steps", "2")
     page.click("Compare")

@@ -34,6 +34,7 @@ from lora_engine.errors import DataError, SettingsError
 from lora_engine.formats import Card
 from lora_engine.inference.image_settings import ImageSettings
 from lora_engine.inference.prompts.step_weights import parse_step_weights
+from lora_engine.inference.variation import NoiseVariation
 from registry import Registry
 from registry.home import Home
 from tasks.operations.adapter_cards import choose_cards, list_adapter_cards, read_card_sample, tabulate_metrics
@@ -60,6 +61,13 @@ FORM: dict[str, Any] = {
     "strength": 0.5,
     "enlarge": 1,
     "enlarged_strength": 0.5,
+    "regions": "",
+    "feather": 0,
+    "only_regions": False,
+    "adapter_guidance": 1,
+    "variation": "",
+    "seed_size": "",
+    "clip_skip": None,
 }
 
 
@@ -100,7 +108,33 @@ def test_a_filled_form_is_a_request(tmp_path: Path) -> None:
     request = request_of(FORM, "tiny", tmp_path)
     assert request == DrawRequest("a ring", count=2, seed=5, steps=4, guidance=2.0, size=(32, 48), strength=0.5)
     assert request_of({**FORM, "is_random": True}, "tiny", tmp_path).seed != 5
-    for name, value in {"steps": 1.5, "count": "2", "seed": -1, "guidance": float("nan"), "size": "large"}.items():
+    advanced = {
+        "regions": " 0,0,0.5,1=a cube \n\n0.5,0,1,1=a disk <lora:zorb@3:0.5>",
+        "feather": 2,
+        "only_regions": True,
+        "adapter_guidance": 1.5,
+        "variation": "8:0.2",
+        "seed_size": "64x32",
+        "clip_skip": 2,
+    }
+    assert request_of({**FORM, **advanced}, "tiny", tmp_path) == replace(
+        request,
+        regions=("0,0,0.5,1=a cube", "0.5,0,1,1=a disk <lora:zorb@3:0.5>"),
+        feather=2.0,
+        only_regions=True,
+        adapter_guidance=1.5,
+        variation=NoiseVariation(8, 0.2),
+        seed_size=(32, 64),
+        clip_skip=2,
+    )
+    for name, value in {
+        "steps": 1.5,
+        "count": "2",
+        "seed": -1,
+        "guidance": float("nan"),
+        "size": "large",
+        "variation": "8",
+    }.items():
         with pytest.raises(SettingsError):
             request_of({**FORM, name: value}, "tiny", tmp_path)
 
@@ -109,6 +143,13 @@ def test_restored_settings_fill_the_form_and_leave_the_rest() -> None:
     values = fill(ImageSettings("a <lora:zorb@3:0.5>", "blue", seed=7, size=(32, 48)), 3)
     assert values["used"] == [Used(split_prompt("<lora:zorb@3:0.5>")[1][0].tag)]
     assert (values["text"], values["seed"], values["is_random"], values["size"]) == ("a", 7, False, "48x32")
+    advanced = {name: FORM[name] for name in ("regions", "feather", "only_regions", "variation", "clip_skip")}
+    assert {name: values[name] for name in advanced} == advanced, "the image had none"
+    for strength in (0.0, 0.2, 1.0, 0.123456789):
+        variation = NoiseVariation(10, strength)
+        restored = fill(ImageSettings("a", variation=variation, regions=("0,0,1,1=a", "0,0,1,0.5=b")), 1)
+        assert restored["regions"].splitlines() == ["0,0,1,1=a", "0,0,1,0.5=b"]
+        assert NoiseVariation.parse(restored["variation"]) == variation
     assert values["layout"] == 4
     assert "steps" not in values
 

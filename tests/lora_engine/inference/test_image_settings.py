@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from lora_engine.inference.image_settings import read_image_settings, settings_o
 from lora_engine.inference.prompts.prompt import ParsedPrompt, parse_prompt
 from lora_engine.inference.prompts.tags import AdapterTag
 from lora_engine.inference.prompts.writing import write_prompt, write_tag
+from lora_engine.inference.regions import parse_region
+from lora_engine.inference.variation import NoiseVariation
 
 TAGS = [
     "<lora:zorb@3>",
@@ -93,6 +96,52 @@ def test_enlarged_images_and_sources_come_back_with_a_note(tmp_path: Path) -> No
     assert (settings.size, settings.enlarge, settings.enlarged_strength) == ((8, 16), 2.0, 0.4)
     assert settings.strength == 0.6
     assert settings.notes == ("the image that it started from is not in the file",)
+
+
+def test_regions_and_noise_come_back_and_masks_are_noted(tmp_path: Path) -> None:
+    drawing = replace(
+        _drawing("a wall <lora:zorb@3:0.5> <lora:zorb@3:0.8>"),
+        regions=[
+            {"prompt": "a zorb", "box": [0.0, 0.25, 1 / 3, 1.0], "adapters": [1]},
+            {"prompt": "a cube", "mask_sha256": "c" * 64},
+        ],
+        feather=2.5,
+        only_regions=True,
+        variation=(8, 0.2),
+        seed_size=(32, 48),
+        clip_skip=2,
+    )
+    write_png(tmp_path / "a.png", torch.zeros(3, 16, 32), png_texts(drawing, 1, (16, 32)))
+    settings = read_image_settings(tmp_path / "a.png")
+    assert settings.prompt == "a wall <lora:zorb@3:0.5>"
+    (region,) = settings.regions
+    assert region == "0,0.25,0.333333333,1=a zorb <lora:zorb@3:0.8>"
+    assert parse_region(region).prompt.adapters[0].name == "zorb@3"
+    assert (settings.feather, settings.only_regions) == (2.5, True)
+    assert settings.notes == ("the masks of its regions are not in the file",)
+    for read in (settings, settings_of_infotext(drawing.infotext(1, (16, 32)))):
+        assert (read.variation, read.seed_size, read.clip_skip) == (NoiseVariation(8, 0.2), (32, 48), 2)
+    assert drawing.source_type == "compositeWithTrainedAlgorithmicMedia"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"regions": [{"prompt": "a", "box": [0, 0, 1]}]},
+        {"regions": [{"prompt": "a", "box": [0, 0, 1, 1], "adapters": [7]}]},
+        {"regions": [{"prompt": "a <lora:z:x>", "box": [0, 0, 1, 1]}]},
+        {"variation": (1, 3.0)},
+        {"seed_size": (1,)},
+        {"clip_skip": "two"},
+    ],
+)
+def test_regions_and_noise_that_cannot_be_read_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    facts = json.loads(dict(png_texts(_drawing("a"), 1, (4, 4)))[CHUNK])
+    write_png(tmp_path / "a.png", torch.zeros(3, 4, 4), {CHUNK: json.dumps(facts)})
+    assert read_image_settings(tmp_path / "a.png").regions == ()
+    write_png(tmp_path / "a.png", torch.zeros(3, 4, 4), {CHUNK: json.dumps(facts | change)})
+    with pytest.raises(DataError, match="not as Loraline writes them"):
+        read_image_settings(tmp_path / "a.png")
 
 
 def test_the_text_of_a1111_is_read() -> None:

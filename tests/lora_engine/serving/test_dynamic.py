@@ -17,6 +17,7 @@ from lora_engine.errors import AdapterError, EngineError
 from lora_engine.formats import Embedding
 from lora_engine.inference.draw import Drawer
 from lora_engine.inference.image_files import png_texts
+from lora_engine.inference.regions import Regions, parse_region
 from lora_engine.serving.adapter_cache import AdapterCache
 from lora_engine.serving.dynamic import DynamicEngine
 from lora_engine.serving.engine import ImageJob, JobStopped
@@ -77,6 +78,29 @@ def test_a_job_alone_has_the_bytes_of_generate(base: BaseModel, engine: DynamicE
         job = job_of("a ring <lora:a:0.8>", write_file(kind, kind), seeds=(1, 2))
         (result,) = engine.draw([job])
         assert torch.equal(pixels_of(result), alone(base, job))
+
+
+def test_a_job_with_regions_has_the_bytes_of_generate(
+    base: BaseModel, engine: DynamicEngine, write_file: Write
+) -> None:
+    regions = Regions(
+        (parse_region("0,0,0.5,1=a cube <lora:b:0.7>"), parse_region("0.5,0,1,1=a disk <lora:a:0.8>")), 2.0
+    )
+    job = job_of("a ring <lora:a:0.8>", write_file("a"), write_file("b"), regions=regions)
+    (result,) = engine.draw([job])
+    assert torch.equal(pixels_of(result), alone(base, job))
+    assert not torch.equal(pixels_of(result), alone(base, job_of("a ring <lora:a:0.8>", write_file("a"))))
+
+
+def test_jobs_with_one_clip_skip_share_a_batch_and_the_next_job_reads_the_own_layer_of_the_base(
+    base: BaseModel, engine: DynamicEngine, write_file: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = alone(base, job_of("a ring"))
+    jobs = [job_of("a ring", clip_skip=2), job_of("a cube <lora:a:0.8>", write_file("a"), clip_skip=2)]
+    assert assert_batch_equals_jobs_alone(base, engine, jobs, monkeypatch) == [4] * STEPS
+    assert not torch.equal(alone(base, jobs[0]), plain)
+    (after,) = engine.draw([job_of("a ring")])
+    assert torch.equal(pixels_of(after), plain)
 
 
 def test_the_metadata_of_a_batch_are_those_of_jobs_alone(
@@ -140,6 +164,8 @@ def test_jobs_that_cannot_share_a_batch_are_drawn_alone(
         job_of("a ring", sampler="euler"),
         job_of("a ring", seeds=range(8)),
         job_of("a ring", engine="attached"),
+        job_of("a ring", clip_skip=2),
+        job_of("a ring", regions=Regions((parse_region("0,0,0.5,1=a cube"),))),
         job_of("a ring <lora:c:1>", write_file("c", recipe={"clip_skip": 2})),
         job_of("a ring <lora:d:1>", lora.with_name("missing.safetensors")),
     ]

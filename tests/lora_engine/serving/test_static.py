@@ -11,6 +11,7 @@ import torch
 from lora_engine.bases.base import BaseModel
 from lora_engine.errors import AdapterError, EngineError, SettingsError
 from lora_engine.inference.draw import Drawer
+from lora_engine.inference.regions import Regions, parse_region
 from lora_engine.serving.engine import DrawnImages
 from lora_engine.serving.engines import StaticOptions
 from lora_engine.serving.static import StaticEngine
@@ -66,6 +67,29 @@ def test_a_job_with_other_adapters_or_weights_is_refused_and_the_others_are_draw
         engine.close()
     assert [type(result) for result in results] == [SettingsError, DrawnImages, SettingsError, SettingsError]
     assert "Allowed: a@1. Fix: leave the adapters out of the prompt" in str(results[0])
+
+
+def test_regions_are_drawn_with_the_fused_adapters_and_a_prediction_without_them_is_refused(
+    base: BaseModel, write_file: Write
+) -> None:
+    file, regions = write_file("a"), Regions((parse_region("0,0,0.5,1=a cube"),))
+    named = job_of("a ring <lora:a:0.8>", file, regions=regions)
+    expected, _ = Drawer(base).draw(named.prompt, named.settings, files=named.files, negative=named.negative)
+    engine = StaticEngine(base, StaticOptions(adapters="<lora:a:0.8>"), [(file, "a@1")])
+    try:
+        own = Regions((parse_region("0,0,0.5,1=a cube <lora:a:0.8>"),))
+        drawn, guided, in_region = engine.draw(
+            [
+                job_of("a ring", regions=regions),
+                job_of("a ring", adapter_guidance=2.0),
+                job_of("a ring", file, regions=own),
+            ]
+        )
+    finally:
+        engine.close()
+    assert torch.equal(pixels_of(drawn), expected)
+    assert "adapter_guidance is 2, and this server has fused its adapters" in str(guided)
+    assert "leave the adapters out of the prompt" in str(in_region)
 
 
 def test_after_a_fused_version_is_withdrawn_no_job_is_drawn(base: BaseModel, write_file: Write) -> None:

@@ -147,7 +147,19 @@ def test_jobs_are_canceled_while_they_wait_and_while_they_are_drawn(served: Home
         ({"variation": NoiseVariation(2**63, 0.5)}, "seed of the variation"),
         ({"seed_size": (4096, 4096)}, "pixels of an image"),
         ({"vae": "/etc"}, "vae"),
-        ({"clip_skip": 2}, "clip_skip"),
+        ({"clip_skip": 0}, "clip_skip is 0"),
+        ({"adapter_guidance": float("nan")}, "adapter_guidance is nan"),
+        ({"regions": ("/etc/passwd=a ring",)}, "'/etc/passwd' is no box"),
+        ({"regions": ("0,0,1=a ring",)}, "LEFT,TOP,RIGHT,BOTTOM"),
+        ({"regions": ("0,0,1,1=" + "a" * 10_001,)}, "length of the regions"),
+        ({"feather": 3.0}, "no regions"),
+        (
+            {
+                "prompt": "".join(f"<lora:zorb:0.{weight}>" for weight in range(11, 19)),
+                "regions": ("0,0,1,1=a" + "".join(f"<lora:zorb:0.{weight}>" for weight in range(19, 28)),),
+            },
+            "17 adapters",
+        ),
         ({"sampler": "no such"}, "no such"),
         ({"mask": Path("mask.png")}, "a mask needs an image"),
         ({"prompt": "a <lora:zorb:abc>"}, "abc"),
@@ -160,6 +172,11 @@ def test_a_request_outside_of_the_limits_is_refused_before_it_waits(
     with pytest.raises(SettingsError, match=match):
         idle.submit(replace(PLAIN, **changes))  # type: ignore[arg-type]
     assert idle.jobs() == []
+
+
+def test_each_region_costs_one_more_prediction_of_a_step() -> None:
+    request = replace(PLAIN, count=2, steps=5, regions=("0,0,0.5,1=a ring", "0.5,0,1,1=a cube"))
+    assert Job("0" * 32, "ann", request, JobState.QUEUED, (), now()).cost == 2 * 5 * 3
 
 
 def test_a_home_has_one_server(served: Home, engine: HeldEngine) -> None:

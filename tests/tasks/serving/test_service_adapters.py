@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -65,11 +66,15 @@ def test_a_withdrawn_version_is_refused_for_new_and_waiting_jobs_and_leaves_the_
         assert not file.exists()
 
 
+@pytest.mark.parametrize(
+    "changes", [{"prompt": "a zorb <lora:zorb@2:1>"}, {"regions": ("0,0,0.5,1=a zorb <lora:zorb@2:1>",)}]
+)
 def test_images_of_a_version_that_is_withdrawn_while_they_are_drawn_do_not_leave(
-    served: Home, engine: HeldEngine
+    served: Home, engine: HeldEngine, changes: dict[str, Any]
 ) -> None:
     with service_on(served, engine) as service, closing(Versions(served)) as versions:
-        job = hold(service, engine, replace(REQUEST, prompt="a zorb <lora:zorb@2:1>"))
+        job = hold(service, engine, replace(REQUEST, **changes))
+        assert "zorb@2" in job.adapters
         withdraw(versions, "zorb", 2, reason="bad eyes")
         engine.may_draw.set()
         assert service.wait(job.id, 60).state is JobState.FAILED
