@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from flows.queued import read_queued
 from tests.flows.commands import loraline_here, loraline_process, say
 from tests.flows.made import register_zorb
+from tests.flows.web.server import Serving, copy_home, stop
 
 
 @pytest.fixture
@@ -156,6 +157,46 @@ def test_without_a_collector_a_run_sends_no_spans(pipeline: Callable[..., Path],
         variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": address, "OTEL_SDK_DISABLED": "true"}
         finished(environment | variables, "run", pipeline())
     assert spans == []
+
+
+def test_requests_to_the_server_are_spans_in_the_trace_of_the_client(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    with collector() as (address, spans):
+        serving = Serving(copy_home(tmp_path_factory, tmp_path / "home"), OTEL_EXPORTER_OTLP_ENDPOINT=address)
+        with serving.running("--no-studio") as process, serving.client() as client:
+            body = {"prompt": "a secret ring", "steps": 1}
+            client.post("/v1/images", json=body, headers={"traceparent": f"00-{trace}-b7ad6b7169203331-01"})
+            client.get("/v1/adapters/zorb?q=secret")
+            client.get("/v1/adapters", headers={"Host": "evil.example"})
+            client.get("/healthz")
+            assert stop(process)[0] == 0
+    found = {}
+    for span in spans:
+        values = {item.key: item.value.string_value or item.value.int_value for item in span.attributes}
+        found[span.name] = (span.trace_id.hex() == trace, values)
+    assert found == {
+        "POST /v1/images": (
+            True,
+            {
+                "http.request.method": "POST",
+                "http.route": "/v1/images",
+                "http.response.status_code": 200,
+                "loraline.tenant": "local",
+            },
+        ),
+        "GET /v1/adapters/{name}": (
+            False,
+            {
+                "http.request.method": "GET",
+                "http.route": "/v1/adapters/{name}",
+                "http.response.status_code": 200,
+                "loraline.tenant": "local",
+            },
+        ),
+        "GET": (False, {"http.request.method": "GET", "http.response.status_code": 400}),
+    }
 
 
 def test_status_lists_what_a_prefect_server_has_queued(
