@@ -74,7 +74,7 @@ def has_same_license(home: Home, summary: bytes) -> bool:
     """
     written = json.loads(summary)
     adapter = ArtifactRef(written["adapter"]["kind"], written["adapter"]["sha256"], written["adapter"]["size"])
-    return find_license(home, adapter, written["stated"]) == written["license"]
+    return bool(find_license(home, adapter, written["stated"]) == written["license"])
 
 
 @step(
