@@ -73,9 +73,8 @@ def has_same_license(home: Home, summary: bytes) -> bool:
     It follows from lineage and from the home's table of licenses, which no cache key covers.
     """
     written = json.loads(summary)
-    license_written: str | None = written["license"]
     adapter = ArtifactRef(written["adapter"]["kind"], written["adapter"]["sha256"], written["adapter"]["size"])
-    return find_license(home, adapter, written["stated"]) == license_written
+    return bool(find_license(home, adapter, written["stated"]) == written["license"])
 
 
 @step(
