@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 
-from flows.telemetry import is_traced
 from flows.web.a1111 import draw_routes
 from flows.web.a1111_lists import list_routes, ping_routes
 from flows.web.adapters import adapter_routes
@@ -18,7 +18,6 @@ from flows.web.errors import add_error_handlers
 from flows.web.jobs import job_routes
 from flows.web.login import login_routes
 from flows.web.openai_images import openai_routes
-from flows.web.request_spans import RequestSpans
 from flows.web.security import Guard, GuardSettings
 from flows.web.tokens import Tokens
 from registry.identity import program_version
@@ -50,6 +49,14 @@ class WebSettings:
     requests_per_minute: int = 1200
 
 
+_UNTRACED = frozenset({"/healthz", "/readyz", "/metrics"})
+"""Paths that monitoring asks for all the time."""
+
+
+def _is_untraced(scope: MutableMapping[str, Any]) -> bool:
+    return scope.get("path") in _UNTRACED
+
+
 def create_app(service: ImageService, settings: WebSettings | None = None) -> FastAPI:
     """Returns the application.
 
@@ -78,6 +85,8 @@ def create_app(service: ImageService, settings: WebSettings | None = None) -> Fa
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
+        # Spans are sent if a collector is set; validation errors would contain prompts.
+        telemetry={"operation_spans": False, "logs": False, "metrics": False, "exclude": _is_untraced},
     )
     app.state.service, app.state.settings = service, settings
     app.state.tokens, app.state.sessions = tokens, sessions
@@ -91,8 +100,6 @@ def create_app(service: ImageService, settings: WebSettings | None = None) -> Fa
         mount_studio(app, service)
     bounds = GuardSettings(settings.hosts, settings.max_body, settings.body_seconds, settings.requests_per_minute)
     app.add_middleware(Guard, settings=bounds, tokens=tokens, sessions=sessions)
-    if is_traced():
-        app.add_middleware(RequestSpans)  # the outermost: what the guard refuses is traced, too
     return app
 
 

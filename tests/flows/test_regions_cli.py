@@ -61,8 +61,8 @@ def test_several_masks_of_an_image_have_prompts_of_their_own(small: Trained, tmp
     source = ("--image", tmp_path / "photo.png", "--only-regions")
     one, two = f"{tmp_path / 'a.png'}=a zorb <lora:small@1>", f"{tmp_path / 'b.png'}=a cube"
     drawn, _, _ = generate(small, tmp_path / "out", "a wall", *source, "--region", one, "--region", two)
-    xmp = Image.open(tmp_path / "out" / "0.png").getxmp()
-    assert "compositeWithTrainedAlgorithmicMedia" in str(xmp)
+    with Image.open(tmp_path / "out" / "0.png") as image:
+        assert "compositeWithTrainedAlgorithmicMedia" in str(image.getxmp())
     original = np.asarray(Image.open(tmp_path / "photo.png"), dtype=int)
     for first, last, is_drawn in ((0, 8, True), (8, 20, False), (20, 28, True), (28, 32, False)):
         assert np.array_equal(drawn[:, first:last], original[:, first:last]) != is_drawn

@@ -103,6 +103,7 @@ def test_an_image_is_edited_as_a_whole_by_a_strength(client: OpenAI, photo: Imag
     assert edit("0.25") < edit("1")
 
 
+@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # the package says so of variations
 def test_a_variation_draws_the_whole_image_again_without_a_prompt(client: OpenAI, photo: Image.Image) -> None:
     image = photo.convert("RGBA")
     image.paste((0, 0, 0, 0), (0, 0, 16, 32))
