@@ -25,7 +25,9 @@ def find_prompt_limits(plan: EvaluationPlan, embedder: Embedder | None) -> dict[
 
 
 def warn_of_limits(plan: EvaluationPlan, embedders: ChosenEmbedders, prompts: Mapping[str, Sequence[str]]) -> None:
-    """Logs a warning for each left-out image, missing embedder and prompt of `find_prompt_limits`."""
+    """Logs a warning if nothing was held out, and for each left-out image, missing embedder and unread prompt."""
+    if plan.measured_on == "training":
+        _log.warning("no image was held out: metrics are measured on the training images, which makes them too good")
     for item in plan.left_out:
         _log.warning("held-out image %r is left out: %s", item.source, item.reason)
     for setting, reason in embedders.missing.items():
