@@ -224,14 +224,15 @@ def test_card_has_the_front_matter_that_the_hub_reads(documents):
 
 
 def test_a_card_says_which_images_the_metrics_are_of(versions, documents):
-    said = {
+    expected = {
         "heldout": ("kept from training", "that were held out"),
         "training": ("trained on", "that it was trained on"),
     }
-    assert said.keys() == set(get_args(get_type_hints(EvaluationPlan)["measured_on"]))
-    for measured_on, (figures, limit) in said.items():
+    assert expected.keys() == set(get_args(get_type_hints(EvaluationPlan)["measured_on"]))
+    for measured_on, (figures, limit) in expected.items():
         content = json.dumps({"measured_on": measured_on}).encode()
-        text = documents(report=versions.store.put_files("report", {"report.json": content}))["model-card.md"].decode()
+        report = versions.store.put_files("report", {"report.json": content})
+        text = documents(content=content, report=report)["model-card.md"].decode()
         assert f"on images that were {figures};" in text
         assert f"with images {limit}; see the intervals" in text
 
