@@ -295,7 +295,7 @@ def write_captioner(folder: Path, family: str, seed: int | None = None, scale: f
 def write_judge(folder: Path) -> Path:
     """Saves a chat model whose head knows nothing but the answers of a judge's questions: digits 1 to 5, A and B.
 
-    Their rows have opposite signs in pairs, so that one of them is always likely.
+    Their rows have opposite signs in pairs, so that one digit is always likely; letters are less likely than digits.
     """
     from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer
@@ -304,9 +304,9 @@ def write_judge(folder: Path) -> Path:
     tokenizer, tensors = AutoTokenizer.from_pretrained(folder), load_file(folder / "model.safetensors")
     head = tensors["lm_head.weight"]
     known = torch.zeros_like(head)
-    for pair in ("12", "34", "5", "AB"):
+    for pair, scale in (("12", 100.0), ("34", 100.0), ("5", 100.0), ("AB", 20.0)):
         ids = tokenizer.convert_tokens_to_ids(list(pair))
-        known[ids[0]] = 300.0 * head[ids[0]]
+        known[ids[0]] = scale * head[ids[0]]
         known[ids[1:]] = -known[ids[0]]
     save_file({**tensors, "lm_head.weight": known}, folder / "model.safetensors", {"format": "pt"})
     return folder
