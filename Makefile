@@ -66,8 +66,8 @@ faults: setup ## Runs the full fault campaigns: kills, full disks, races, flippe
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
 SECONDS ?= 60
-fuzz: setup ## Tries changed files, texts and rows on all readers for SECONDS=60; keeps those with findings in build/fuzz
-	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+fuzz: setup ## Tries changed files, texts and rows on all readers for SECONDS=60, or COUNT=N of them; findings: build/fuzz
+	$(BIN)/python -m tests.fuzz $(if $(COUNT),--count $(COUNT),--seconds $(SECONDS))
 
 bench: setup ## Measures what benchmarks/README.md reports
 	$(BIN)/python -m benchmarks

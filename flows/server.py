@@ -108,6 +108,8 @@ def _serve(descriptor: int, *, lasting: bool = False) -> None:
         from prefect.server.api.server import create_app
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+        from flows.server_database import waiting_writers
+
     app: Any = create_app(ephemeral=not lasting, final=True)
     if lasting:
         app = TrustedHostMiddleware(app, allowed_hosts=["127.0.0.1", "localhost"], www_redirect=False)
@@ -118,7 +120,8 @@ def _serve(descriptor: int, *, lasting: bool = False) -> None:
         server.should_exit = True
 
     threading.Thread(target=wait_for_end, daemon=True).start()
-    server.run(sockets=[socket.socket(fileno=descriptor)])
+    with waiting_writers():
+        server.run(sockets=[socket.socket(fileno=descriptor)])
 
 
 if __name__ == "__main__":

@@ -44,9 +44,10 @@ def fetch_from_hub(repository: str, revision: str | None) -> tuple[Path, str]:
     try:
         folder = _snapshot(repository, revision, local=True)
         read_layout(folder)
-    except (OSError, BaseModelError):
-        # Not cached, or only partly.
+    except OSError:
         folder = _download(repository, revision)
+    except BaseModelError as error:  # perhaps only partly cached
+        folder = _download(repository, revision, error)
     return folder, folder.name
 
 
@@ -121,7 +122,7 @@ def fetch_files(
         refusal = error
     else:
         return folder, folder.name
-    _announce(repository, revision)
+    _announce(repository, revision, refusal)
     try:
         folder = _snapshot_or_explain(repository, revision, patterns, noun)
     except BaseModelError as error:
@@ -130,19 +131,20 @@ def fetch_files(
     return folder, folder.name
 
 
-def _announce(repository: str, revision: str | None) -> None:
-    """Logs a download; raises if the command downloads nothing."""
+def _announce(repository: str, revision: str | None, refusal: BaseModelError | None = None) -> None:
+    """Logs a download; raises if the command downloads nothing. `refusal` says why what is cached is not used."""
     if not _downloads.get():
         name = f"{repository}@{revision}" if revision else repository
+        state = f"not complete on this machine ({refusal.problem})" if refusal else "not on this machine"
         raise NotDownloadedError(
-            f"{name!r} is not on this machine, and a run downloads it first",
+            f"{name!r} is {state}, and a run downloads it first",
             remedy=f"run `hf download {repository}{f' --revision {revision}' if revision else ''}`",
         )
     _log.info("downloading %s%s from the Hugging Face hub", repository, f" at {revision}" if revision else "")
 
 
-def _download(repository: str, revision: str | None) -> Path:
-    _announce(repository, revision)
+def _download(repository: str, revision: str | None, refusal: BaseModelError | None = None) -> Path:
+    _announce(repository, revision, refusal)
     problem: BaseModelError | None = None
     for variant in (None, "fp16"):
         folder = _snapshot_or_explain(repository, revision, download_patterns(variant))

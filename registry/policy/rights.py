@@ -11,12 +11,12 @@ from registry.context import RegistryContext
 from registry.entities import AdapterVersion, ArtifactRef, now
 from registry.errors import PolicyError
 from registry.policy.ancestry import trace
-from registry.policy.consent import ConsentFindings, ConsentPolicy, find_consent, strictest
+from registry.policy.consent import ConsentFindings, ConsentPolicy, Entry, find_consent, strictest
 from registry.policy.license_terms import LicenseTerms, combine, unknown
 from registry.policy.licenses import Licenses, read_licenses
 from registry.policy.policy_file import read_policies
 from registry.policy.revocations import active_revocations, describe_revoked, find_revoked
-from registry.policy.terms import Source, read_datasets, resolve_terms
+from registry.policy.terms import Source, read_datasets, resolve_terms, stated_rights
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,13 @@ def terms_of(session: Session, context: RegistryContext, artifact: ArtifactRef) 
     return resolve_terms(ancestry, read_datasets(context.store, ancestry.datasets), licenses)[0], licenses
 
 
-def inherited_license(context: RegistryContext, artifact: ArtifactRef, stated: str | None = None) -> str | None:
+def inherited_license(
+    context: RegistryContext,
+    artifact: ArtifactRef,
+    stated: str | None = None,
+    *,
+    datasets: dict[str, list[Entry]] | None = None,
+) -> str | None:
     """Returns the licenses of everything that an artifact was made from, as one SPDX expression.
 
     None means that nothing upstream has a license. If the license table of the home is invalid, which `loraline rights`
@@ -93,12 +99,17 @@ def inherited_license(context: RegistryContext, artifact: ArtifactRef, stated: s
         artifact: The adapter's tree; must be recorded.
         stated: The license in the card of the file. It counts until the artifact is registered; then the cards of the
             versions do, in which an import may have replaced it.
+        datasets: Digest of a dataset -> its `stated_rights`. Those of further datasets are read and added.
     """
+    known = {} if datasets is None else datasets
     try:
         licenses = read_licenses(context.home.path)
         with context.lineage.database.read() as session:
             ancestry = trace(session, artifact)
-            terms = resolve_terms(ancestry, read_datasets(context.store, ancestry.datasets), licenses)[0]
+        read = read_datasets(context.store, [ref for ref in ancestry.datasets if ref.sha256 not in known])
+        known |= {ref.sha256: stated_rights(entries) for ref, entries in read.items() if entries is not None}
+        rights = {ref: tuple(known[ref.sha256]) if ref.sha256 in known else None for ref in ancestry.datasets}
+        terms = resolve_terms(ancestry, rights, licenses)[0]
     except PolicyError:
         return unknown("it").expression
     if stated and not any(version.artifact == artifact for version in ancestry.versions):

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from lora_engine.files import canonical_json
 from registry.entities import AdapterVersion, ArtifactRef
 from registry.errors import StoreError
 from registry.lineage.graph import NodeId
@@ -18,6 +19,8 @@ from registry.store.artifacts import Store
 
 _BASE = "base:"
 _DATASET = "dataset"
+_STATEMENTS = ("license", "rights", "scope")
+"""What the terms of an image follow from."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,12 @@ def resolve_terms(
         sources = (*sources, no_source)
     own = {node: combine(*(source.terms for source in listed)) for node, listed in stated.items()}
     return inherit(own, ancestry.graph.sources()).get(ancestry.root, UNRESTRICTED), sources
+
+
+def stated_rights(entries: Iterable[Entry]) -> list[Entry]:
+    """Returns images that give the same terms as these: one of each statement, without anything else."""
+    stated = {canonical_json({name: rights_of(entry).get(name) for name in _STATEMENTS}) for entry in entries}
+    return [{"rights": json.loads(rights)} for rights in sorted(stated)]
 
 
 def read_datasets(store: Store, datasets: Iterable[ArtifactRef]) -> dict[ArtifactRef, tuple[Entry, ...] | None]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -58,24 +58,25 @@ def find_imports(spec: Convert, folder: Path) -> Iterator[str]:
         yield base_module(spec.base, folder)
 
 
-def find_license(home: Home, adapter: ArtifactRef, stated: str | None) -> str | None:
-    """Returns the license that files of an adapter must state: that of everything that it was made from."""
-    from registry.context import RegistryContext
-    from registry.policy.rights import inherited_license
-
-    with closing(RegistryContext(home)) as context:
-        return inherited_license(context, adapter, stated)
-
-
 def has_same_license(home: Home, summary: bytes) -> bool:
     """Returns True if the written files state the license that they must have now.
 
     It follows from lineage and from the home's table of licenses, which no cache key covers.
     """
     written = json.loads(summary)
-    license_written: str | None = written["license"]
     adapter = ArtifactRef(written["adapter"]["kind"], written["adapter"]["sha256"], written["adapter"]["size"])
-    return find_license(home, adapter, written["stated"]) == license_written
+    return bool(_find_license(home, adapter, written["stated"], written["datasets"]) == written["license"])
+
+
+def _find_license(
+    home: Home, adapter: ArtifactRef, stated: str | None, datasets: dict[str, list[Mapping[str, Any]]]
+) -> str | None:
+    """Returns the license that files of an adapter must state; see `inherited_license`."""
+    from registry.context import RegistryContext
+    from registry.policy.rights import inherited_license
+
+    with closing(RegistryContext(home)) as context:
+        return inherited_license(context, adapter, stated, datasets=datasets)
 
 
 @step(
@@ -131,8 +132,8 @@ def _state_license(context: Context, card: Card) -> Card:
     """Returns the card with the license that the files must state, and writes `license.json`."""
     from lora_engine.formats.card import restate
 
-    adapter = context.refs["adapter"][0]
-    license_expression = find_license(context.home, adapter, card.license)
-    written = {"adapter": vars(adapter), "stated": card.license, "license": license_expression}
+    adapter, datasets = context.refs["adapter"][0], dict[str, list[Mapping[str, Any]]]()
+    license_expression = _find_license(context.home, adapter, card.license, datasets)
+    written = {"adapter": vars(adapter), "stated": card.license, "license": license_expression, "datasets": datasets}
     atomic_write(context.out / LICENSE, canonical_json(written))
     return restate(card, license_expression=license_expression)

@@ -29,6 +29,8 @@ from tests.fuzz.targets import TARGETS
 _INPUTS = 600
 """Inputs of all targets together in `make test`; each target has its share."""
 _NIGHTLY = 100_000
+NEVER_REFUSED = {"rows"}
+"""Targets that name damage and refuse nothing."""
 _SHARES = sum(target.share for target in TARGETS.values())
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -60,7 +62,8 @@ def test_a_hundred_thousand_changed_inputs_are_read_or_refused_in_words(name: st
     count = round(_NIGHTLY * TARGETS[name].share / _SHARES) + 1
     result = run(TARGETS[name], 2, range(count), work)
     assert result.findings == {}
-    assert 0 < result.accepted < count, "neither are all inputs refused, nor are all accepted"
+    assert result.accepted > 0, "not all inputs are refused"
+    assert result.accepted < count or name in NEVER_REFUSED, "not all inputs are accepted"
 
 
 @pytest.mark.parametrize("name", FINDINGS)

@@ -19,6 +19,7 @@ from lora_engine.adapters import Adapter, LoraDelta, select_modules
 from lora_engine.adapters.published import empty_module
 from lora_engine.adapters.tree import DictTree, module_shapes
 from lora_engine.bases.defaults import training_defaults
+from lora_engine.bases.flow import FlowModel
 from lora_engine.families import families, published
 from lora_engine.families.proof import recognize_family
 from lora_engine.families.training_defaults import TrainingDefaults
@@ -140,6 +141,13 @@ def test_pipelines_exist_in_diffusers_and_have_a_loader(name):
         accepted = inspect.signature(getattr(diffusers, pipeline.name).__init__).parameters
         assert set(pipeline.components) <= set(accepted)
         assert set(pipeline.optional) <= set(pipeline.components)
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_a_family_is_a_flow_exactly_if_its_models_are(name):
+    for pipeline in families[name].pipelines:
+        module, _, loader = pipeline.loader.partition(":")
+        assert issubclass(getattr(importlib.import_module(module), loader), FlowModel) == families[name].is_flow
 
 
 @pytest.fixture

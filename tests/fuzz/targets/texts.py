@@ -125,9 +125,12 @@ def check_pattern(text: str, output: Path) -> None:
 
 
 def check_license(text: str, output: Path) -> None:
-    """Evaluates an SPDX expression; unknown parts make it unknown."""
+    """Evaluates an SPDX expression; unknown parts make it unknown, which allows nothing."""
     terms = read_licenses().terms_of_license(text, "a base")
-    assert terms.expression is not None
+    assert terms.expression
+    if terms.unknown:
+        assert not terms.permissions
+        raise SettingsError(f"no license is known for {sorted(terms.unknown)[0]}")
 
 
 def check_condition(text: str, output: Path) -> None:

@@ -11,9 +11,10 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 
+from lora_engine.bases.hub import downloads
 from lora_engine.bases.source import resolve_base
 from lora_engine.bases.structure import base_module_shapes
-from lora_engine.errors import BaseModelError
+from lora_engine.errors import BaseModelError, NotDownloadedError
 
 COMMIT = "a" * 40
 
@@ -210,3 +211,20 @@ def test_names_and_shapes_of_a_hub_base_need_its_configurations_alone(
     with pytest.raises(BaseModelError, match=r"config\.json"):
         base_module_shapes("org/name")
     assert asked == [None, ["model_index.json", "*/config.json"]]
+
+
+def test_without_downloads_a_missing_and_an_incomplete_base_are_named(
+    untrained: dict[str, Path], hub_cache: Path
+) -> None:
+    with downloads(allowed=False):
+        with pytest.raises(NotDownloadedError, match="'org/name@v1' is not on this machine, and a run downloads it"):
+            resolve_base("org/name@v1")
+        snapshot = fill_cache(hub_cache, untrained["small-sd"])
+        assert resolve_base("org/name").folder == snapshot.resolve()
+        (snapshot / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+        with pytest.raises(NotDownloadedError, match=r"is not complete on this machine \(there are no weights\)"):
+            resolve_base("org/name")
+        with downloads(allowed=True), pytest.raises(NotDownloadedError):  # the outer one decides
+            resolve_base("org/name")
+    with pytest.raises(BaseModelError, match="there are no weights"):
+        resolve_base("org/name")

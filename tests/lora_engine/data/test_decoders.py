@@ -159,7 +159,7 @@ def test_a_file_that_takes_too_much_does_not_end_a_run(
         make_image(40, 30, number).save(images / f"{number}.png")
     (images / "2 large.png").write_bytes(large.read_bytes())
     pool = limited(memory=64 << 20)
-    monkeypatch.setattr("lora_engine.data.ingest.shared_decoders", lambda: pool)
+    monkeypatch.setattr("lora_engine.data.opening.shared_decoders", lambda: pool)
     try:
         manifest = ingest(images, tmp_path / "out", IngestSettings())
     finally:
