@@ -163,7 +163,7 @@ class Chooser:
             "leave_one_out": self.leave_one_out(checks),
         }
         scores = [[check.step, check.score] for check in (start, *checks)]
-        candidates = {"scores": scores, "stopped": stop, "why": self._reason(start, checks, stop)}
+        candidates: dict[str, Any] = {"scores": scores, "stopped": stop, "why": self._reason(start, checks, stop)}
         if self.max_memorized is not None:
             candidates["memorized"] = [[check.step, check.memorized] for check in checks]
         return {"chosen": chosen, "candidates": candidates}
