@@ -30,7 +30,7 @@ hypothesis.settings.load_profile("suite")
 def pytest_collection() -> Generator[None, object, object]:
     """Exempts what the imports of all tests made from garbage collection during the tests, and makes it rarer.
 
-    Collections of the oldest objects took a tenth of a run: after the exemption, few imports make a quarter more of them.
+    Collections of the oldest objects took a tenth of a run: after the exemption, few imports are a quarter more.
     """
     try:
         with collection_paused():
