@@ -87,17 +87,20 @@ class IndependentJudge:
         self._encoder = Encoder(base, folder_ / "cache")
         self._encoder.prepare(self._fresh, [])
 
-    def examine(self, file: Path) -> dict[str, float]:
-        """Returns the figures of an adapter file; `score` is the mean share of right images of both halves."""
+    def examine(self, file: Path, *, draws: bool = True) -> dict[str, float]:
+        """Returns the figures of an adapter file; `score` is the mean share of right images of both halves.
+
+        Without drawings it is the loss alone.
+        """
         with attach(self._base, read_adapter(file)[0]):
             losses = image_losses(self._base, self._encoder.latents, self._encoder.conditioning, self._fresh)
             rights = {}
-            for name, requests, word in (("new", self._new, TOKEN), ("known", self._known, None)):
+            for name, requests, word in (("new", self._new, TOKEN), ("known", self._known, None)) if draws else ():
                 prompts = [full_caption(scene, word=word) for scene in requests]
                 seeds = [scene.seed for scene in requests]
                 drawn = generate(self._base, prompts, seeds=seeds, steps=12, batch=24)
                 rights[name] = count_right(self._judge.read(drawn), requests)["all"]
-        return {"score": mean(rights.values()), **rights, "loss": mean(losses)}
+        return {**({"score": mean(rights.values())} if rights else {}), **rights, "loss": mean(losses)}
 
 
 def rows(only: str) -> Iterator[tuple[str, dict[str, Any]]]:

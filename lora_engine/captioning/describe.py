@@ -67,7 +67,7 @@ def _prompt_of(source: CaptionerModel, options: VlmOptions) -> str:
     prompt = options.prompt or family.prompts[options.style]
     if options.tagger is None or "{tags}" in prompt:
         return prompt
-    if not family.hint:
+    if not family.follows_instructions:
         raise SettingsError(
             f"{family.title} follows no instruction, so the tags of the tagger would have no effect",
             remedy="leave the tagger out, use it alone (captioner tagger), or write a prompt with {tags}",

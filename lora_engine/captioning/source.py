@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_engine.bases.hub import fetch_files
 from lora_engine.bases.source import digest_files, split_hub_id
+from lora_engine.captioning.vlm_families import VLM_FAMILIES
 from lora_engine.data.text_files import printable
 from lora_engine.documents import read_json_object
 from lora_engine.errors import BaseModelError
@@ -42,6 +43,11 @@ class CaptionerModel:
         """The name for captions and records: without paths, the same on every machine."""
         return f"{self.name}@{self.revision[:12]}" if self.revision else printable(self.folder.name)
 
+    @property
+    def pinned(self) -> str:
+        """The name that finds these files again on this machine: with the revision, or as a full path."""
+        return f"{self.name}@{self.revision}" if self.revision else str(self.folder)
+
     def fingerprint(self) -> str:
         """Returns the SHA-256 over the names and digests of its files: weights and configuration."""
         return digest_files(self.folder, self.files)
@@ -62,6 +68,25 @@ def resolve_vlm(name: FilePath) -> CaptionerModel:
 def resolve_vision_model(name: FilePath) -> CaptionerModel:
     """Finds a model of transformers that marks or enlarges images; see `resolve_vlm` for names and errors."""
     return _resolve(name, [*_TEXTS, *_WEIGHTS], list_vlm_files, "model")
+
+
+def resolve_judge(name: FilePath) -> CaptionerModel:
+    """Finds a vision-language model that answers questions about images; see `resolve_vlm` for names.
+
+    Raises:
+        BaseModelError: See `resolve_vlm`, or the model follows no instruction.
+    """
+    source = _resolve(name, [*_TEXTS, *_WEIGHTS], list_vlm_files, "judge")
+    found = read_json_object(source.folder / "config.json", BaseModelError).get("model_type")
+    family = VLM_FAMILIES.get(str(found))
+    if family is None or not family.follows_instructions:
+        raise BaseModelError(
+            f"{source.label!r} cannot judge: a model of the type {found!r} answers no questions",
+            where=str(source.folder),
+            allowed=", ".join(kind for kind, entry in VLM_FAMILIES.items() if entry.follows_instructions),
+            remedy="choose a chat model of these types",
+        )
+    return source
 
 
 def resolve_tagger(name: FilePath) -> CaptionerModel:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lora_engine.bases.base import default_device
 from lora_engine.building import BUILDING, align_weights, without_bars
+from lora_engine.captioning.answers import answer_tokens, followed_by
 from lora_engine.captioning.source import CaptionerModel
 from lora_engine.captioning.vlm_families import VlmFamily, VlmParts, find_vlm_family
 from lora_engine.data.captioner_options import MAX_DESCRIPTION, VlmOptions
@@ -69,17 +71,45 @@ class Vlm:
         if self.family.padding is None and len(set(prompts)) > 1:
             pairs = zip(images, prompts, strict=True)
             return [text for image, prompt in pairs for text in self.describe([image], [prompt])]
-        reduced = [_reduce(image, self._options.resolution) for image in images]
-        try:
-            with BUILDING:  # its lazy imports are not thread-safe
-                inputs = self._to_device(self.family.prepare(self._parts, reduced, prompts))
+        with self._explained("caption"):
+            inputs = self._inputs(images, prompts)
             output = self._model.generate(**inputs, **self._settings())
+        return [self._finish(row) for row in _generated(output, inputs.get("input_ids"))]
+
+    @torch.inference_mode()
+    def answer(self, image: Image.Image, question: str, answers: Sequence[str]) -> list[float]:
+        """Returns the probability of each answer of one character to a question about an image; others have the rest.
+
+        With and without a space before it, an answer is the same. Chat models only.
+
+        Raises:
+            BaseModelError: The model does not fit its processor, or its tokenizer splits an answer.
+        """
+        space, tokens = answer_tokens(self._parts.tokenizer, answers)
+        with self._explained("answer"):
+            inputs = followed_by(self._inputs([image], [question]), space)
+            logits = self._model(**inputs, logits_to_keep=1 + len(space)).logits[0]
+        after = logits.float().softmax(dim=-1).cpu()
+        shares = [float(after[0, list(ids)].sum()) for ids in tokens]
+        if space:
+            before = float(after[0, space[0]])
+            shares = [share + before * float(after[1, ids[0]]) for share, ids in zip(shares, tokens, strict=True)]
+        return shares
+
+    def _inputs(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
+        reduced = [_reduce(image, self._options.resolution) for image in images]
+        with BUILDING:  # its lazy imports are not thread-safe
+            return self._to_device(self.family.prepare(self._parts, reduced, prompts))
+
+    @contextmanager
+    def _explained(self, verb: str) -> Iterator[None]:
+        try:
+            yield
         except (*_LOADING, IndexError, AssertionError) as error:
             raise BaseModelError(
-                f"the {self.family.title} model cannot caption ({_first_line(error)})",
+                f"the {self.family.title} model cannot {verb} ({_first_line(error)})",
                 remedy="check prompt and files of the model; if memory is short, lower batch_size or resolution",
             ) from error
-        return [self._finish(row) for row in _generated(output, inputs.get("input_ids"))]
 
     def _settings(self) -> dict[str, Any]:
         options = self._options

@@ -66,6 +66,11 @@ class VlmFamily:
     has_processor: bool = True
     padding: Literal["left", "right"] | None = "left"
 
+    @property
+    def follows_instructions(self) -> bool:
+        """Returns True for chat models, which answer questions."""
+        return bool(self.hint)
+
 
 def find_vlm_family(config: Mapping[str, Any], where: str) -> VlmFamily:
     """Returns the family of a model.

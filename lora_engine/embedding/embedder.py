@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,10 @@ class Embedder:
         """Returns the texts that are longer than the model's context."""
         return [text for text in texts if len(self._tokenize([text])["input_ids"][0]) > self.max_tokens]
 
+    def find_unreadable(self, texts: Sequence[str]) -> list[str]:
+        """Returns the texts with letters of other scripts than Latin, if the model is a CLIP: it learned English."""
+        return [text for text in texts if _has_other_script(text)] if self._model.config.model_type == "clip" else []
+
     def _tokenize(self, texts: Sequence[str], **options: Any) -> Mapping[str, Any]:
         if self._tokenizer is None:
             raise SettingsError(f"the embedder {self.name!r} embeds no texts", remedy="use a CLIP or a SigLIP")
@@ -132,6 +137,10 @@ def _load_processor(source: EmbedderSource, config: Any) -> Any:
     elif source.model_type == "siglip" and "size" not in known and side:
         known |= {"size": {"height": side, "width": side}}
     return getattr(transformers, EMBEDDER_TYPES[source.model_type].processor)(**known)
+
+
+def _has_other_script(text: str) -> bool:
+    return any(letter.isalpha() and not unicodedata.name(letter, "").startswith("LATIN") for letter in text)
 
 
 def _pooled(output: Any) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from lora_engine.errors import SettingsError
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lora_engine.embedding.embedder import Embedder
+    from lora_engine.evaluation.judge import Judgement
     from lora_engine.evaluation.plan import Request
     from lora_engine.evaluation.statistics import Values
     from lora_engine.evaluation.subject import SubjectImages
@@ -26,7 +27,10 @@ MIN_GROUPS = 6
 """Least number of groups for an interval and a verdict: below, no exact test can reach 5 %."""
 COVERAGE_GROUPS = 16
 """Least number of groups from which the interval covers at least 94 %, so that reports may state its coverage."""
+LEAST_ANSWERED = 0.5
+"""Probability of all allowed answers together below which a judge does not answer as asked."""
 
+_Model = TypeVar("_Model", bound="Embedder | Judgement")
 RequestSet = Literal["reference", "with_trigger", "without_trigger", "of_class", "unrelated"]
 """Captions of real images; the prompts; the prompts without the trigger; prompts of the class word; unrelated ones."""
 
@@ -93,6 +97,7 @@ class Evidence:
         embedder: Embeds images and texts; None leaves out the metrics that need it.
         image_embedder: Embeds images only, such as a DINOv2; None leaves out the metrics that need it.
         face_embedder: Embeds faces; None leaves out the metrics of identity.
+        judgement: Answers of the judge; None leaves out its metrics.
         masked_likeness: True embeds real images with gray outside of their masks.
         seed: Seed of the evaluation, for metrics that draw.
     """
@@ -105,10 +110,11 @@ class Evidence:
     embedder: Embedder | None = None
     image_embedder: Embedder | None = None
     face_embedder: Embedder | None = None
+    judgement: Judgement | None = None
     masked_likeness: bool = False
     seed: int = 0
     used_embedders: set[str] = field(default_factory=set, repr=False, compare=False)
-    """Fingerprints of the embedders that were used since it was cleared."""
+    """Fingerprints of the embedders, and of the judge, that were used since it was cleared."""
     _vectors: dict[tuple[str, Request, str], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -171,6 +177,14 @@ class Evidence:
         """
         return self._required(self.face_embedder)
 
+    def require_judgement(self) -> Judgement:
+        """Returns the answers of the judge; metrics that call this declare `needs_judge`.
+
+        Raises:
+            SettingsError: There are none.
+        """
+        return self._required(self.judgement)
+
     def embed(self, images: ImageSet, role: str, embedder: Embedder) -> Tensor:
         """Embeds the images of a model, or the real image for the role `reference`: float32 [n, d] of length 1.
 
@@ -182,11 +196,11 @@ class Evidence:
             self._vectors[key] = embedder.embed_images(_pixels(images, role, masked=self.masked_likeness))
         return self._vectors[key]
 
-    def _required(self, embedder: Embedder | None) -> Embedder:
-        if embedder is None:
-            raise SettingsError("the metric needs an embedder, and none was loaded", remedy="declare it as `unmet`")
-        self.used_embedders.add(embedder.fingerprint)
-        return embedder
+    def _required(self, model: _Model | None) -> _Model:
+        if model is None:
+            raise SettingsError("the metric needs a model, and none was loaded", remedy="declare it as `unmet`")
+        self.used_embedders.add(model.fingerprint)
+        return model
 
 
 @dataclass(frozen=True)

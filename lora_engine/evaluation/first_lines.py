@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_engine.evaluation.chosen import Chosen
-from lora_engine.evaluation.evidence import COVERAGE_GROUPS, MIN_GROUPS
+from lora_engine.evaluation.evidence import COVERAGE_GROUPS, LEAST_ANSWERED, MIN_GROUPS
 from lora_engine.evaluation.metrics import METRICS
 
 _MOST_NAMED = 5
@@ -56,6 +56,14 @@ def write_notices(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"{len(left_out)} held-out images were left out: {_shorten(named)}."
     if truncated := report.get("truncated", []):
         yield f"{len(truncated)} prompts are longer than the embedder reads; agreement is measured on their beginning."
+    if unreadable := report.get("unreadable", []):
+        yield (
+            f"{len(unreadable)} prompts have letters of another script than Latin, which a CLIP has hardly seen; their "
+            "agreement says little."
+        )
+    for name, share in report.get("judge", {}).get("answered", {}).items():
+        if share < LEAST_ANSWERED:
+            yield f"The judge hardly answers the question of {name}: its answers have {share:.0%} of the probability."
     for role, reason in report.get("absent", {}).items():
         yield f"Not compared with {role}: {reason}."
     for reason in report.get("skipped_gates", []):

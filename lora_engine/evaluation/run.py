@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,11 @@ from lora_engine.embedding.embedder_source import ChosenEmbedders, choose_embedd
 from lora_engine.evaluation.chosen import read_training_record
 from lora_engine.evaluation.details import write_details
 from lora_engine.evaluation.drawing import draw_evaluation
-from lora_engine.evaluation.evidence import BASE, CANDIDATE, COMBINED, Evidence
+from lora_engine.evaluation.evidence import BASE, CANDIDATE, COMBINED, Evidence, ImageSet, RequestSet
 from lora_engine.evaluation.gates import check_compared_versions, check_gates, check_measurable
 from lora_engine.evaluation.gathering import gather_details
+from lora_engine.evaluation.judge import Judge, Judgement, count_answers, load_judge
+from lora_engine.evaluation.limits import find_prompt_limits, warn_of_limits
 from lora_engine.evaluation.measuring import measure
 from lora_engine.evaluation.metrics import METRICS, Available
 from lora_engine.evaluation.plan import EvaluationPlan, make_plan
@@ -29,8 +30,6 @@ from lora_engine.evaluation.spec import EvaluateSettings
 from lora_engine.files import atomic_write, canonical_json, sha256_file
 from lora_engine.formats import Bundle, read_bundle
 from lora_engine.progress import Progress, no_progress
-
-_log = logging.getLogger(__name__)
 
 REPORT_FORMAT = 2
 """Version of the layout of `report.json`; 1 compared with the base alone, by percentile intervals."""
@@ -46,6 +45,7 @@ class _Models:
     embedder: Embedder | None
     image_embedder: Embedder | None
     face_embedder: Embedder | None
+    judge: Judge | None
 
     def describe(self) -> dict[str, Any]:
         """Returns names and digests for the report."""
@@ -114,9 +114,11 @@ def evaluate(
     adapters = models.adapters
     bundles = {BASE: (), **{role: (bundle,) for role, bundle in adapters.items()}}
     bundles |= {role: (adapters[CANDIDATE], adapters[role]) for role in both}
-    truncated = _find_truncated(plan, models.embedder)
-    _warn(plan, embedders, truncated)
-    drawn = draw_evaluation(settings, plan, model=models.base, bundles=bundles, progress=progress)
+    stages = _Stages(progress, count_answers(plan, names, len(bundles)) if models.judge else 0)
+    limits = find_prompt_limits(plan, models.embedder)
+    warn_of_limits(plan, embedders, limits)
+    drawn = draw_evaluation(settings, plan, model=models.base, bundles=bundles, progress=stages.of_drawing)
+    judgement = _judge(models.judge, drawn.sets, names, stages.of_judge)
     evidence = Evidence(
         tuple(bundles),
         drawn.sets,
@@ -126,6 +128,7 @@ def evaluate(
         embedder=models.embedder,
         image_embedder=models.image_embedder,
         face_embedder=models.face_embedder,
+        judgement=judgement,
         masked_likeness=settings.masked_likeness,
         seed=settings.seed,
     )
@@ -145,13 +148,13 @@ def evaluate(
         "reasons": decision.reasons,
         "samples": write_samples(evidence, out),
         "images": write_images(evidence, out, settings.keep),
-        # Names of embedders may be paths of this machine.
-        "settings": settings.model_dump(mode="json", exclude={"embedder", "image_embedder"}),
+        "settings": _portable(settings),
         **describe_plan(plan),
         **models.describe(),
+        **({"judge": models.judge.describe(judgement)} if models.judge and judgement else {}),
         "absent": dict(absent or {}),
         "missing_embedders": dict(embedders.missing),
-        "truncated": truncated,
+        **limits,
     }
     modules = adapters[CANDIDATE].adapter.modules
     write_details(out, gather_details(evidence, out, model=models.base, modules=modules, strengths=drawn.strengths))
@@ -163,7 +166,11 @@ def evaluate(
 def find_unmeasurable(settings: EvaluateSettings, plan: EvaluationPlan, embedders: ChosenEmbedders) -> dict[str, str]:
     """Returns the metrics that are to be measured and cannot be, with the reasons."""
     available = Available(
-        plan, embedders.text is not None, embedders.image is not None, settings.face_embedder is not None
+        plan,
+        embedders.text is not None,
+        embedders.image is not None,
+        settings.face_embedder is not None,
+        settings.judge is not None,
     )
     wanted = [name for name in METRICS if settings.measures(name)]
     return {name: reason for name in wanted if (reason := METRICS[name].unmet(available))}
@@ -181,6 +188,9 @@ def _load_models(
     embedder = load_embedder(embedders.text) if embedders.text else None
     image_embedder = load_embedder(embedders.image) if embedders.image else None
     face_embedder = load_embedder(settings.face_embedder) if settings.face_embedder else None
+    judge = load_judge(settings.judge) if settings.judge else None
+    if judge is not None:
+        judge.check(plan.reference[0])
     base = load_base(source)
     for size in plan.sizes:
         base.latent_shape(size)
@@ -188,7 +198,7 @@ def _load_models(
     bundles = {role: _read(file, base) for role, file in files.items()}
     cards = [bundle.card for bundle in bundles.values()]
     base.configure(options_of_cards(cards, vae=resolve_vae(vae) if vae else None))
-    return _Models(base, files, bundles, embedder, image_embedder, face_embedder)
+    return _Models(base, files, bundles, embedder, image_embedder, face_embedder, judge)
 
 
 def _adapter_file(adapter: Path) -> Path:
@@ -199,25 +209,38 @@ def _read(file: Path, model: BaseModel) -> Bundle:
     return read_bundle(file, module_names=module_shapes(model))
 
 
+class _Stages:
+    """The progress of the images, then of the answers of the judge, as one."""
+
+    def __init__(self, progress: Progress, answers: int) -> None:
+        self._progress, self._answers, self._drawn = progress, answers, 0
+
+    def of_drawing(self, done: int, total: int, values: Mapping[str, float]) -> None:
+        self._drawn = total
+        self._progress(done, total + self._answers, values)
+
+    def of_judge(self, done: int, total: int, values: Mapping[str, float]) -> None:
+        self._progress(self._drawn + done, self._drawn + total, values)
+
+
+def _portable(settings: EvaluateSettings) -> dict[str, Any]:
+    """Returns the settings without names of models, which may be paths of this machine."""
+    dumped = settings.model_dump(mode="json", exclude={"embedder", "image_embedder", "judge"})
+    return {name: value for name, value in dumped.items() if name != "face_embedder" or value is None}
+
+
 def _describe(embedder: Embedder | None) -> dict[str, str] | None:
     return {"name": embedder.name, "sha256": embedder.fingerprint} if embedder else None
 
 
-def _find_truncated(plan: EvaluationPlan, embedder: Embedder | None) -> list[str]:
-    if embedder is None:
-        return []
-    return embedder.find_truncated(list(dict.fromkeys(r.prompt_without_trigger for r in plan.with_trigger)))
-
-
-def _warn(plan: EvaluationPlan, embedders: ChosenEmbedders, truncated: Sequence[str]) -> None:
-    for item in plan.left_out:
-        _log.warning("held-out image %r is left out: %s", item.source, item.reason)
-    for setting, reason in embedders.missing.items():
-        _log.warning("metrics of the %s are left out: %s", setting, reason)
-    for text in truncated:
-        _log.warning(
-            "the prompt %r is longer than the embedder reads; agreement is measured on its beginning", text[:80]
-        )
+def _judge(
+    judge: Judge | None, sets: Mapping[RequestSet, Sequence[ImageSet]], names: Sequence[str], progress: Progress
+) -> Judgement | None:
+    if judge is None:
+        return None
+    judgement = judge.ask_all(sets, names, progress)
+    judge.close()
+    return judgement
 
 
 def _rounded(value: Any) -> Any:

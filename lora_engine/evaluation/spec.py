@@ -128,6 +128,8 @@ class EvaluateSettings(BaseModel):
         image_embedder: A DINOv2 for the likeness to real images, as for `embedder`; `tiny` has none.
         face_embedder: An embedder of faces for the identity of persons, as for `image_embedder`; None leaves out its
             metrics.
+        judge: A vision-language model that is asked about the images: a folder that `save_pretrained` of transformers
+            wrote, or a hub id, optionally with `@revision`; None leaves out its metrics.
         extra: Optional metrics that are measured too: a gate on one has the same effect.
         strengths: Strengths of the adapter at which the first prompts are drawn, such as [0, 0.5, 1, 1.5].
         masked_likeness: True compares with the real images inside of their masks only.
@@ -145,6 +147,7 @@ class EvaluateSettings(BaseModel):
     embedder: str | None = Field(default=None, min_length=1)
     image_embedder: Annotated[str | None, AddedLater(), Field(min_length=1)] = None
     face_embedder: Annotated[str | None, AddedLater(), Field(min_length=1)] = None
+    judge: Annotated[str | None, AddedLater(), Field(min_length=1)] = None
     extra: Annotated[tuple[str, ...], AddedLater(), Field(max_length=100)] = ()
     strengths: Annotated[tuple[StrengthFactor, ...], AddedLater(), Field(max_length=21)] = ()
     masked_likeness: Annotated[bool, AddedLater()] = False
@@ -161,7 +164,9 @@ class EvaluateSettings(BaseModel):
 
     def measures(self, name: str) -> bool:
         """Returns True if a metric is to be measured, provided that its needs are met."""
-        return not METRICS[name].optional or name in self.extra or name in self.gates
+        metric = METRICS[name]
+        answered = metric.judged and self.judge is not None
+        return not metric.optional or answered or name in self.extra or name in self.gates
 
     def listed_gates(self) -> list[tuple[str, Gate]]:
         """Returns (metric, gate) of all gates, sorted by metric."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_engine.training.checkpoint import Checkpoint
 from lora_engine.training.checkpoint_files import CheckpointFile
-from lora_engine.training.choosing import Check, Chooser, read_checks, write_checks
+from lora_engine.training.choosing import Check, Chooser, read_checks, with_memorized, write_checks
 from lora_engine.training.schedules import PhaseRates, common_steps
 
 _PREFIX = "best/"
@@ -44,6 +44,7 @@ class Candidates:
 
     def add(self, check: Check, values: Mapping[str, Tensor]) -> None:
         """Adds a score, and copies the factors if they are the best so far."""
+        check = with_memorized(check, self.checks)
         self.checks.append(check)
         candidates = self.checks[1:]
         if self._chooser is not None and candidates and self._chooser.best(candidates) is check:

@@ -32,11 +32,13 @@ class ChoiceImages:
         by: Score of a step.
         units: Groups of examples that show the same; the loss of a unit is the mean of its images.
         heldout: Digests of the held-out images among them, as in the manifest.
+        trained: Training images that they are compared with; empty without a limit of what is memorized.
     """
 
     by: ChoiceScore
     units: tuple[tuple[Example, ...], ...]
     heldout: tuple[str, ...]
+    trained: tuple[Example, ...] = ()
 
     @property
     def examples(self) -> tuple[Example, ...]:
@@ -64,7 +66,7 @@ def choice_images(settings: TrainSettings, dataset: Path, manifest: Manifest) ->
         manifest: The dataset.
 
     Raises:
-        SettingsError: The score needs held-out images, and there are none.
+        SettingsError: The score or the limit needs held-out images, and there are none or too few.
     """
     heldout, wanted = manifest.of_split("heldout"), settings.best_checkpoint
     by: ChoiceScore | Literal["auto"] = wanted.by if wanted is not None else "auto"
@@ -83,13 +85,25 @@ def choice_images(settings: TrainSettings, dataset: Path, manifest: Manifest) ->
                 len(heldout),
                 VALIDATE_FROM,
             )
+    limit = wanted.max_memorized if wanted is not None else None
+    if by == "dvar" and limit is not None:
+        raise SettingsError(
+            f"best_checkpoint.max_memorized is {limit:g}, but the dataset has {len(heldout)} held-out images; "
+            f"{VALIDATE_FROM} are needed",
+            where="best_checkpoint.max_memorized",
+            remedy="hold out more images in the ingest step, or leave max_memorized out",
+        )
+    trained = _training_images(settings, dataset, manifest) if by == "dvar" or limit is not None else ()
     if by == "dvar":
-        trained = _read(settings, dataset, manifest, "train")
-        return ChoiceImages(by, tuple((example,) for _, example in sorted(trained.items())[:_MAX_TRAINING]), ())
+        return ChoiceImages(by, tuple((example,) for example in trained), ())
     examples, groups = _read(settings, dataset, manifest, "heldout"), group_kin(dataset, heldout)
     chosen = groups[::2] if len(groups) >= SPLIT_FROM else groups
     units = tuple(tuple(examples[image.sha256] for image in group) for group in chosen)
-    return ChoiceImages(by, units, tuple(sorted(image.sha256 for group in chosen for image in group)))
+    return ChoiceImages(by, units, tuple(sorted(image.sha256 for group in chosen for image in group)), trained)
+
+
+def _training_images(settings: TrainSettings, dataset: Path, manifest: Manifest) -> tuple[Example, ...]:
+    return tuple(example for _, example in sorted(_read(settings, dataset, manifest, "train").items())[:_MAX_TRAINING])
 
 
 def group_kin(dataset: Path, images: Sequence[ImageEntry]) -> list[list[ImageEntry]]:

@@ -129,7 +129,7 @@ def _fit(job: TrainingJob, prepared: Prepared, evidence: Mapping[str, Any] = Map
             save_weights=saved.save if saved else lambda done, loss: None,
             continue_from=lambda checkpoint, done: _take_over(checkpoint, done, samples, saved),
             begin=prepared.warm.restore if prepared.warm else lambda optimizer: None,
-            score=lambda: job.scores(prepared, attached),
+            score=lambda done: job.check(done, prepared, attached),
         )
         if samples:
             samples.copy(job.out)

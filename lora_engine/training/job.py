@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from lora_engine.progress import Progress
 from lora_engine.settings import without_later
 from lora_engine.training.automatic import prefixes_up_to, scores_prefixes
 from lora_engine.training.checkpoint import Checkpoints
-from lora_engine.training.choosing import Chooser, make_chooser
+from lora_engine.training.choosing import Check, Chooser, make_chooser
 from lora_engine.training.continuing import AUTOMATIC, EPOCH, ORIGIN, SCORE
 from lora_engine.training.device import compile_network
 from lora_engine.training.distributed import ProcessGroup, ReadOnlyCheckpoints
@@ -74,6 +75,13 @@ class TrainingJob:
                 phases = [with_prefixes(phase, attachment, settings) for phase in phases]
             yield Attached(attachment, tokens, context, phases)
 
+    def check(self, done: int, prepared: Prepared, attached: Attached) -> Check:
+        """Returns the losses of a candidate, with that of training images if what is memorized has a limit."""
+        rows = tuple(map(tuple, self.scores(prepared, attached)))
+        trained = prepared.choice.trained if prepared.choice is not None else ()
+        losses = self._averaged(prepared.losses(attached.context, trained)) if trained else []
+        return Check(done, rows, statistics.fmean(losses) if losses else None)
+
     def scores(self, prepared: Prepared, attached: Attached) -> list[list[float]]:
         """Returns the loss of each unit of the images that score candidates, the same in all processes.
 
@@ -89,7 +97,11 @@ class TrainingJob:
         return rows
 
     def _unit_losses(self, prepared: Prepared, context: MethodContext) -> list[float]:
-        losses = torch.tensor(prepared.unit_losses(context), dtype=torch.float32, device=self.group.device)
+        return self._averaged(prepared.unit_losses(context))
+
+    def _averaged(self, values: Sequence[float]) -> list[float]:
+        """Returns values that are the same in all processes."""
+        losses = torch.tensor(values, dtype=torch.float32, device=self.group.device)
         self.group.average([losses])
         return [float(loss) for loss in losses.tolist()]
 

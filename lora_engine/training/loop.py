@@ -41,7 +41,7 @@ def fit(
     save_weights: Callable[[int, float | None], None] = lambda done, loss: None,
     continue_from: Callable[[Checkpoint, int], None] = lambda checkpoint, done: None,
     begin: Callable[[torch.optim.Optimizer], None] = lambda optimizer: None,
-    score: Callable[[], Sequence[Sequence[float]]] = tuple,
+    score: Callable[[int], Check] = lambda done: Check(done, ()),
 ) -> History:
     """Runs the phases, resuming from the newest usable checkpoint if there is one.
 
@@ -62,8 +62,8 @@ def fit(
             validation), while the parameters hold what would be written; must change nothing.
         continue_from: Called with the checkpoint that the run resumes from, and the steps done.
         begin: Takes the optimizer of the first phase of a run that starts at step 0.
-        score: Returns the losses of the chooser's units, in rows as in `Check`; a pure function of the weights, the
-            same in all processes.
+        score: Takes the steps done and returns the candidate, with the losses of the chooser's units; otherwise a pure
+            function of the weights, the same in all processes.
 
     Returns:
         The whole history, including the part before a resume.
@@ -106,7 +106,7 @@ class _Run:
         average: Callable[[Sequence[Tensor]], None],
         observe: Callable[[int], None],
         save_weights: Callable[[int, float | None], None],
-        score: Callable[[], Sequence[Sequence[float]]],
+        score: Callable[[int], Check],
     ) -> None:
         self._average, self._observe, self._save_weights, self._score = average, observe, save_weights, score
         self._state, self._options, self._checkpoints = state, state.options, checkpoints
@@ -205,7 +205,7 @@ class _Run:
         state = self._state
         if state.candidates.is_due(state.done):
             with state.to_export():
-                check = Check(state.done, tuple(map(tuple, self._score())))
+                check = self._score(state.done)
                 self._require_finite("the loss of a candidate", check.score)
                 state.candidates.add(check, state.values)
 

@@ -88,7 +88,7 @@ def prepare_training(
         )
         images = TrainingImages(examples, classes, heldout)
         texts = [""] if settings.caption_dropout else []
-        unaugmented = (*images.classes, *images.heldout, *(choice.examples if choice else ()))
+        unaugmented = (*images.classes, *images.heldout, *((*choice.examples, *choice.trained) if choice else ()))
         encoder.prepare(images.examples, texts, partial(_report_encoded, job), list(dict.fromkeys(unaugmented)))
     return Prepared(base, adapter, tokens, encoder, images, manifest, initial, warm, choice)
 

@@ -133,7 +133,7 @@ def _values(facts: Facts, text: Any) -> dict[str, Any]:
         "metrics": [replace(row, name=text(row.name)) for row in metric_rows(version.metrics)],
         "gates": [_gate(gate, text) for gate in version.gates],
         "passed": version.passed,
-        "measured_on": {"heldout": "kept from training", "train": "trained on"}.get(
+        "measured_on": {"heldout": "kept from training", "training": "trained on"}.get(
             str(facts.report.get("measured_on")), ""
         ),
         "limits": [text(limit) for limit in limits(facts)],

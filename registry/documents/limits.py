@@ -41,7 +41,7 @@ def _measured(facts: Facts) -> Iterator[str]:
     counts = sorted({metric["n"] for metric in metrics.values() if isinstance(metric.get("n"), int)})
     if counts:
         shown = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
-        splits = {"heldout": " that were held out", "train": " that it was trained on"}
+        splits = {"heldout": " that were held out", "training": " that it was trained on"}
         split = splits.get(str(facts.report.get("measured_on")), "")
         source = f", with images{split}" if split else ""
         yield f"Its metrics are based on {shown} comparisons each{source}; see the intervals."

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from lora_engine.bases.source import BaseSource
+from lora_engine.captioning.source import CaptionerModel, resolve_judge
 from lora_engine.embedding.embedder_source import NO_EMBEDDER, EmbedderSource, choose_embedders, resolve_embedder
 from lora_engine.evaluation.evidence import BASE, CANDIDATE, COMBINED, PRODUCTION
 from lora_engine.evaluation.metrics import METRICS
@@ -19,7 +20,7 @@ from tasks.imports import base_module
 from tasks.spec import External, Input, StepSpec
 from tasks.step import Context, locate_base, step
 
-_MODELS = ("embedder", "image_embedder", "face_embedder")
+_MODELS = ("embedder", "image_embedder", "face_embedder", "judge")
 _IMPORTED_LATER = ("bands", "copies", "distributions", "gate_file", "identity", "likeness", "subject")
 _OUTSIDE_OF_KEY = {"name", *_MODELS}
 
@@ -93,21 +94,24 @@ def find_imports(spec: Evaluate, folder: Path) -> Iterator[str]:
 
 
 def find_models(spec: Evaluate, folder: Path, base: BaseSource | None) -> dict[str, Mapping[str, str]]:
-    """Returns name and fingerprint of the embedders; `none` for one that is not used or not at hand."""
+    """Returns name and fingerprint of the embedders and the judge; `none` for one that is not used or not at hand."""
     if base is None:
         return {}
     settings = _located(spec, folder)
     chosen = choose_embedders(settings.embedder, settings.image_embedder, base)
     faces = resolve_embedder(settings.face_embedder) if settings.face_embedder else None
-    found = zip(_MODELS, (chosen.text, chosen.image, faces), strict=True)
-    # Without an embedder of faces, the key is that of evaluations that cannot have one.
-    return {name: _describe(source) for name, source in found if source is not None or name != "face_embedder"}
+    judge = resolve_judge(settings.judge) if settings.judge else None
+    found = zip(_MODELS, (chosen.text, chosen.image, faces, judge), strict=True)
+    # Without an embedder of faces or a judge, the key is that of evaluations that cannot have one.
+    optional = ("face_embedder", "judge")
+    return {name: _describe(source) for name, source in found if source is not None or name not in optional}
 
 
-def _describe(source: EmbedderSource | None) -> dict[str, str]:
+def _describe(source: EmbedderSource | CaptionerModel | None) -> dict[str, str]:
     if source is None:
         return {"name": NO_EMBEDDER, "label": NO_EMBEDDER, "fingerprint": NO_EMBEDDER}
-    return {"name": source.name, "label": source.label, "fingerprint": source.fingerprint()}
+    name = source.name if isinstance(source, EmbedderSource) else source.pinned
+    return {"name": name, "label": source.label, "fingerprint": source.fingerprint()}
 
 
 def _located(spec: Evaluate, folder: Path) -> EvaluateSettings:

@@ -161,7 +161,11 @@ def tables_of_entries() -> dict[str, list[tuple[str, ...]]]:
                     name,
                     metric.title,
                     f"{metric.meaning} {metric.better.capitalize()} is better.",
-                    "if `extra` or a gate names it" if metric.optional else "if it can be",
+                    "if there is a `judge`"
+                    if metric.judged
+                    else "if `extra` or a gate names it"
+                    if metric.optional
+                    else "if it can be",
                 )
                 for name, metric in METRICS.items()
             ),

@@ -11,6 +11,7 @@ import pytest
 
 from flows.spec import load_spec
 from lora_engine.bases.tiny import folder as tiny_folder
+from lora_engine.errors import BaseModelError
 from registry.entities import AdapterVersion
 from registry.home import Home
 from registry.store.artifacts import open_store
@@ -19,6 +20,7 @@ from tasks.job import prepare_job
 from tests.flows.commands import say
 from tests.flows.conftest import draw_noise
 from tests.flows.made import bring_in, run_line, write_random
+from tests.support.untrained_captioners import write_captioner, write_judge
 
 PIPELINE = f"""\
 name: zorb
@@ -37,6 +39,7 @@ steps:
     extra: [class_drift, kid]
     strengths: [0, 1]
     face_embedder: {tiny_folder() / "clip"}
+    judge: models/judge
     gates: {{unrelated_drift: {{max: 1.9, of: adapter}}, clip_t: {{min: -2, against: combined}}}}
   release:  {{uses: register, adapter: one@1, report: report}}
 """
@@ -48,6 +51,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, AdapterVe
     (folder / "images").mkdir()
     for index in range(4):
         draw_noise(folder / "images" / f"{index}.png", index)
+    write_judge(folder / "models" / "judge")
     home = Home.open(folder / "home")
     for seed, name in enumerate(("one", "two")):
         bring_in(home, write_random(folder / f"{name}.safetensors", seed), name)
@@ -63,7 +67,11 @@ def test_the_report_has_what_the_pipeline_file_asks_for(evaluated: tuple[Home, A
     assert "96 are needed" in report["unmeasured"]["kid"]
     assert report["unmeasured"]["identity"] == "no training image shows exactly one face"
     assert {gate["metric"]: gate["passed"] for gate in report["gates"]} == {"unrelated_drift": True, "clip_t": True}
+    assert report["judge"]["name"] == "judge"
+    assert {"judged_agreement", "judged_preference", "judged_likeness"} <= report["metrics"].keys()
+    assert str(tiny_folder()) not in json.dumps(report), "the report names no folder of this machine"
     combined = report["comparisons"]["combined"]
+    assert 0.0 <= combined["judged_preference"]["other"] <= 1.0
     assert combined["drift_pixels"]["other"] != combined["drift_pixels"]["adapter"] > 0.0
 
 
@@ -74,12 +82,14 @@ def test_the_page_shows_it(evaluated: tuple[Home, AdapterVersion, Path], tmp_pat
     for text in (
         "Strength 0 equals the base bit for bit", "Drift of the class", "Unrelated prompts", "Memorization",
         "Loss by noise level", "modules</summary>", "License and consent", "MIT", "cannot draw such images",
+        "Likeness by the judge", "Judge judge <code>",
     ):  # fmt: skip
         assert text in page, text
 
 
-def test_the_embedder_of_faces_is_part_of_the_key_by_its_content(tmp_path: Path) -> None:
+def test_the_embedder_of_faces_and_the_judge_are_part_of_the_key_by_their_content(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
+    judge = write_captioner(tmp_path / "models" / "judge", "llava")
 
     def key_of(text: str) -> str:
         (tmp_path / "line.yaml").write_text(text)
@@ -90,8 +100,18 @@ def test_the_embedder_of_faces_is_part_of_the_key_by_its_content(tmp_path: Path)
     named = PIPELINE.replace(str(tiny_folder() / "clip"), "faces")
     assert key_of(named) == key_of(PIPELINE), "the name of a folder changes nothing"
     assert key_of(PIPELINE.replace("    face_embedder", "    # face_embedder")) != key_of(PIPELINE)
+    shutil.copytree(judge, tmp_path / "other")
+    moved = PIPELINE.replace("judge: models/judge", "judge: other")
+    assert key_of(moved) == key_of(PIPELINE), "the name of a folder changes nothing"
+    assert key_of(PIPELINE.replace("    judge:", "    # judge:")) != key_of(PIPELINE)
+    (tmp_path / "other" / "generation_config.json").write_text("{}")
+    assert key_of(moved) != key_of(PIPELINE)
     (other / "preprocessor_config.json").write_text("{}")
     assert key_of(named) != key_of(PIPELINE)
+    write_captioner(tmp_path / "blip", "blip")
+    for name, problem in (("blip", "answers no questions"), ("nowhere", "unknown judge 'nowhere'")):
+        with pytest.raises(BaseModelError, match=problem):
+            key_of(PIPELINE.replace("judge: models/judge", f"judge: {name}"))
 
 
 @pytest.mark.parametrize(

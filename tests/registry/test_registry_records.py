@@ -6,11 +6,13 @@ import json
 import re
 import shlex
 from html.parser import HTMLParser
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 from PIL import Image
 
+from lora_engine.evaluation.plan import EvaluationPlan
 from registry.documents.gather import gather_facts
 from registry.documents.mlbom import mlbom
 from registry.documents.provenance import provenance
@@ -219,6 +221,20 @@ def test_card_has_the_front_matter_that_the_hub_reads(documents):
     assert "+0.0100 to +0.0900" in text
     assert "2 trained on, 1 held out" in text
     assert "| C1 | 2 |" in text
+
+
+def test_a_card_says_which_images_the_metrics_are_of(versions, documents):
+    expected = {
+        "heldout": ("kept from training", "that were held out"),
+        "training": ("trained on", "that it was trained on"),
+    }
+    assert expected.keys() == set(get_args(get_type_hints(EvaluationPlan)["measured_on"]))
+    for measured_on, (figures, limit) in expected.items():
+        content = json.dumps({"measured_on": measured_on}).encode()
+        report = versions.store.put_files("report", {"report.json": content})
+        text = documents(content=content, report=report)["model-card.md"].decode()
+        assert f"on images that were {figures};" in text
+        assert f"with images {limit}; see the intervals" in text
 
 
 def test_the_hubs_own_library_reads_the_front_matter(documents):

@@ -292,6 +292,26 @@ def write_captioner(folder: Path, family: str, seed: int | None = None, scale: f
     return folder
 
 
+def write_judge(folder: Path) -> Path:
+    """Saves a chat model whose head knows nothing but the answers of a judge's questions: digits 1 to 5, A and B.
+
+    Their rows have opposite signs in pairs, so that one digit is always likely; letters are less likely than digits.
+    """
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    write_captioner(folder, "idefics3")
+    tokenizer, tensors = AutoTokenizer.from_pretrained(folder), load_file(folder / "model.safetensors")
+    head = tensors["lm_head.weight"]
+    known = torch.zeros_like(head)
+    for pair, scale in (("12", 100.0), ("34", 100.0), ("5", 100.0), ("AB", 20.0)):
+        ids = tokenizer.convert_tokens_to_ids(list(pair))
+        known[ids[0]] = scale * head[ids[0]]
+        known[ids[1:]] = -known[ids[0]]
+    save_file({**tensors, "lm_head.weight": known}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 _DRAWS: dict[str, tuple[int, float]] = dict.fromkeys(BUILDERS, (0, 1.0)) | {
     "blip": (0, 4.0),
     "florence2": (0, 10.0),

@@ -27,12 +27,14 @@ class Available:
         embedder: True if there is an embedder of images and texts.
         image_embedder: True if there is an embedder of images only.
         face_embedder: True if there is an embedder of faces.
+        judge: True if there is a judge.
     """
 
     plan: EvaluationPlan
     embedder: bool
     image_embedder: bool
     face_embedder: bool = False
+    judge: bool = False
 
 
 def needs_nothing(available: Available) -> str:
@@ -75,6 +77,7 @@ class Metric:
         optional: True measures it only if `extra` or a gate names it.
         draws: Sets of requests that are drawn for this metric alone.
         of_whole_sets: True if it measures all images at once: one unit, which never has an interval.
+        judged: True if it is from answers of the judge, and measured if there is one.
     """
 
     name: str
@@ -90,6 +93,7 @@ class Metric:
     optional: bool = False
     draws: tuple[RequestSet, ...] = ()
     of_whole_sets: bool = False
+    judged: bool = False
 
 
 METRICS: Registry[Metric] = Registry(
@@ -110,6 +114,7 @@ def metric(
     optional: bool = False,
     draws: tuple[RequestSet, ...] = (),
     of_whole_sets: bool = False,
+    judged: bool = False,
 ) -> Callable[[MeasureMetric], Metric]:
     """Returns a decorator that makes a function a `Metric` of the same name (arguments: see there)."""
 
@@ -128,6 +133,7 @@ def metric(
             optional,
             draws,
             of_whole_sets,
+            judged,
         )
 
     return declare

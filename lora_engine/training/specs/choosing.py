@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lora_engine.catalog.kinds import Lora
+from lora_engine.settings import AddedLater
 from lora_engine.training.specs.lengths import Steps
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ class BestCheckpoint(BaseModel):
         min_delta: Smallest decrease of the score that is an improvement.
         anneal: Share of all steps, at the end, in which the rate falls to 0. After an early stop it is as many steps as
             give this share. 0 keeps `schedule` and stops at once.
+        max_memorized: Largest share of what was learned of the training images that does not carry over to the
+            held-out ones: 1 - the fall of their loss over the fall of the loss of training images. A candidate above it
+            is not kept and is no improvement. None allows every candidate.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +48,13 @@ class BestCheckpoint(BaseModel):
     patience: int = Field(default=3, ge=0, le=1_000)
     min_delta: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
     anneal: Annotated[float, Field(ge=0.0, le=0.9, allow_inf_nan=False)] = 0.2
+    max_memorized: Annotated[float | None, AddedLater(), Field(ge=0.0, le=1.0, allow_inf_nan=False)] = None
+
+    @model_validator(mode="after")
+    def _a_limit_needs_held_out_images(self) -> BestCheckpoint:
+        if self.by == "dvar" and self.max_memorized is not None:
+            raise ValueError("max_memorized compares with held-out images, which by: dvar does not use; leave one out")
+        return self
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,8 @@ def check_choice(settings: TrainSettings) -> None:
     if settings.is_auto("learning_rate") and optimizer.finds_rate:
         raise ValueError(f"optimizer {optimizer.name!r} finds the rate itself; set learning_rate to 1.0")
     if settings.is_auto("rank"):
+        if choice is not None and choice.max_memorized is not None:
+            raise ValueError("best_checkpoint.max_memorized compares one rank; set rank, or leave max_memorized out")
         if settings.alpha is not None or settings.overrides:
             raise ValueError("rank auto keeps the scale of all ranks at 1; leave alpha and overrides out")
         if settings.kind != Lora():

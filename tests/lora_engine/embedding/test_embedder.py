@@ -102,6 +102,12 @@ def test_texts_over_the_limit_are_found(folders: dict[str, Path], name: str) -> 
     assert load_embedder(folders[name]).find_truncated(TEXTS) == [TEXTS[1]]
 
 
+def test_texts_in_other_scripts_are_found_by_a_clip_and_not_by_a_siglip(folders: dict[str, Path]) -> None:
+    texts = ["a red star", "ein grüner Stern, café 3 ★", "красная звезда", "a 星"]
+    assert load_embedder(folders["clip"]).find_unreadable(texts) == texts[2:]
+    assert load_embedder(folders["siglip"]).find_unreadable(texts) == []
+
+
 def test_an_embedder_of_images_refuses_texts(folders: dict[str, Path]) -> None:
     with pytest.raises(SettingsError, match="embeds no texts"):
         load_embedder(folders["dinov2"]).embed_texts(["a star"])

@@ -168,3 +168,27 @@ def test_another_version_is_drawn_with_the_same_prompts_and_seeds(
     for name, values in report["comparisons"]["production"].items():
         assert values["difference"] == pytest.approx(report["metrics"][name]["difference"], abs=2e-6), name
         assert values["verdict"] == "too few"
+
+
+def test_a_measurement_on_training_images_and_prompts_in_another_script_are_warned_of_before_drawing(
+    base: Path,
+    adapters: dict[str, Path],
+    make_dataset: MakeDataset,
+    tmp_path: Path,
+    settings: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    seen: list[list[str]] = []
+
+    def watch(*_: object) -> None:
+        seen.append([record.getMessage() for record in caplog.records])
+
+    dataset, prompts = make_dataset(heldout=0), ("a zorb", "красный zorb")
+    report = evaluate(
+        settings(), str(base), adapters["zero"], dataset, tmp_path / "out", prompts=prompts, progress=watch
+    )
+    before = "\n".join(seen[0])
+    assert "metrics are measured on the training images" in before
+    assert "'красный star' has letters of another script than Latin" in before
+    assert report["measured_on"] == "training"
+    assert report["unreadable"] == ["красный star"]

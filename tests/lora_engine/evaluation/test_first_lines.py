@@ -49,6 +49,7 @@ def test_the_notices_name_what_limits_the_report() -> None:
         "chosen": {"from": [1, 2], "step": 2, "by": "validation_loss", "on": [], "score": 0.8, "leave_one_out": 0.91},
         "left_out": [{"source": f"{k}.png", "sha256": "", "reason": "kin"} for k in range(7)],
         "truncated": ["long"],
+        "unreadable": ["звезда"],
         "absent": {"production": "there is none"},
         "skipped_gates": ["gate clip_t against production: there is none"],
     }
@@ -61,6 +62,7 @@ def test_the_notices_name_what_limits_the_report() -> None:
         "7 held-out images were left out: 0.png (kin)",
         "and 2 more",
         "1 prompts are longer than the embedder reads",
+        "1 prompts have letters of another script than Latin",
         "Not compared with production: there is none.",
         "Not applicable, as it declares: gate clip_t against production",
     ):

@@ -15,10 +15,11 @@ from pydantic import ValidationError
 
 from lora_engine.data.manifest import Manifest
 from lora_engine.errors import SettingsError
+from lora_engine.evaluation.bands import share_memorized
 from lora_engine.formats import read_bundle
 from lora_engine.training.automatic import block_of, choose_blocks, choose_rank, choose_rate, limit_steps
 from lora_engine.training.choice_images import choice_images
-from lora_engine.training.choosing import Check, Chooser, read_checks, write_checks
+from lora_engine.training.choosing import Check, Chooser, read_checks, with_memorized, write_checks
 from lora_engine.training.schedules import PhaseRates, RateStage
 from lora_engine.training.spec import TrainSettings
 from lora_engine.training.specs.choosing import RANK_PREFIXES
@@ -78,6 +79,55 @@ def test_leave_one_out_scores_every_unit_by_a_choice_without_it() -> None:
     # Without the first unit the second candidate wins: (0.9 + 1 + 1) / 3.
     assert chooser().leave_one_out(candidates) == pytest.approx((0.9 + 1.0 + 1.0) / 3)
     assert chooser().leave_one_out([Check(1, ((0.5,),))]) is None
+
+
+def memorizing(*losses: tuple[float, float]) -> list[Check]:
+    """Returns checks of held-out and training losses, after that of the base: 1 for both."""
+    found: list[Check] = []
+    for number, (heldout, trained) in enumerate([(1.0, 1.0), *losses]):
+        found.append(with_memorized(Check(10 * number, ((heldout, heldout),), trained), found))
+    return found
+
+
+def test_the_memorized_share_of_a_candidate_is_that_of_the_metric() -> None:
+    start, *candidates = memorizing((0.8, 0.5), (0.5, 0.5), (1.2, 0.6), (0.9, 0.995))
+    assert start.memorized == 0.0
+    for check, expected in zip(candidates, (0.6, 0.0, 1.5, 0.0), strict=True):
+        trained, heldout = (
+            (np.array([before]), np.array([after])) for before, after in ((1, check.trained), (1, check.score))
+        )
+        assert check.memorized == pytest.approx(float(share_memorized(heldout, trained)[0]))
+        assert check.memorized == pytest.approx(expected)
+
+
+def test_a_candidate_that_memorizes_too_much_is_neither_kept_nor_an_improvement() -> None:
+    start, *candidates = memorizing((0.9, 0.8), (0.7, 0.1), (0.85, 0.75), (0.6, 0.05))
+    plain, limited = chooser(), chooser(max_memorized=0.5, patience=2)
+    assert [round(check.memorized or 0.0, 2) for check in candidates] == [0.5, 0.67, 0.4, 0.58]
+    assert plain.best(candidates).step == 40
+    assert limited.best(candidates).step == 30
+    assert limited.find_stop(candidates) is None
+    assert chooser(max_memorized=0.45, patience=2).find_stop(candidates) == 20, "the first two are no improvement"
+    assert limited.leave_one_out(candidates) == pytest.approx(0.85)
+    described = limited.describe(start, candidates, 40)
+    assert described["candidates"]["memorized"][1] == [20, pytest.approx(2 / 3)]
+    assert "lowest validation loss of 2 candidates that memorize at most 0.5" in described["candidates"]["why"]
+    assert "memorized" not in plain.describe(start, candidates, 40)["candidates"]
+
+
+def test_if_every_candidate_memorizes_too_much_the_least_is_kept_and_the_reason_says_so() -> None:
+    start, *candidates = memorizing((0.9, 0.5), (0.75, 0.4), (0.7, 0.1))
+    limited = chooser(max_memorized=0.5)
+    assert limited.best(candidates).step == 20
+    why = limited.describe(start, candidates, 30)["candidates"]["why"]
+    assert "every one of 3 candidates memorizes more than 0.5, step 20 the least (0.58)" in why
+    assert limited.leave_one_out(candidates) == pytest.approx(0.75)
+
+
+def test_the_losses_of_training_images_survive_a_checkpoint() -> None:
+    found = memorizing((0.8, 0.5), (0.7, 0.1))
+    assert read_checks(json.loads(json.dumps(write_checks(found)))) == found
+    assert write_checks(checks(5, 4)).keys() == {"checks"}
 
 
 def test_with_an_automatic_rank_a_step_counts_by_its_best_prefix() -> None:
@@ -188,6 +238,36 @@ def test_the_chosen_step_is_written_with_the_evidence(runs: Runs, make_dataset: 
         assert torch.equal(factor, factors_of(out)[name])
 
 
+def test_a_training_keeps_no_step_that_memorizes_more_than_allowed(
+    runs: Runs, make_dataset: Callable[..., Path]
+) -> None:
+    settings: dict[str, Any] = {"dataset": make_dataset(heldout=6), "steps": 6, "schedule": "constant"}
+    settings |= {"learning_rate": 0.5, "clip": 0.0}
+    shares = {}
+    for limit in (1.0, 0.0):
+        choice = {**CHOICE, "max_memorized": limit}
+        curves = curves_of(runs(f"limit {limit}", best_checkpoint=choice, **settings))
+        shares[limit] = dict(map(tuple, curves["candidates"]["memorized"]))
+        step, scores = curves["chosen"]["step"], dict(map(tuple, curves["candidates"]["scores"]))
+        allowed = [step for step, share in shares[limit].items() if share <= limit]
+        expected = (
+            min(allowed, key=scores.__getitem__) if allowed else min(shares[limit], key=shares[limit].__getitem__)
+        )
+        assert step == expected
+    assert shares[1.0] == shares[0.0], "the limit changes no step of the training"
+    assert len(set(shares[0.0].values())) > 1
+
+
+def test_a_limit_of_what_is_memorized_needs_held_out_images(
+    make_dataset: Callable[..., Path], settings: Callable[..., TrainSettings]
+) -> None:
+    dataset = make_dataset(heldout=5)
+    with pytest.raises(
+        SettingsError, match=r"max_memorized is 0\.5, but the dataset has 5 held-out images; 6 are needed"
+    ):
+        choice_images(settings(best_checkpoint={"max_memorized": 0.5}), dataset, Manifest.load(dataset))
+
+
 def test_a_training_without_an_improvement_stops_early(runs: Runs, make_dataset: Callable[..., Path]) -> None:
     ending = Ending()
     choice = {**CHOICE, "every": 2, "patience": 2, "min_delta": 10.0, "anneal": 0.5}
@@ -213,6 +293,9 @@ def test_a_few_held_out_images_stop_by_the_training_loss(runs: Runs) -> None:
         ({"best_checkpoint": {}, "then": [{"steps": 1}]}, "`then` cannot add others"),
         ({"best_checkpoint": {}, "rates": {"optimiser": "schedule-free"}}, "set best_checkpoint.anneal to 0"),
         ({"learning_rate": "auto", "rates": {"optimiser": "prodigy"}}, "finds the rate itself"),
+        ({"best_checkpoint": {"by": "dvar", "max_memorized": 0.5}}, "by: dvar does not use"),
+        ({"best_checkpoint": {"max_memorized": 1.5}}, "less than or equal to 1"),
+        ({"rank": "auto", "best_checkpoint": {"max_memorized": 0.5}}, "compares one rank"),
         ({"rank": "auto", "alpha": 1.0}, "leave alpha and overrides out"),
         ({"rank": "auto", "kind": "loha"}, "choose kind lora"),
         ({"rank": "auto", "kind": {"name": "lora", "tucker": True}}, "choose kind lora"),

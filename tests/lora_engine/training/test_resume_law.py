@@ -243,7 +243,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "the best of several steps": {
         "method": {"name": "pivotal", **TOKEN},
-        "best_checkpoint": {"by": "validation_loss", "every": 1, "patience": 0, "anneal": 0.5},
+        "best_checkpoint": {"by": "validation_loss", "every": 1, "patience": 0, "anneal": 0.5, "max_memorized": 0.1},
         "schedule": "constant",
         "rates": {"ema": {"decay": 0.8}},
     },
