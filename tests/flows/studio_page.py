@@ -101,7 +101,8 @@ def studio(compared_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     project = copy.spec.parent
     (copy.home.path / "loraline.yaml").write_text(f"datasets: [{json.dumps(str(project))}]\n")
     home = Home.open(copy.home.path)
-    bring_in(home, write_random(project / "other.safetensors", 3), "small")
+    for seed, name in ((3, "small"), (4, "waiting"), (5, "waiting")):
+        bring_in(home, write_random(project / f"{seed}.safetensors", seed), name)
     (home.path / "policy.yaml").write_text(ROLES)
     digest = json.loads((project / "comparison.json").read_text())["comparison"]
     users = [(user, f"lab-{user}") for user in USERS]

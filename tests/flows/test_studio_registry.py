@@ -210,8 +210,9 @@ def test_runs_that_wait_are_rejected_and_approved_with_a_reason_by_a_user_who_ma
 
     # The thread of the server has no settings of its own, as a process that was started with PREFECT_API_URL.
     monkeypatch.setattr(context, "GLOBAL_SETTINGS_CONTEXT", context.SettingsContext.get())
+    # The Prefect server is that of all tests, and others approve versions of `small`.
     with closing(Versions(studio.home)) as versions:
-        older, newer = versions.show("small", "1"), versions.show("small", "2")
+        older, newer = versions.show("waiting", "1"), versions.show("waiting", "2")
     runs = {version.ref: suspend_run(prefect_server.rstrip("/"), version) for version in (older, newer)}
     studio.open("eve", "Releases")
     studio.expand("Waiting for approval")
