@@ -24,6 +24,7 @@ def documented(number: int) -> dict[str, Any]:
     return dict(yaml.safe_load(blocks[number]))
 
 
+@pytest.mark.nightly
 def test_a_promotion_by_the_command_line_notifies_and_is_delivered_by_a_worker(
     trained: Trained,
     server: str,
