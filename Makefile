@@ -49,7 +49,7 @@ nightly: lint ## Runs everything with branch coverage, new hypothesis examples a
 	$(PYTEST) --nightly --hypothesis-profile=nightly --durations=40 --cov --cov-report=term:skip-covered
 	$(MAKE) faults
 
-mutants: setup ## Makes small changes to ten central modules and counts those that the tests notice; installs mutmut
+mutants: setup ## Makes small changes to central modules and counts those that the tests notice; installs mutmut
 	$(BIN)/uv pip install --quiet --python $(BIN)/python mutmut==3.8.1
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.mutants
 

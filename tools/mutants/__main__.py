@@ -28,6 +28,7 @@ MODULES: dict[str, tuple[str, tuple[str, ...]]] = {
     "codec": ("lora_engine/formats/codec.py", ("tests/lora_engine/formats", "tests/laws")),
     "checkpoint": ("lora_engine/training/checkpoint.py", ("tests/lora_engine/training",)),
     "loop": ("lora_engine/training/loop.py", ("tests/lora_engine/training",)),
+    "fit_state": ("lora_engine/training/fit_state.py", ("tests/lora_engine/training",)),
     "policy": ("registry/policy/alias_policy.py", ("tests/registry",)),
     "promotion": ("registry/versions/promotion.py", ("tests/registry",)),
     "store": ("registry/store/artifacts.py", ("tests/registry",)),
