@@ -1,4 +1,4 @@
-"""Measures the share of small changes to ten central modules that tests notice: `python -m tools.mutants`.
+"""Measures the share of small changes to central modules that tests notice: `python -m tools.mutants`.
 
 A mutant that survives is equivalent, or an assertion is missing. To compare two versions of the
 suite, run both against the same product code.
