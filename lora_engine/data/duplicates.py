@@ -99,21 +99,26 @@ def find_groups(prints: Sequence[Print]) -> list[list[int]]:
     return list(groups.values())
 
 
-def find_kin(prints: Sequence[Print]) -> Iterator[Matches]:
-    """Yields the images that have kin among those after them, in their order; takes n² comparisons."""
+def find_kin(prints: Sequence[Print], count: int | None = None) -> Iterator[Matches]:
+    """Yields the images that have kin among those after them, in their order; takes n² comparisons.
+
+    Args:
+        prints: The prints of the images.
+        count: Number of images at the front that are compared with those after them; None means all.
+    """
     colors, fine = _colors(prints), _Hashes([entry.fine for entry in prints])
     coarse, large = _Hashes([entry.coarse for entry in prints]), _are_large(prints)
-    for first in range(len(prints)):
+    for first in range(len(prints) if count is None else count):
         near = fine.match(first, SAME_BITS)
         if large[first]:
             near |= coarse.match(first, KIN_BITS) & large[first + 1 :]
         yield from _of_like_color(colors, first, near)
 
 
-def find_same(prints: Sequence[Print]) -> Iterator[Matches]:
-    """Yields the images that are equal to one after them but for encoding, size or mirroring, in their order."""
+def find_same(prints: Sequence[Print], count: int | None = None) -> Iterator[Matches]:
+    """Yields the images that are equal to one after them but for encoding, size or mirroring; see `find_kin`."""
     colors, fine = _colors(prints), _Hashes([entry.fine for entry in prints])
-    for first in range(len(prints)):
+    for first in range(len(prints) if count is None else count):
         yield from _of_like_color(colors, first, fine.match(first, SAME_BITS))
 
 

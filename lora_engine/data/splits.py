@@ -80,9 +80,9 @@ def _warn_of_kin(stated: Sequence[ImageEntry], trained: Sequence[ImageEntry], pr
         return
     entries = [*stated, *trained]
     count, pair = 0, ""
-    for first, kin in find_kin([prints[entry.file] for entry in entries]):
+    for first, kin in find_kin([prints[entry.file] for entry in entries], len(stated)):
         others = kin[kin >= len(stated)]
-        if first < len(stated) and len(others):
+        if len(others):
             pair = pair or f"{entries[first].source} and {entries[int(others[0])].source}"
             count += 1
     if count:

@@ -20,8 +20,8 @@ def find_copies(drawings: Sequence[Print], training: Sequence[Print]) -> dict[in
     """
     count = len(drawings)
     copies: dict[int, int] = {}
-    for first, others in find_same([*drawings, *training]):
+    for first, others in find_same([*drawings, *training], count):
         trained = others[others >= count]
-        if first < count and len(trained):
+        if len(trained):
             copies[first] = int(trained[0]) - count
     return copies
