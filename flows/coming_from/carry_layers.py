@@ -109,21 +109,17 @@ def set_layers(translation: Translation, trainer: str) -> None:
     translation.set("train.targets", targets[0] if len(targets) == 1 else targets, origin)
     _set_convolutions(translation)
     if "dora" in flags:
-        kind = translation.get("train.kind")
-        inner = kind.get("name", "lora") if isinstance(kind, dict) else kind or "lora"
+        inner = translation.name_of("train.kind") or "lora"
         translation.set("train.kind", {"name": "dora", "inner": inner}, "decomposed weights")
 
 
 def drop_unsuited(translation: Translation) -> None:
     """Drops the regularization that the kind of the adapter lacks here; its layers have no plain `up @ down`."""
-    kind, train = translation.get("train.kind"), translation.steps["train"]
-    name, options = (kind.get("name"), kind) if isinstance(kind, dict) else (kind, {})
-    if name in (None, "lora", "rslora", "lora-fa") and not options.get("tucker"):
+    is_plain = translation.name_of("train.kind") in (None, "lora", "rslora", "lora-fa")
+    if is_plain and not translation.get("train.kind.tucker"):
         return
     for key in ("rank_dropout", "norm_limit"):
-        if key in train:
-            origin = translation.origins.pop(f"train.{key}")
-            translation.drop(Setting(origin, train.pop(key), ""), "for kinds lora, rslora and lora-fa without tucker")
+        translation.remove(f"train.{key}", "for kinds lora, rslora and lora-fa without tucker")
 
 
 def _network_targets(translation: Translation, trainer: str) -> list[str]:

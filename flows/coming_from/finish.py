@@ -125,8 +125,7 @@ def _count_steps(train: dict[str, Any], epochs: float | None, count: Callable[[]
 
 
 def _set_decay(translation: Translation) -> None:
-    optimizer = translation.get("train.rates.optimiser")
-    name = optimizer.get("name") if isinstance(optimizer, dict) else optimizer
+    name = translation.name_of("train.rates.optimiser")
     if name in _DECAYED and "train.weight_decay" not in translation.origins:
         translation.set("train.weight_decay", _TORCH_DECAY, "default of torch's AdamW")
 
@@ -134,8 +133,7 @@ def _set_decay(translation: Translation) -> None:
 def _fit_optimizer(translation: Translation) -> None:
     """Changes the settings that the optimizer excludes, as other trainers do not check them."""
     train = translation.steps["train"]
-    optimizer = translation.get("train.rates.optimiser")
-    name = optimizer.get("name") if isinstance(optimizer, dict) else optimizer
+    name = translation.name_of("train.rates.optimiser")
     member = next((m for m in _members(Rates, "optimiser") if m.model_fields["name"].default == name), AdamW)
     if not issubclass(member, Optimizer):
         return
@@ -203,8 +201,7 @@ def _set_objective(translation: Translation, trainer: str) -> None:
         weighting.setdefault("name", "min_snr")
         if weighting["name"] != "min_snr":
             objective["weighting"] = weighting["name"]
-    loss = objective.get("loss")
-    name = loss.get("name") if isinstance(loss, dict) else loss
+    loss, name = objective.get("loss"), translation.name_of("train.objective.loss")
     if name in ("huber", "smooth_l1") and trainer in ("sd", "diffusers"):
         options = loss if isinstance(loss, dict) else {"name": name}
         usual = "constant" if "flow" in translation.counts else "snr"

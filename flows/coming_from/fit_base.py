@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from flows.coming_from.read import Setting
 from flows.coming_from.translation import Translation
 from lora_engine.bases.defaults import transformer_config
@@ -30,21 +28,9 @@ def fit_base(translation: Translation, trainer: str, base: str, family: Family) 
         _fit_sampling(translation, trainer, family.name)
         _drop_what_flows_lack(translation, trainer)
     else:
-        _pop(translation, f"{_TIMESTEPS}.shift")
+        translation.remove(f"{_TIMESTEPS}.shift")
     _fit_one_trainer(translation)
     _fit_offload(translation, base)
-
-
-def _pop(translation: Translation, path: str, reason: str = "") -> None:
-    """Removes a setting; notes it if there is a reason."""
-    *parents, key = path.split(".")
-    node: Any = translation.steps
-    for parent in parents:
-        node = node.get(parent) if isinstance(node, dict) else None
-    if isinstance(node, dict) and key in node:
-        origin, value = translation.origins.pop(path, path), node.pop(key)
-        if reason:
-            translation.drop(Setting(origin, value, ""), reason)
 
 
 def _fit_clip_skip(translation: Translation, family: str) -> None:
@@ -54,12 +40,9 @@ def _fit_clip_skip(translation: Translation, family: str) -> None:
         return
     if family == "sdxl" and origin != "clip_skip":
         translation.set("train.clip_skip", layer + 1, origin)  # its own layer is the last but one
-    elif family not in ("sd", "sdxl") or family == "sdxl":
-        _pop(
-            translation,
-            "train.clip_skip",
-            "sd-scripts ignores it for SDXL" if family == "sdxl" else "the base has no such layers",
-        )
+    elif family != "sd":
+        reason = "sd-scripts ignores it for SDXL" if family == "sdxl" else "the base has no such layers"
+        translation.remove("train.clip_skip", reason)
 
 
 def _fit_sampling(translation: Translation, trainer: str, family: str) -> None:
@@ -71,7 +54,7 @@ def _fit_sampling(translation: Translation, trainer: str, family: str) -> None:
         translation.set(f"{_TIMESTEPS}.shift", 1.0, "the script shifts no timesteps")
     elif trainer == "ot":
         if translation.counts.get("own shift"):
-            _pop(translation, f"{_TIMESTEPS}.shift")
+            translation.remove(f"{_TIMESTEPS}.shift")
         elif translation.get(f"{_TIMESTEPS}.shift") is None:
             translation.set(f"{_TIMESTEPS}.shift", 1.0, "default of timestep_shift")
     elif trainer == "sd":
@@ -102,22 +85,22 @@ def _sampling(translation: Translation, way: str, origin: str, *, shift: float) 
         form = {"name": "logit_normal", "std": scale} if scale not in (0.0, 1.0) else "logit_normal"
         translation.set(f"{_TIMESTEPS}.distribution", form, origin)
     elif way == "uniform":
-        _pop(translation, f"{_TIMESTEPS}.distribution")
+        translation.remove(f"{_TIMESTEPS}.distribution")
     if way in ("uniform", "sigmoid"):
         translation.set(f"{_TIMESTEPS}.shift", 1.0, origin)
     elif way == "fluxshift":
-        _pop(translation, f"{_TIMESTEPS}.shift")
+        translation.remove(f"{_TIMESTEPS}.shift")
     elif translation.get(f"{_TIMESTEPS}.shift") is None:
         translation.set(f"{_TIMESTEPS}.shift", shift, "default of the trainer")
 
 
 def _drop_what_flows_lack(translation: Translation, trainer: str) -> None:
-    _pop(translation, "train.objective.weighting", "a flow has no such weights")
+    translation.remove("train.objective.weighting", "a flow has no such weights")
     for name in ("prediction", "zero_terminal_snr"):
-        _pop(translation, f"train.{name}", "the base is a flow")
+        translation.remove(f"train.{name}", "the base is a flow")
     if trainer == "sd":
         for name in ("noise_offset", "pyramid"):
-            _pop(translation, f"train.objective.{name}", "sd-scripts ignores it for such a base")
+            translation.remove(f"train.objective.{name}", "sd-scripts ignores it for such a base")
 
 
 def _fit_one_trainer(translation: Translation) -> None:
@@ -139,4 +122,4 @@ def _fit_offload(translation: Translation, base: str) -> None:
         else:
             translation.drop(Setting(origin, f"{blocks:g}", ""), "the base has no transformer blocks")
     if translation.get("train.running.offload") and translation.get("train.running.quantise") in ("8bit", "4bit"):
-        _pop(translation, "train.running.offload", "offload goes with quantise none and fp8")
+        translation.remove("train.running.offload", "offload goes with quantise none and fp8")

@@ -84,7 +84,7 @@ def _unused(fields: Mapping[str, Setting]) -> set[str]:
     if not (is_flux or is_sd3):
         unused |= _TRANSFORMERS
     if "LoRA_type" in fields:
-        unused |= _OF_KINDS - set(_KINDS.get(_text(fields, "LoRA_type"), ("", ()))[1])
+        unused |= _OF_KINDS - set(_kind(fields)[1])
     noise = _text(fields, "noise_offset_type")
     unused |= {name for kind, names in _OF_NOISE.items() if noise and kind != noise for name in names}
     lengths = [name for name in ("max_train_steps", "max_train_epochs") if _is_on(fields, name)]
@@ -106,6 +106,12 @@ def _text(fields: Mapping[str, Setting], name: str) -> str:
     return str(fields[name].value) if name in fields else ""
 
 
+def _kind(fields: Mapping[str, Setting]) -> tuple[str, tuple[str, ...]]:
+    """Returns what `_KINDS` says of the type; of an unknown one its own name."""
+    name = _text(fields, "LoRA_type")
+    return _KINDS.get(name, (name, ()))
+
+
 def _of_field(setting: Setting) -> Setting:
     """Returns a field as an option: the GUI has texts where sd-scripts has lists, files or switches."""
     value: Any = setting.value
@@ -122,10 +128,10 @@ def _network(fields: Mapping[str, Setting]) -> list[Setting]:
     """Returns the options for the kind of the adapter; an unknown one is passed, and noted later."""
     if "LoRA_type" not in fields:
         return []
-    name = _KINDS.get(_text(fields, "LoRA_type"), (_text(fields, "LoRA_type"), ()))[0]
+    name, taken = _kind(fields)
     where = fields["LoRA_type"].where
     options = [Setting("network_module" if name.startswith("networks.") else "algo", name, where)]
-    if name == "full" or "conv_dim" in _KINDS.get(_text(fields, "LoRA_type"), ("", ()))[1]:
+    if name == "full" or "conv_dim" in taken:
         preset = _text(fields, "LyCORIS_preset")
         options += [Setting("preset", preset, where)] if preset and not name.startswith("networks.") else []
     return options

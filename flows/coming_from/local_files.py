@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from flows.coming_from.carry_samples import set_prompts
-from flows.coming_from.read import Setting
+from flows.coming_from.read import Setting, read_bytes
 from flows.coming_from.translation import Translation
 from lora_engine.bases.source import split_hub_id
 from lora_engine.documents import decode, parse_json
 from lora_engine.files import expand_home, is_present_file, is_present_folder
 from tasks.errors import SpecError
-
-_MAX_BYTES = 1_000_000
 
 
 def set_local_files(translation: Translation, folder: Path) -> None:
@@ -39,7 +37,7 @@ def set_local_files(translation: Translation, folder: Path) -> None:
         if found is not None:
             translation.steps[step][key] = str(found)
         elif kind == "file" or split_hub_id(written) is None:
-            translation.drop(Setting(translation.origins.pop(path), translation.steps[step].pop(key), ""), remedy)
+            translation.remove(path, remedy)
     if (named := translation.texts.get("sample file")) is not None:
         origin, file = translation.origins["sample file"], _find_path(folder, named, "file")
         if file is not None:
@@ -62,13 +60,7 @@ def _read_prompts(path: Path) -> list[Any]:
     Raises:
         SpecError: It cannot be read, or is too large.
     """
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
-    except OSError as problem:
-        raise SpecError(f"cannot read the file: {problem.strerror}", where=str(path)) from problem
-    if len(content) > _MAX_BYTES:
-        raise SpecError("the file is too large", where=str(path), allowed=f"at most {_MAX_BYTES} bytes")
+    content = read_bytes(path)
     if path.suffix.lower() == ".json":
         data = parse_json(content, str(path), SpecError)
         return data if isinstance(data, list) else []

@@ -195,15 +195,28 @@ def _concepts(value: Any, document: Document) -> tuple[tuple[Setting, ...], ...]
     )
 
 
-def _from_script(path: Path) -> SettingsSource:
+def read_bytes(path: Path, allowed: str = "") -> bytes:
+    """Returns the bytes of a file of settings.
+
+    Args:
+        path: The file.
+        allowed: The files that can be read, for the error.
+
+    Raises:
+        SpecError: It cannot be read, or is too large.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
     except OSError as problem:
-        raise SpecError(f"cannot read the file: {problem.strerror}", where=str(path), allowed=_KNOWN) from problem
+        raise SpecError(f"cannot read the file: {problem.strerror}", where=str(path), allowed=allowed) from problem
     if len(content) > _MAX_BYTES:
         raise SpecError("the file is too large", where=str(path), allowed=f"at most {_MAX_BYTES} bytes")
-    text = decode(content, str(path), SpecError, "save the file as UTF-8").replace("\r\n", "\n")
+    return content
+
+
+def _from_script(path: Path) -> SettingsSource:
+    text = decode(read_bytes(path, _KNOWN), str(path), SpecError, "save the file as UTF-8").replace("\r\n", "\n")
     variables = _Variables()
     for line, command in _commands(text):
         where = f"{path}:{line}"

@@ -51,6 +51,20 @@ class Translation:
             node = node.get(part) if isinstance(node, dict) else None
         return node
 
+    def name_of(self, path: str) -> Any:
+        """Returns a value that is a name, or a mapping with a name and options; None if there is none."""
+        value = self.get(path)
+        return value.get("name") if isinstance(value, dict) else value
+
+    def remove(self, path: str, reason: str = "") -> None:
+        """Removes the value at `step.setting`, if there is one; notes it if there is a reason."""
+        parent, _, key = path.rpartition(".")
+        node = self.get(parent)
+        if isinstance(node, dict) and key in node:
+            origin, value = self.origins.pop(path, path), node.pop(key)
+            if reason:
+                self.drop(Setting(origin, value, ""), reason)
+
     def drop(self, setting: Setting, reason: str) -> None:
         """Notes an option that is not carried over; the values of keys and tokens are not kept."""
         value = "(not shown)" if _SECRET.search(setting.name) else setting.value
