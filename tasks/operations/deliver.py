@@ -140,12 +140,13 @@ def _publish(versions: Versions, target: DeliveryTarget, folder: TargetFolder, c
         manifest = change.to_manifest(version.sha256, files)
         # Building takes long: another delivery, or a withdrawal, may have come first.
         _require_newest(versions, target, folder, change)
-        _require_free(target, folder, change.name, built)
+        manifests = read_manifests(folder, target)
+        _require_free(folder, manifests, change.name, built)
         folder.write(change.manifest_path, manifest.model_copy(update={"state": "delivering"}).encode())
         for file in built:
             folder.write(file, scratch / file)
         if change.manifest is not None:
-            for file in change.manifest.files.keys() - files.keys() - _files_of_others(target, folder, change):
+            for file in change.manifest.files.keys() - files.keys() - _files_of_others(manifests, change):
                 folder.delete(file)
         _record(versions, target, folder, manifest, scratch)
         folder.write(change.manifest_path, manifest.encode())
@@ -163,13 +164,14 @@ def _require_newest(versions: Versions, target: DeliveryTarget, folder: TargetFo
         )
 
 
-def _require_free(target: DeliveryTarget, folder: TargetFolder, name: str, files: Iterable[str]) -> None:
+def _require_free(
+    folder: TargetFolder, manifests: Mapping[str, DeliveryManifest], name: str, files: Iterable[str]
+) -> None:
     """Raises DeliveryError if a file that a version brings is there, and no delivery of its adapter brought it.
 
     The file of a learned token has the name of the token, which another adapter may have, too.
     """
-    manifests = read_manifests(folder, target).values()
-    own = {file for manifest in manifests if manifest.name == name for file in manifest.files}
+    own = {file for manifest in manifests.values() if manifest.name == name for file in manifest.files}
     taken = next((file for file in files if file not in own and folder.size(file) is not None), None)
     if taken is not None:
         raise DeliveryError(
@@ -179,9 +181,8 @@ def _require_free(target: DeliveryTarget, folder: TargetFolder, name: str, files
         )
 
 
-def _files_of_others(target: DeliveryTarget, folder: TargetFolder, change: DeliveryChange) -> set[str]:
+def _files_of_others(manifests: Mapping[str, DeliveryManifest], change: DeliveryChange) -> set[str]:
     """Returns the files that other deliveries of the target have, such as those of a token of another version."""
-    manifests = read_manifests(folder, target)
     others = (manifest for place, manifest in manifests.items() if place != change.manifest_path)
     return {file for manifest in others if manifest.state != "withdrawn" for file in manifest.files}
 
@@ -222,7 +223,7 @@ def _remove(versions: Versions, target: DeliveryTarget, folder: TargetFolder, ch
     manifest = change.manifest
     if manifest is None:
         return
-    for path in manifest.files.keys() - _files_of_others(target, folder, change):
+    for path in manifest.files.keys() - _files_of_others(read_manifests(folder, target), change):
         folder.delete(path)
     if change.action == "remove":
         folder.delete(change.manifest_path)
