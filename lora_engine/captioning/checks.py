@@ -17,6 +17,7 @@ from lora_engine.building import BUILDING
 from lora_engine.data.caption_checks import CaptionFinding
 from lora_engine.documents import read_json_object
 from lora_engine.errors import BaseModelError
+from lora_engine.families.layout import text_encoder_of
 
 MANY_TOKENS = 5
 """Tokens of a trigger from which it is long."""
@@ -76,7 +77,7 @@ def load_base_tokenizers(source: BaseSource) -> list[BaseTokenizer]:
                 tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
             raise BaseModelError(f"the tokenizer cannot be read ({str(error)[:200]})", where=str(folder)) from error
-        config = source.folder / name.replace("tokenizer", "text_encoder") / "config.json"
+        config = source.folder / text_encoder_of(name) / "config.json"
         positions = (
             read_json_object(config, BaseModelError).get("max_position_embeddings") if config.is_file() else None
         )

@@ -28,7 +28,7 @@ from lora_engine.checkpoints.vae_names import VAE_PREFIXES
 from lora_engine.errors import BaseModelError
 from lora_engine.families import Architecture, ComponentConfig, Family
 from lora_engine.families.family import ComponentLocation
-from lora_engine.families.layout import INDEX
+from lora_engine.families.layout import INDEX, text_encoder_of
 from lora_engine.families.names import TRANSFORMER
 from lora_engine.lazy_torch import torch
 
@@ -72,7 +72,7 @@ def whole_to_diffusers(
             missing.
     """
     architecture, components, plans = plan_whole(original, transformer, config=config, drop_unknown=drop_unknown)
-    needed = {name: hub_id for name, hub_id in architecture.tokenizers.items() if _text_encoder(name) in components}
+    needed = {name: hub_id for name, hub_id in architecture.tokenizers.items() if text_encoder_of(name) in components}
     known = replace(architecture, tokenizers=needed)
     tokenizers = {} if without_tokenizer else find_tokenizers(known, tokenizer, config)
     return write_folder(out, known, architecture.pipeline, components, plans, tokenizers)
@@ -198,7 +198,3 @@ def _text_keys(family: Family, component: str, original: OriginalFile) -> Iterat
         name = text_tensor_name(family, key)
         if name is not None and name.partition(".")[0] == component:
             yield name.partition(".")[2], key
-
-
-def _text_encoder(tokenizer: str) -> str:
-    return tokenizer.replace("tokenizer", "text_encoder")

@@ -14,6 +14,7 @@ from lora_engine.checkpoints.tensor_files import write_tensors
 from lora_engine.checkpoints.tokenizers import write_tokenizer
 from lora_engine.errors import BaseModelError
 from lora_engine.families import Architecture, ComponentConfig
+from lora_engine.families.layout import text_encoder_of
 from lora_engine.files import write_within
 
 _WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
@@ -43,7 +44,7 @@ def write_folder(
     with _new_folder(out) as folder:
         written = []
         for name, source in tokenizers.items():
-            text = components[name.replace("tokenizer", "text_encoder")]
+            text = components[text_encoder_of(name)]
             written += write_tokenizer(source, folder / name, architecture.components[name], text)
         for name, plan in plans.items():
             path = folder / name / _WEIGHTS[components[name].library]

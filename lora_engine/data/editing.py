@@ -23,7 +23,7 @@ from lora_engine.data.edits import (
 )
 from lora_engine.data.spec import CaptionSettings
 from lora_engine.data.text_files import clean_text
-from lora_engine.data.trigger import add_trigger
+from lora_engine.data.trigger import add_trigger, whole_word
 
 # Faces of characters, whose underscores are no spaces.
 _KAOMOJI = frozenset(
@@ -68,9 +68,7 @@ def _trigger(texts: list[str], _: TriggerEdit, settings: CaptionSettings) -> lis
 
 
 def _replace(texts: list[str], edit: ReplaceEdit, _: CaptionSettings) -> list[str]:
-    pattern = re.escape(edit.text)
-    if edit.whole_words:
-        pattern = rf"(?<!\w){pattern}(?!\w)"
+    pattern = whole_word(edit.text) if edit.whole_words else re.escape(edit.text)
     expression = re.compile(pattern, re.IGNORECASE if edit.ignore_case else 0)
     return [expression.sub(lambda _: edit.by, text) for text in texts]
 

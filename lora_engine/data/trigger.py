@@ -45,4 +45,9 @@ def render_template(settings: CaptionSettings) -> str:
 
 def holds_word(text: str, word: str) -> bool:
     """Returns True if the text contains the word as a whole word, ignoring case."""
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
+    return re.search(whole_word(word), text, re.IGNORECASE) is not None
+
+
+def whole_word(word: str) -> str:
+    """Returns the pattern of a word that is no part of a longer one."""
+    return rf"(?<!\w){re.escape(word)}(?!\w)"

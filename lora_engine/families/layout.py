@@ -141,6 +141,11 @@ def download_patterns(variant: str | None) -> list[str]:
     return [INDEX, *settings, "tokenizer*/*.json", "tokenizer*/*.model", "tokenizer*/*.jinja", *weights]
 
 
+def text_encoder_of(tokenizer: str) -> str:
+    """Returns the name of the text encoder whose tokens a tokenizer makes, such as `text_encoder_2`."""
+    return tokenizer.replace("tokenizer", "text_encoder")
+
+
 def _is_null(entry: Any) -> bool:
     return entry is None or (isinstance(entry, list) and not any(entry))
 

@@ -16,6 +16,7 @@ from lora_engine.errors import DataError, SettingsError
 from lora_engine.inference.image_files import CHUNK
 from lora_engine.inference.infotext import Infotext
 from lora_engine.inference.prompts.prompt import parse_prompt
+from lora_engine.inference.prompts.step_weights import write_number
 from lora_engine.inference.prompts.tags import AdapterTag, parse_arguments
 from lora_engine.inference.prompts.writing import write_prompt
 from lora_engine.inference.variation import NoiseVariation
@@ -165,7 +166,7 @@ def _read_prompts(facts: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
 
 
 def _read_region(area: Mapping[str, Any], tags: Sequence[AdapterTag]) -> str:
-    left, top, right, bottom = (f"{float(share):.9f}".rstrip("0").rstrip(".") for share in area["box"])
+    left, top, right, bottom = (write_number(float(share)) for share in area["box"])
     prompt = write_prompt(" ".join(str(area["prompt"]).split()), [tags[number] for number in area.get("adapters", ())])
     parse_prompt(prompt)
     return f"{left},{top},{right},{bottom}={prompt}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_engine.errors import SettingsError
+from lora_engine.inference.prompts.step_weights import write_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,7 @@ class NoiseVariation:
 
     def __str__(self) -> str:
         """Returns `SEED:STRENGTH`, which `parse` reads."""
-        return f"{self.seed}:{self.strength:.9f}".rstrip("0").rstrip(".")
+        return f"{self.seed}:{write_number(self.strength)}"
 
     @classmethod
     def parse(cls, text: str) -> NoiseVariation:

@@ -124,8 +124,8 @@ class FitState:
 
     def is_validated(self, done: int) -> bool:
         """Returns True if the validation loss is computed after that many steps."""
-        every, options = self.options.validate_every, self.options
-        return bool(every) and (done % every == 0 or is_due(done, options.save_every))
+        every, save_every = self.options.validate_every, self.options.save_every
+        return bool(every) and (is_due(done, every) or is_due(done, save_every))
 
     def to_checkpoint(self) -> Checkpoint:
         """Returns the current state."""

@@ -129,6 +129,11 @@ def parse_number(text: str, name: str) -> float:
         raise SettingsError(f"{name} is {text[:80]!r}", allowed="a number") from None
 
 
+def write_number(number: float) -> str:
+    """Returns a number with at most nine decimals and no exponent, which settings of images are read with."""
+    return f"{number:.9f}".rstrip("0").rstrip(".")
+
+
 def _number(part: str, text: str) -> float:
     # A pattern, because Python's numbers also have underscores, `nan` and digits of other scripts.
     match = re.fullmatch(r"\s*([+-]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})(?:[eE][+-]?[0-9]{1,3})?)\s*", part)

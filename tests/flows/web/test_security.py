@@ -384,7 +384,7 @@ def test_sessions_are_bounded_and_end_with_their_token(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("/work/home/serving/jobs.db: the disk is full", "jobs.db: the disk is full"),
+        ("/srv/home/serving/jobs.db: the disk is full", "jobs.db: the disk is full"),
         ("cannot read '/tmp/tmpab12/image'", "cannot read 'image'"),
         ("see https://example.com/a/b", "see https://example.com/a/b"),
         ("zorb@3: 1/2 of 3/4", "zorb@3: 1/2 of 3/4"),
