@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_engine.data.duplicates import SAME_BITS, Print, find_same
-
-COPY_BITS = SAME_BITS
-"""Largest number of different bits of the hashes (256 bits) of an image and its copy; the mirrored hash counts too. Of
-3,350 pairs of unrelated photographs none is below 98 bits. Drawings of one shape at one place differ less."""
+from lora_engine.data.duplicates import Print, find_same
 
 
 def find_copies(drawings: Sequence[Print], training: Sequence[Print]) -> dict[int, int]:
     """Returns drawing -> first training image that it copies, as indices; other drawings are absent.
+
+    Of 3,350 pairs of unrelated photographs none differs in fewer than 98 of the 256 bits of a hash; copies differ in at
+    most `SAME_BITS`. Drawings of one shape at one place differ less.
 
     Args:
         drawings: Prints of generated images.
